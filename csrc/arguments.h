@@ -25,6 +25,18 @@ using OptionalTensor = std::optional<Tensor>;
   throw std::runtime_error("hdet: " + name + " " + rule);
 }
 
+// torch's code of a dtype as ours.
+inline bool known(int32_t dtype, Dtype& kind) {
+  static const int32_t float32 = aoti_torch_dtype_float32(), bfloat16 = aoti_torch_dtype_bfloat16(),
+                       float16 = aoti_torch_dtype_float16(), float64 = aoti_torch_dtype_float64();
+  if (dtype == float32) kind = kFloat32;
+  else if (dtype == bfloat16) kind = kBFloat16;
+  else if (dtype == float16) kind = kFloat16;
+  else if (dtype == float64) kind = kFloat64;
+  else return false;
+  return true;
+}
+
 // A Tensor[] argument. Taken as the raw list, since a stable::Tensor for each element would cost more than the checks.
 class Tensors {
  public:
@@ -56,6 +68,32 @@ class Tensors {
   }
   std::vector<AtenTensorHandle> handles_;
 };
+
+// The pieces of a call that only reads: they need not be on a wire, nor disjoint.
+inline std::vector<Piece> table_of(const Tensors& pieces, int32_t device_type) {
+  std::vector<Piece> table;
+  table.reserve(pieces.size());
+  int64_t end = 0;
+  for (size_t i = 0; i < pieces.size(); ++i) {
+    int32_t type, dtype;
+    int64_t numel;
+    bool contiguous;
+    void* data;
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(pieces[i], &type));
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(pieces[i], &dtype));
+    TORCH_ERROR_CODE_CHECK(aoti_torch_is_contiguous(pieces[i], &contiguous));
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_numel(pieces[i], &numel));
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_data_ptr(pieces[i], &data));
+    const auto name = [i] { return "pieces[" + std::to_string(i) + "]"; };
+    if (type != device_type) reject(name(), "must be on the op's device");
+    if (!contiguous) reject(name(), "must be contiguous");
+    Dtype kind;
+    if (!known(dtype, kind)) reject(name(), "must be float32, float64, float16 or bfloat16");
+    if (numel > 0) table.push_back({data, end, end + numel, kind});
+    end += numel;
+  }
+  return table;
+}
 
 // Collects the arguments of one call: checks each alone, remembers its memory, and then checks that none overlap.
 class Arguments {
@@ -148,11 +186,7 @@ class Arguments {
     TORCH_ERROR_CODE_CHECK(aoti_torch_get_numel(handle, &fact.numel));
     if (type != device_type_ || device != device_index_) reject(label(name, index), "must be on the wire's device");
     if (!contiguous) reject(label(name, index), "must be contiguous");
-    if (dtype == float32_) fact.dtype = kFloat32;
-    else if (dtype == bfloat16_) fact.dtype = kBFloat16;
-    else if (dtype == float16_) fact.dtype = kFloat16;
-    else if (dtype == float64_) fact.dtype = kFloat64;
-    else reject(label(name, index), "must be float32, float64, float16 or bfloat16");
+    if (!known(dtype, fact.dtype)) reject(label(name, index), "must be float32, float64, float16 or bfloat16");
     TORCH_ERROR_CODE_CHECK(aoti_torch_get_data_ptr(handle, &fact.data));
     if (fact.numel > 0) {
       const uintptr_t begin = reinterpret_cast<uintptr_t>(fact.data);
@@ -176,8 +210,6 @@ class Arguments {
   }
 
   static constexpr size_t kAlone = static_cast<size_t>(-1);
-  const int32_t float32_ = aoti_torch_dtype_float32(), bfloat16_ = aoti_torch_dtype_bfloat16(),
-                float16_ = aoti_torch_dtype_float16(), float64_ = aoti_torch_dtype_float64();
   int32_t device_type_, device_index_;
   std::vector<Span> spans_;
 };

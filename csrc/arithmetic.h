@@ -94,7 +94,8 @@ struct Narrow<Half> {
 
 HDET_INLINE int is_nonfinite(float x) { return (bit_cast<uint32_t>(x) & 0x7f800000u) == 0x7f800000u; }
 HDET_INLINE int is_nonfinite(double x) { return (bit_cast<uint64_t>(x) >> 52 & 0x7ffu) == 0x7ffu; }
-HDET_INLINE int is_nonfinite(BFloat16 x) { return is_nonfinite(widen(x)); }
+HDET_INLINE int is_nonfinite(BFloat16 x) { return (static_cast<uint32_t>(x) & 0x7f80u) == 0x7f80u; }
+HDET_INLINE int is_nonfinite(Half x) { return (static_cast<uint32_t>(x) & 0x7c00u) == 0x7c00u; }
 
 // ------------------------------------------------------------------------------------------ the equations
 

@@ -1,4 +1,4 @@
-// CPU kernels of hdet::pack and hdet::unpack. The equations are in hdet/ops/__init__.py.
+// CPU kernels of hdet::pack, hdet::unpack and hdet::all_finite. The equations are in hdet/ops/__init__.py.
 //
 // Work is cut into blocks of kBlock wire positions, whatever tensors they belong to, so that threads share it evenly
 // and the statistics do not depend on them. A block goes through short loops over buffers that stay in the L1 cache;
@@ -25,6 +25,8 @@ namespace {
 
 // Blocks to a thread, at least: below, starting a thread costs more than it saves.
 constexpr int64_t kGrain = 32;
+// Elements that are looked through before a thread asks whether another has found a non-finite one.
+constexpr int64_t kFiniteStep = 64 * kBlock;
 
 // ---------------------------------------------------------------------------------------- loops over one block
 
@@ -48,6 +50,13 @@ HDET_VECTORISED int scale_all(const Real* __restrict values, Real scale, Wire* _
     nonfinite += is_nonfinite(value);
   }
   return nonfinite;
+}
+
+template <class From>
+HDET_VECTORISED bool all_finite_in(const From* from, int64_t n) {
+  int nonfinite = 0;
+  for (int64_t i = 0; i < n; ++i) nonfinite |= is_nonfinite(from[i]);
+  return nonfinite == 0;
 }
 
 template <class Wire, class Real>
@@ -251,10 +260,32 @@ Tensor unpack(const Tensor& wire, StableListHandle piece_list, double divisor, c
   return Tensor(result);
 }
 
+Tensor all_finite(StableListHandle piece_list) {
+  const Tensors pieces(piece_list);
+  const std::vector<Piece> table = table_of(pieces, aoti_torch_device_type_cpu());
+  std::atomic<bool> finite{true};
+  const int64_t numel = table.empty() ? 0 : table.back().end;
+  torch::stable::parallel_for(0, blocks_of(numel), kGrain, [&](int64_t first, int64_t last) {
+    const Piece* piece = first < last ? piece_at(table, first * kBlock) : nullptr;
+    for (int64_t begin = first * kBlock; begin < std::min(last * kBlock, numel) && finite; begin += kFiniteStep) {
+      const int64_t end = std::min({begin + kFiniteStep, last * kBlock, numel});
+      for_each_run(piece, begin, end, [&](const Piece& p, int64_t from, int64_t n, int64_t) {
+        visit(p.dtype, p.data, [&](auto* data) {
+          if (!all_finite_in(data + from, n)) finite = false;
+        });
+      });
+    }
+  });
+  AtenTensorHandle result;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_scalar_to_tensor_bool(finite, &result));
+  return Tensor(result);
+}
+
 }  // namespace
 }  // namespace hdet
 
 STABLE_TORCH_LIBRARY_IMPL(hdet, CPU, m) {
   m.impl("pack", TORCH_BOX(&hdet::pack));
   m.impl("unpack", TORCH_BOX(&hdet::unpack));
+  m.impl("all_finite", TORCH_BOX(&hdet::all_finite));
 }

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -20,6 +20,9 @@ from hdet.replicas import Replicas
 _COLUMN, _ROW = 0x9E3779B97F4A7C15 - 2**64, 0xFF51AFD7ED558CCD - 2**64
 
 
+_Signature = tuple[list[int], list[int], list[bool]]
+
+
 class Averaged(NamedTuple):
     """What one average did."""
 
@@ -29,6 +32,31 @@ class Averaged(NamedTuple):
     """Replicas left out because they held a non-finite value."""
     bytes: int
     """Bytes this rank handed to collectives."""
+
+
+class Inspection(NamedTuple):
+    """A replica's model in three numbers, each below ``2**53``."""
+
+    layout: int
+    """Hash of what will be averaged, equal on two ranks whose models match: shapes, dtypes, strides."""
+    finite: bool
+    """Whether all trainable parameters are finite."""
+    constants: int
+    """Hash of the bits of frozen parameters and buffers."""
+
+
+@dataclass
+class _Plan:
+    """What to average and through which buckets, as long as the tensors stay where they are."""
+
+    signature: _Signature
+    tensors: list[Tensor]
+    """Kept alive, so that no other tensor can have the same id."""
+    constant: list[Tensor]
+    """Frozen parameters and buffers."""
+    buckets: list[Bucket]
+    """Of the trainable parameters."""
+    layout: int
 
 
 @dataclass
@@ -101,30 +129,36 @@ class Averager:
     ) -> None:
         self._models, self._extra = tuple(models), tuple(extra)
         self._replicas, self._bucket_bytes = replicas, bucket_bytes
-
-    def layout(self) -> int:
-        """A 48-bit hash of what will be averaged, equal on two ranks whose models match: shapes, dtypes, strides."""
-        trained, constant = self._tensors()
-        facts = [
-            [(tuple(t.shape), t.stride(), str(t.dtype)) for t in trained],
-            [(tuple(t.shape), t.stride(), str(t.dtype)) for t in constant],
-        ]
-        return digest(facts)
+        self._plan: _Plan | None = None
+        self._wires: dict[tuple[torch.device, torch.dtype, int], Tensor] = {}
 
     @torch.no_grad()
-    def average(self) -> Averaged:
-        """Average now. Collective: every replica must call it, with the same :meth:`layout`.
+    def inspect(self) -> Inspection:
+        """What the replicas tell one another before they average. Not collective."""
+        if self._replicas.size == 1:
+            return Inspection(0, True, 0)
+        plan = self._current_plan()
+        finite = all(bucket.is_finite() for bucket in plan.buckets)
+        fingerprints = [_fingerprint(t) for t in plan.constant]
+        return Inspection(plan.layout, finite, digest(fingerprints))
+
+    @torch.no_grad()
+    def average(self, seen: Sequence[Inspection]) -> Averaged:
+        """Average now. Collective: every replica must call it, with the same layout.
+
+        Args:
+            seen: every replica's :meth:`inspect`, by replica.
 
         Raises:
             DivergedError: on every replica, with nothing changed, if none of them is finite.
         """
         if self._replicas.size == 1:
             return Averaged(0.0, (), 0)
-        buckets, excluded, sent = self._plan()
+        buckets, excluded, sent = self._select(seen)
         squares: list[Tensor] = []
         flying: _Flight | None = None
-        for bucket in buckets:
-            started = self._launch(bucket, excluded)
+        for i, bucket in enumerate(buckets):
+            started = self._launch(bucket, excluded, bucket.pack(self._wire(bucket, i % 2)))
             sent += started.wire.nbytes
             if flying:
                 squares.append(self._land(flying))
@@ -134,34 +168,24 @@ class Averager:
         return Averaged(_total(squares), excluded, sent)
 
     @torch.no_grad()
-    def start(self) -> Pending:
+    def start(self, seen: Sequence[Inspection]) -> Pending:
         """Send a snapshot of the model and return at once; :meth:`Pending.finish` applies its mean later. Collective.
 
-        Raises:
-            DivergedError: as :meth:`average`.
+        Args, Raises: as :meth:`average`.
         """
         if self._replicas.size == 1:
             return Pending([], self._replicas, ())
-        buckets, excluded, sent = self._plan()
+        buckets, excluded, sent = self._select(seen)
         flights = []
         for bucket in buckets:
             snapshot = bucket.pack()
-            flights.append(self._launch(bucket, excluded, snapshot))
+            flights.append(self._launch(bucket, excluded, snapshot.clone(), snapshot))
             sent += snapshot.nbytes
         return Pending(flights, self._replicas, excluded, sent)
 
-    def _plan(self) -> tuple[list[Bucket], tuple[int, ...], int]:
-        """What to send, which replicas to leave out, and the bytes it took to agree on that."""
-        tensors, excluded, sent = self._select(*self._tensors())
-        if len(excluded) == self._replicas.size:
-            raise DivergedError(
-                f"All {self._replicas.size} replicas hold non-finite values: the learning rate is too high or the data "
-                "is bad. Restore the last checkpoint and lower max_lr."
-            )
-        return fill_buckets(tensors, self._bucket_bytes, self._replicas.device_for), excluded, sent
-
-    def _launch(self, bucket: Bucket, excluded: tuple[int, ...], snapshot: Tensor | None = None) -> _Flight:
-        wire = bucket.pack() if snapshot is None else snapshot.clone()
+    def _launch(
+        self, bucket: Bucket, excluded: tuple[int, ...], wire: Tensor, snapshot: Tensor | None = None
+    ) -> _Flight:
         is_mean = bucket.dtype.is_floating_point
         if self._replicas.rank in excluded:
             wire.fill_(0 if is_mean else torch.iinfo(bucket.dtype).min)
@@ -172,49 +196,83 @@ class Averager:
         flight.arrive()
         return flight.bucket.unpack(flight.wire, flight.count or 1)
 
-    def _tensors(self) -> tuple[list[Tensor], list[Tensor]]:
-        """(trainable parameters, frozen parameters and buffers), each tensor once, in the same order on every rank."""
-        parameters: list[Tensor] = [p for model in self._models for p in model.parameters()]
-        buffers: list[Tensor] = [b for model in self._models for b in model.buffers()]
+    def _wire(self, bucket: Bucket, parity: int) -> Tensor:
+        """Memory for the bucket's wire, kept from converge to converge: new pages would cost as much as the packing."""
+        key = (bucket.device, bucket.dtype, parity)
+        wire = self._wires.get(key)
+        if wire is None or wire.numel() < bucket.numel:
+            wire = self._wires[key] = torch.empty(bucket.numel, dtype=bucket.dtype, device=bucket.device)
+        return wire
+
+    def _current_plan(self) -> _Plan:
+        """The plan, made anew if a tensor is another, lies elsewhere, or was frozen or released since."""
+        tensors = list(self._tensors())
+        signature = (
+            [id(t) for t in tensors],
+            [t.data_ptr() for t in tensors],
+            [t.requires_grad for t in tensors],
+        )
+        if self._plan is None or self._plan.signature != signature:
+            self._plan = self._make_plan(tensors, signature)
+        return self._plan
+
+    def _tensors(self) -> Iterator[Tensor]:
+        modules = [module for model in self._models for module in model.modules()]
+        parameters = (p for module in modules for p in module._parameters.values())
+        buffers = (b for module in modules for b in module._buffers.values())
+        return (t for t in (*parameters, *self._extra, *buffers) if t is not None)
+
+    def _make_plan(self, tensors: list[Tensor], signature: _Signature) -> _Plan:
+        """Each tensor once, in the same order on every rank."""
         seen: set[object] = set()
         trained: list[Tensor] = []
         constant: list[Tensor] = []
-        for tensor in (*parameters, *self._extra, *buffers):
+        for tensor in tensors:
             # Two tensor objects over the same memory are one tensor; an empty one has no memory to share.
             key = (tensor.device, tensor.data_ptr(), tensor.dtype, tuple(tensor.shape), tensor.stride())
             if tensor.numel() == 0 or key in seen:
                 continue
             seen.add(key)
             (trained if tensor.requires_grad else constant).append(tensor)
-        return trained, constant
+        facts = [[(tuple(t.shape), t.stride(), str(t.dtype)) for t in kind] for kind in (trained, constant)]
+        return _Plan(signature, tensors, constant, self._fill(trained), digest(facts))
 
-    def _select(self, trained: list[Tensor], constant: list[Tensor]) -> tuple[list[Tensor], tuple[int, ...], int]:
+    def _fill(self, tensors: list[Tensor]) -> list[Bucket]:
+        return fill_buckets(tensors, self._bucket_bytes, self._replicas.device_for)
+
+    def _select(self, seen: Sequence[Inspection]) -> tuple[list[Bucket], tuple[int, ...], int]:
         """What must be averaged, which replicas to leave out, and the bytes it took to find out."""
-        mine = [int(_all_finite(trained)), *(x for t in constant for x in (_fingerprint(t), int(_all_finite([t]))))]
-        rows = self._replicas.all_gather(mine, dtype=torch.int64)
-        excluded = {rank for rank, row in enumerate(rows) if not row[0]}
-        differing: list[Tensor] = []
-        for i, tensor in enumerate(constant):
-            column = [(row[1 + 2 * i], row[2 + 2 * i]) for row in rows]
-            if len({bits for bits, _ in column}) > 1:
-                differing.append(tensor)
-                excluded |= {rank for rank, (_, finite) in enumerate(column) if not finite}
-        return trained + differing, tuple(sorted(excluded)), 8 * len(mine)
+        plan = self._plan  # inspect() has just made sure of it
+        assert plan is not None
+        buckets, sent = plan.buckets, 0
+        excluded = {rank for rank, inspection in enumerate(seen) if not inspection.finite}
+        if len({inspection.constants for inspection in seen}) > 1:
+            mine = [x for t in plan.constant for x in (_fingerprint(t), int(_is_finite(t)))]
+            rows = self._replicas.all_gather(mine, dtype=torch.int64)
+            sent = 8 * len(mine)
+            differing: list[Tensor] = []
+            for i, tensor in enumerate(plan.constant):
+                column = [(row[2 * i], row[2 * i + 1]) for row in rows]
+                if len({bits for bits, _ in column}) > 1:
+                    differing.append(tensor)
+                    excluded |= {rank for rank, (_, finite) in enumerate(column) if not finite}
+            buckets = buckets + self._fill(differing)
+        if len(excluded) == self._replicas.size:
+            raise DivergedError(
+                f"All {self._replicas.size} replicas hold non-finite values: the learning rate is too high or the data "
+                "is bad. Restore the last checkpoint and lower max_lr."
+            )
+        return buckets, tuple(sorted(excluded)), sent
 
 
 def _total(squares: list[Tensor]) -> float:
     return sum(square.item() for square in squares)
 
 
-def _all_finite(tensors: list[Tensor]) -> bool:
-    kinds: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
-    for t in tensors:
-        if (t.is_floating_point() or t.is_complex()) and t.element_size() > 1:  # float8 has no norm
-            kinds.setdefault((t.device, t.dtype), []).append(t.detach())
-    # The infinity norm is one pass over memory, and both NaN and inf survive it.
-    return all(
-        bool(torch.stack(torch._foreach_norm(group, ord=float("inf"))).isfinite().all()) for group in kinds.values()
-    )
+def _is_finite(tensor: Tensor) -> bool:
+    if tensor.element_size() == 1 or not (tensor.is_floating_point() or tensor.is_complex()):  # float8 cannot tell
+        return True
+    return bool(tensor.isfinite().all())
 
 
 def _fingerprint(tensor: Tensor) -> int:

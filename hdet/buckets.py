@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -20,16 +21,21 @@ _PACKABLE = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 
 @dataclass
 class Bucket:
-    """Pieces of tensors that travel together: views into the tensors, laid end to end in one wire."""
+    """Pieces of tensors that travel together: views into the tensors, laid end to end in one wire.
+
+    No piece may be added once the bucket was used.
+    """
 
     device: torch.device
     dtype: torch.dtype
     pieces: list[Tensor] = field(default_factory=list)
     numel: int = 0
 
-    def pack(self) -> Tensor:
-        """A new wire that holds the pieces."""
-        wire = torch.empty(self.numel, dtype=self.dtype, device=self.device)
+    def pack(self, memory: Tensor | None = None) -> Tensor:
+        """The pieces' wire, at the beginning of ``memory`` or in memory of its own."""
+        if memory is None:
+            memory = torch.empty(self.numel, dtype=self.dtype, device=self.device)
+        wire = memory.narrow(0, 0, self.numel)
         if self.dtype.is_floating_point:
             ops.pack(wire, self._staged())
         else:
@@ -44,20 +50,38 @@ class Bucket:
             return torch.zeros((), dtype=torch.float64, device=self.device)
         staged = self._staged()
         squared_distance = ops.unpack(wire, staged, divisor=divisor)
-        for piece, stage in zip(self.pieces, staged, strict=True):
-            if stage is not piece:
-                piece.copy_(stage)
+        if staged is not self.pieces:
+            for piece, stage in zip(self.pieces, staged, strict=True):
+                if stage is not piece:
+                    piece.copy_(stage)
         return squared_distance
+
+    def is_finite(self) -> bool:
+        """Whether all elements of the pieces are finite; integers are, and types too small to tell pass."""
+        if self._is_direct:
+            return bool(ops.all_finite(self.pieces))
+        told = (piece for piece in self.pieces if piece.dtype.is_floating_point and piece.element_size() > 1)
+        return all(bool(piece.isfinite().all()) for piece in told)
 
     def add(self, wire: Tensor) -> None:
         """Add the wire to the tensors, in place."""
         torch._foreach_add_(self.pieces, self._slots(wire))
 
+    @cached_property
+    def _is_direct(self) -> bool:
+        """Whether the ops can take all pieces as they are."""
+        return self.dtype.is_floating_point and all(self._can_take(piece) for piece in self.pieces)
+
+    def _can_take(self, piece: Tensor) -> bool:
+        return piece.device == self.device and piece.dtype in _PACKABLE and piece.is_contiguous()
+
     def _staged(self) -> list[Tensor]:
         """The pieces, those that the ops cannot take (with holes, on another device, of a rare dtype) as copies."""
+        if self._is_direct:
+            return self.pieces
         return [
             piece
-            if piece.device == self.device and piece.dtype in _PACKABLE and piece.is_contiguous()
+            if self._can_take(piece)
             else piece.to(self.device, self.dtype, copy=True, memory_format=torch.contiguous_format)
             for piece in self.pieces
         ]

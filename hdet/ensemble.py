@@ -8,7 +8,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple, NoReturn
 from weakref import WeakKeyDictionary, ref
 
 import torch
@@ -21,7 +21,7 @@ from torch.optim.lr_scheduler import LambdaLR, LRScheduler, ReduceLROnPlateau
 from torch.utils.hooks import RemovableHandle
 
 from hdet.agreement import gather_agreed
-from hdet.averager import Averaged, Averager, Pending
+from hdet.averager import Averaged, Averager, Inspection, Pending
 from hdet.config import EnsembleConfig
 from hdet.controller import ControllerState, Observation, Published
 from hdet.monitor import Monitor, MonitorLike, as_monitors
@@ -37,6 +37,15 @@ _MIB = 2**20
 _STATE_VERSION = 1
 _ENSEMBLES: WeakKeyDictionary[Optimizer, ref[Ensemble]] = WeakKeyDictionary()
 """The ensemble that fans out an optimizer's learning rates: the last one built on it."""
+
+
+class _Gathered(NamedTuple):
+    """What one replica tells the others when they agree."""
+
+    loss_sum: float
+    loss_count: int
+    monitored: bool
+    seen: Inspection
 
 
 @dataclass
@@ -232,13 +241,8 @@ class Ensemble:
         """First part of :meth:`step`, for adapters around a scheduler of their own: observe, and converge if the round
         is over."""
         checked = None if loss is None else check_loss(loss)
-        if not self._is_current:
-            raise RuntimeError("Another hdet scheduler was built on this optimizer since; step that one.")
-        if len(self.optimizer.param_groups) != len(self._base):
-            raise ValueError(
-                f"The optimizer has {len(self.optimizer.param_groups)} parameter groups and had {len(self._base)} when "
-                "hdet was built. Build the scheduler after the last add_param_group()."
-            )
+        if not self._is_current or len(self.optimizer.param_groups) != len(self._base):
+            self._refuse()
         if not self._started:
             self._start()
         if checked is not None:
@@ -256,14 +260,15 @@ class Ensemble:
 
     def fan_out(self) -> None:
         """Last part of :meth:`step`: read the schedule's learning rates and write this replica's."""
+        base, factors = self._base, self._factors
         for i, group in enumerate(self.optimizer.param_groups):
             lr = group["lr"]
-            if isinstance(lr, Tensor):  # in place: compiled optimizers and CUDA graphs hold on to the tensor
-                self._base[i] = lr.clone()
-                lr.mul_(self._factors[i])
+            if type(lr) is not float and isinstance(lr, Tensor):
+                base[i] = lr.clone()
+                lr.mul_(factors[i])  # in place: compiled optimizers and CUDA graphs hold on to the tensor
             else:
-                self._base[i] = lr
-                group["lr"] = lr * self._factors[i]
+                base[i] = lr
+                group["lr"] = lr * factors[i]
 
     # ---------------------------------------------------------------------------------------------------- the state
 
@@ -362,6 +367,15 @@ class Ensemble:
         for group, base in zip(state_dict["param_groups"], self._base, strict=True):
             group["lr"] = _copy(base)
 
+    def _refuse(self) -> NoReturn:
+        """Say why this ensemble cannot step any more."""
+        if not self._is_current:
+            raise RuntimeError("Another hdet scheduler was built on this optimizer since; step that one.")
+        raise ValueError(
+            f"The optimizer has {len(self.optimizer.param_groups)} parameter groups and had {len(self._base)} when "
+            "hdet was built. Build the scheduler after the last add_param_group()."
+        )
+
     def _start(self) -> None:
         self._agree()
         self._started = True
@@ -392,28 +406,35 @@ class Ensemble:
             self.optimizer.register_load_state_dict_post_hook(lambda _: self.fan_out()),
         )
 
-    def _agree(self) -> list[list[float]]:
-        """Make sure that all replicas are at the same point, and gather (loss sum, loss count, has a monitor)."""
+    def _agree(self) -> list[_Gathered]:
+        """Make sure that all replicas are at the same point, and gather what each has to tell."""
         facts = self._settings() | {"controller state": [tuple(state) for state in self._states]}
-        payload = (*self._signal.total(), bool(self._monitors))
-        return gather_agreed(self.replicas, self._steps, self._averager.layout(), facts, payload)
+        layout, *seen = self._averager.inspect()
+        payload = (*self._signal.total(), bool(self._monitors), *seen)
+        rows = gather_agreed(self.replicas, self._steps, layout, facts, payload)
+        return [
+            _Gathered(total, int(count), bool(monitored), Inspection(layout, bool(finite), int(constants)))
+            for total, count, monitored, finite, constants in rows
+        ]
 
-    def _converge(self, gathered: list[list[float]], complete: bool) -> Report:
+    def _converge(self, gathered: list[_Gathered], complete: bool) -> Report:
         """Average, or send what will be averaged, and let the controller see the round if it is complete."""
         started = time.perf_counter()
         self._signal.reset()
         self._totals = [
-            (before + now[0], seen + int(now[1])) for (before, seen), now in zip(self._totals, gathered, strict=True)
+            (total + now.loss_sum, count + now.loss_count)
+            for (total, count), now in zip(self._totals, gathered, strict=True)
         ]
         # A monitor passed on one rank only must not leave the others out of the gather.
-        watched = any(row[2] for row in gathered)
+        watched = any(now.monitored for now in gathered)
+        seen = [now.seen for now in gathered]
         with torch.profiler.record_function("hdet::converge"):
             if complete and self.config.overlap_steps:
-                pending = self._averager.start()
+                pending = self._averager.start(seen)
                 self.last_report = report = self._control(complete)
                 self._flight = _Flight(pending, report, watched, time.perf_counter() - started)
                 return report
-            averaged = self._averager.average()
+            averaged = self._averager.average(seen)
         self._converged_at = self._steps
         return self._tell(self._control(complete), averaged, watched, time.perf_counter() - started)
 

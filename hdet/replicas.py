@@ -56,7 +56,9 @@ class Replicas:
     def device_for(self, tensor: Tensor) -> torch.device:
         """The device on which ``tensor``'s bucket must lie to be sent: its own where the backend can, else one that
         the backend has."""
-        return tensor.device if tensor.device.type in self._device_types() else self._device()
+        if not self._is_active or tensor.device.type in self._device_types():
+            return tensor.device
+        return self._device()
 
     def all_gather(self, values: Sequence[float], dtype: torch.dtype = torch.float64) -> list[list[Any]]:
         """Every replica's ``values``, by replica. All must pass the same number of them."""

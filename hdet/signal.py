@@ -26,13 +26,13 @@ class TrainingLoss:
 
     def add(self, loss: float | Tensor) -> None:
         """Add one step's loss, as returned by :func:`check_loss`."""
-        if isinstance(loss, Tensor):
-            if self._device is None or self._device.device != loss.device:
-                self._host, self._device = self._sum(), _zero_on(loss.device)
-            self._device.add_(loss)
-        else:
-            self._host += loss
         self.count += 1
+        if isinstance(loss, float):
+            self._host += loss
+            return
+        if self._device is None or self._device.device != loss.device:
+            self._host, self._device = self._sum(), _zero_on(loss.device)
+        self._device.add_(loss)
 
     def total(self) -> tuple[float, int]:
         """(sum of the losses, number of them). Waits for the device."""
@@ -51,7 +51,15 @@ def check_loss(loss: object) -> float | Tensor:
         TypeError: for an int, a bool, an integer tensor, a complex tensor, or anything that is not a number.
         ValueError: for a tensor of more than one element.
     """
+    if type(loss) is float:
+        return loss
     if isinstance(loss, Tensor):
+        if loss.is_cpu:
+            try:
+                if type(value := loss.item()) is float:
+                    return value
+            except RuntimeError:
+                pass  # more than one element, or none: said below
         if not loss.is_floating_point():
             raise TypeError(
                 f"scheduler.step(loss) got a tensor of dtype {loss.dtype}; a loss is a floating-point scalar."
@@ -61,8 +69,6 @@ def check_loss(loss: object) -> float | Tensor:
                 f"scheduler.step(loss) got a tensor of shape {tuple(loss.shape)}; pass the scalar on which backward() "
                 "was called, for example loss.mean()."
             )
-        if loss.is_cpu:
-            return loss.item()
         return loss.detach().reshape(())
     if isinstance(loss, numbers.Integral):
         raise TypeError(

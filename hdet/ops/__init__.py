@@ -15,7 +15,7 @@ from torch import Tensor
 from hdet.ops import _native, _reference
 from hdet.ops._native import Backend
 
-__all__ = ["Backend", "backend", "pack", "unpack"]
+__all__ = ["Backend", "all_finite", "backend", "pack", "unpack"]
 
 
 def backend() -> Backend:
@@ -122,6 +122,16 @@ def unpack(
         raise
     torch.autograd.graph.increment_version([*pieces, *lrs, *(t for t in (anchor, slow) if t is not None)])
     return squared_distance
+
+
+def all_finite(pieces: Sequence[Tensor]) -> Tensor:
+    """Whether every element of every tensor is finite, as a 0-dim bool tensor on their device.
+
+    Args:
+        pieces: contiguous tensors of any shape, on one device; fp32, fp64, bf16 and fp16 in any mix. At least one.
+    """
+    with torch.no_grad():
+        return torch.ops.hdet.all_finite(pieces)
 
 
 def _explain(error: RuntimeError, check: Callable[..., None], *arguments: object) -> None:

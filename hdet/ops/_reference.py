@@ -66,6 +66,17 @@ def unpack(
     return sum_squares(squares)
 
 
+def all_finite(pieces: Sequence[Tensor]) -> Tensor:
+    """See :func:`hdet.ops.all_finite`."""
+    kinds: dict[torch.dtype, list[Tensor]] = {}
+    for piece in pieces:
+        if piece.numel():
+            kinds.setdefault(piece.dtype, []).append(piece)
+    # The infinity norm is one pass over memory, and both NaN and inf survive it.
+    found = [torch.stack(torch._foreach_norm(kind, ord=float("inf"))).isfinite().all() for kind in kinds.values()]
+    return torch.stack(found).all() if found else pieces[0].new_ones((), dtype=torch.bool)
+
+
 def sum_squares(squares: Tensor) -> Tensor:
     """Sum a flat float64 tensor in the one order that every kernel keeps: see :func:`hdet.ops.unpack`."""
     quads = _padded(squares, BLOCK).view(-1, BLOCK // 4, 4)

@@ -16,6 +16,7 @@ SCHEMAS = (
     "pack(Tensor(a!) wire, Tensor[] pieces, float scale, Tensor? anchor) -> Tensor",
     "unpack(Tensor wire, Tensor(a!)[] pieces, float divisor, Tensor(b!)? anchor, Tensor(c!)? slow, float slow_decay, "
     "Tensor(d!)[] lrs, Tensor? schedule, Tensor? gain, Tensor? multiplier) -> Tensor",
+    "all_finite(Tensor[] pieces) -> Tensor",
 )
 LIBRARY = torch.library.Library("hdet", "DEF")
 """Keeps the registrations alive."""
@@ -24,6 +25,7 @@ for schema in SCHEMAS:
     LIBRARY.define(schema)
 LIBRARY.impl("pack", _reference.pack, "CompositeExplicitAutograd")
 LIBRARY.impl("unpack", _reference.unpack, "CompositeExplicitAutograd")
+LIBRARY.impl("all_finite", _reference.all_finite, "CompositeExplicitAutograd")
 
 
 @torch.library.register_fake("hdet::pack", lib=LIBRARY)
@@ -47,3 +49,8 @@ def _(
 ) -> Tensor:
     _reference.check_unpack(wire, pieces, anchor, slow, lrs, schedule, gain, multiplier, memory=False)
     return wire.new_empty((), dtype=torch.float64)
+
+
+@torch.library.register_fake("hdet::all_finite", lib=LIBRARY)
+def _(pieces: Sequence[Tensor]) -> Tensor:
+    return pieces[0].new_empty((), dtype=torch.bool)

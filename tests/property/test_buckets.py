@@ -1,11 +1,14 @@
 """Packing: every element of every tensor is in exactly one piece, and comes back where it was."""
 
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hdet.averager import _all_finite, _fingerprint
+from hdet import ops
+from hdet.averager import _fingerprint
 from hdet.buckets import fill_buckets, wire_dtype
+from hdet.ops import _reference
 
 DTYPES = [torch.float32, torch.float64, torch.float16, torch.bfloat16, torch.complex64, torch.int64, torch.bool]
 
@@ -74,14 +77,29 @@ def test_a_fingerprint_sees_positions_signs_and_constants():
 
 
 def test_finite():
+    def finite(tensors):
+        return all(bucket.is_finite() for bucket in fill_buckets(tensors, 2**20, lambda t: t.device))
+
     good = [
         torch.ones(3),
         torch.ones(2, dtype=torch.float64) * 1e300,
         torch.ones(2).half(),
         torch.ones(2, dtype=torch.int64),
+        torch.ones(4, 4)[:, ::2],
     ]
-    assert _all_finite(good)
-    assert _all_finite([])
+    assert finite(good)
+    assert finite([])
     for bad in (float("nan"), float("inf"), -float("inf")):
-        for dtype in (torch.float32, torch.float64, torch.bfloat16, torch.complex64):
-            assert not _all_finite([*good, torch.tensor([1.0, bad, 2.0]).to(dtype)])
+        for dtype in (torch.float32, torch.float64, torch.bfloat16, torch.float16, torch.complex64):
+            assert not finite([*good, torch.tensor([1.0, bad, 2.0]).to(dtype)])
+            assert not finite([*good, torch.tensor([[1.0, 0.0], [bad, 2.0]]).to(dtype).expand(2, 2, 2)[..., :1]])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("place", [(0, 0), (1, 0), (3, 70_000), (3, 199_999)])
+def test_all_finite_finds_one_element_among_many(dtype, place):
+    pieces = [torch.zeros(size, dtype=dtype) for size in (1, 1023, 0, 200_000)]
+    assert ops.all_finite(pieces)
+    pieces[place[0]][place[1]] = float("nan")
+    assert not ops.all_finite(pieces)
+    assert not _reference.all_finite(pieces)

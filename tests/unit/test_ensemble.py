@@ -257,10 +257,10 @@ def test_the_optimizers_parameters_outside_the_model_are_averaged_too():
     outside = nn.Parameter(torch.ones(3))
     optimizer = torch.optim.SGD([*model.parameters(), outside], lr=0.1)
     ensemble = hdet.Ensemble(optimizer, **settings)
-    trained, constant = ensemble._averager._tensors()
-    assert any(t is outside for t in trained)
-    assert len(trained) == 5
-    assert len(constant) == 3
+    plan = ensemble._averager._current_plan()
+    assert sum(bucket.numel for bucket in plan.buckets) == sum(p.numel() for p in model.parameters()) + 3
+    assert any(t is outside for t in plan.tensors)
+    assert len(plan.constant) == 3
 
 
 def test_schedule_every_counts_epochs():

@@ -4,8 +4,10 @@ few steps, and their losses move the schedule. See the README for how to use it 
 from hdet import controller, ops, schedules
 from hdet.ensemble import Ensemble
 from hdet.errors import DivergedError, HdetError, ReplicaMismatchError
+from hdet.lr_finder import LRFinding, find_lr
 from hdet.lr_scheduler import OneCycleLR
 from hdet.monitor import JsonLines, Monitor
+from hdet.probe import Probe
 from hdet.report import Report
 from hdet.tensorboard import TensorBoard
 
@@ -16,12 +18,15 @@ __all__ = [
     "Ensemble",
     "HdetError",
     "JsonLines",
+    "LRFinding",
     "Monitor",
     "OneCycleLR",
+    "Probe",
     "ReplicaMismatchError",
     "Report",
     "TensorBoard",
     "controller",
+    "find_lr",
     "ops",
     "schedules",
 ]

@@ -32,6 +32,83 @@ class Averaged(NamedTuple):
     """Replicas left out because they held a non-finite value."""
     bytes: int
     """Bytes this rank handed to collectives."""
+    points: list[Point] | None = None
+    """Where this replica stood, if that was asked for."""
+
+
+class Point(NamedTuple):
+    """Where a replica stood in one bucket when it was averaged; flat, in the order of the bucket's wire."""
+
+    bucket: Bucket
+    mean: Tensor
+    """``m``, as the bucket's pieces now hold it but for their rounding."""
+    displacement: Tensor
+    """``theta_r - m``; zero for a replica that was left out."""
+
+
+class SlowAverage:
+    """Two averages of the means ``m`` over the rounds, one trailing the other; both are ``m`` at the first::
+
+        e <- e + (1 - decay) (m - e)        the slow average
+        f <- f + (1 - decay) (e - f)        its trail
+
+    Where ``m`` moves steadily, ``e`` lags it by ``decay / (1 - decay)`` rounds, and ``f`` lags ``e`` by as many: ``e -
+    f`` is so many rounds of progress, without the noise of any one. They lie like the buckets of the trainable
+    parameters, each rank its own part, and move in the pass that writes the mean.
+
+    Args:
+        decay: in [0, 1).
+        dtype: in which they are kept; ``None`` for the wire's (fp32 for all but fp64 parameters).
+        device: where they are kept; ``None`` for the parameters'.
+    """
+
+    def __init__(self, decay: float, dtype: torch.dtype | None = None, device: torch.device | None = None) -> None:
+        self.decay, self.dtype, self.device = decay, dtype, device
+        self._parts: list[tuple[Tensor, Tensor]] = []
+
+    def restart(self) -> None:
+        """Begin again at the next mean."""
+        self._parts = []
+
+    def unpack(self, index: int, bucket: Bucket, wire: Tensor, count: int) -> Tensor:
+        """``bucket.unpack(wire, count)``, and move bucket ``index``'s part towards the mean."""
+        if index == len(self._parts):
+            slow = torch.empty_like(wire)
+            distance = bucket.unpack(wire, count, slow)
+            kept = slow.to(self.device or wire.device, self.dtype or wire.dtype)
+            self._parts.append((kept, kept.clone()))
+            return distance
+        kept, trail = self._parts[index]
+        if kept.shape != wire.shape:
+            raise RuntimeError(
+                "The trainable parameters changed since the probe's slow average began. Freeze and release layers "
+                "before the scheduler is built."
+            )
+        slow = kept.to(wire.device, wire.dtype)
+        distance = bucket.unpack(wire, count, slow, self.decay)
+        if slow is not kept:
+            kept.copy_(slow)
+        trail.lerp_(kept, 1 - self.decay)
+        return distance
+
+    def point(self, index: int, sign: int, like: Tensor) -> Tensor:
+        """``e + sign (e - f)`` in bucket ``index``, on the device and in the dtype of ``like``."""
+        slow, trail = (part.to(like.device, like.dtype) for part in self._parts[index])
+        return torch.add(slow, slow - trail, alpha=sign)
+
+    def state(self) -> list[tuple[Tensor, Tensor]]:
+        """What must be saved: both averages, by bucket."""
+        return list(self._parts)
+
+    def load(self, state: Iterable[Sequence[Tensor]]) -> None:
+        """Continue from a saved :meth:`state`, cut into the same buckets."""
+        self._parts = [
+            (
+                slow.clone().to(self.device or slow.device, self.dtype or slow.dtype),
+                trail.clone().to(self.device or slow.device, self.dtype or slow.dtype),
+            )
+            for slow, trail in state
+        ]
 
 
 class Inspection(NamedTuple):
@@ -69,7 +146,9 @@ class _Flight:
     count: int
     """Replicas that contribute to a mean; 0 for a maximum."""
     snapshot: Tensor | None = None
-    """What the replica had sent, where its parameters move on meanwhile."""
+    """What the replica had sent, where that is needed later."""
+    index: int | None = None
+    """Of the bucket among those of the trainable parameters."""
 
     def arrive(self) -> None:
         """Wait until the wire holds the sum or maximum."""
@@ -143,29 +222,43 @@ class Averager:
         return Inspection(plan.layout, finite, digest(fingerprints))
 
     @torch.no_grad()
-    def average(self, seen: Sequence[Inspection]) -> Averaged:
+    def average(
+        self, seen: Sequence[Inspection], slow: SlowAverage | None = None, *, keep_points: bool = False
+    ) -> Averaged:
         """Average now. Collective: every replica must call it, with the same layout.
 
         Args:
             seen: every replica's :meth:`inspect`, by replica.
+            slow: moved towards the mean, in the pass that writes it.
+            keep_points: return this replica's :class:`Point` in every bucket: memory for two copies of the parameters.
 
         Raises:
             DivergedError: on every replica, with nothing changed, if none of them is finite.
         """
         if self._replicas.size == 1:
             return Averaged(0.0, (), 0)
-        buckets, excluded, sent = self._select(seen)
+        trained, differing, excluded, sent = self._select(seen)
         squares: list[Tensor] = []
+        points: list[Point] = []
+
+        def land(flight: _Flight) -> None:
+            squares.append(self._land(flight, slow))
+            if flight.snapshot is not None:
+                points.append(self._point(flight, excluded))
+
         flying: _Flight | None = None
-        for i, bucket in enumerate(buckets):
-            started = self._launch(bucket, excluded, bucket.pack(self._wire(bucket, i % 2)))
+        for i, bucket in enumerate(trained + differing):
+            keep = keep_points and i < len(trained) and bucket.dtype.is_floating_point
+            wire = bucket.pack(None if keep else self._wire(bucket, i % 2))
+            started = self._launch(bucket, excluded, wire, wire.clone() if keep else None)
+            started.index = i if i < len(trained) and bucket.dtype.is_floating_point else None
             sent += started.wire.nbytes
             if flying:
-                squares.append(self._land(flying))
+                land(flying)
             flying = started
         if flying:
-            squares.append(self._land(flying))
-        return Averaged(_total(squares), excluded, sent)
+            land(flying)
+        return Averaged(_total(squares), excluded, sent, points)
 
     @torch.no_grad()
     def start(self, seen: Sequence[Inspection]) -> Pending:
@@ -175,9 +268,9 @@ class Averager:
         """
         if self._replicas.size == 1:
             return Pending([], self._replicas, ())
-        buckets, excluded, sent = self._select(seen)
+        trained, differing, excluded, sent = self._select(seen)
         flights = []
-        for bucket in buckets:
+        for bucket in trained + differing:
             snapshot = bucket.pack()
             flights.append(self._launch(bucket, excluded, snapshot.clone(), snapshot))
             sent += snapshot.nbytes
@@ -192,9 +285,19 @@ class Averager:
         work = self._replicas.all_reduce(wire, dist.ReduceOp.SUM if is_mean else dist.ReduceOp.MAX)
         return _Flight(bucket, wire, work, self._replicas.size - len(excluded) if is_mean else 0, snapshot)
 
-    def _land(self, flight: _Flight) -> Tensor:
+    def _land(self, flight: _Flight, slow: SlowAverage | None) -> Tensor:
         flight.arrive()
-        return flight.bucket.unpack(flight.wire, flight.count or 1)
+        if slow is None or flight.index is None:
+            return flight.bucket.unpack(flight.wire, flight.count or 1)
+        return slow.unpack(flight.index, flight.bucket, flight.wire, flight.count)
+
+    def _point(self, flight: _Flight, excluded: tuple[int, ...]) -> Point:
+        assert flight.snapshot is not None
+        mean = flight.wire.div_(flight.count)
+        displacement = flight.snapshot.sub_(mean)
+        if self._replicas.rank in excluded:  # it stood nowhere
+            displacement.zero_()
+        return Point(flight.bucket, mean, displacement)
 
     def _wire(self, bucket: Bucket, parity: int) -> Tensor:
         """Memory for the bucket's wire, kept from converge to converge: new pages would cost as much as the packing."""
@@ -240,11 +343,13 @@ class Averager:
     def _fill(self, tensors: list[Tensor]) -> list[Bucket]:
         return fill_buckets(tensors, self._bucket_bytes, self._replicas.device_for)
 
-    def _select(self, seen: Sequence[Inspection]) -> tuple[list[Bucket], tuple[int, ...], int]:
-        """What must be averaged, which replicas to leave out, and the bytes it took to find out."""
+    def _select(self, seen: Sequence[Inspection]) -> tuple[list[Bucket], list[Bucket], tuple[int, ...], int]:
+        """What must be averaged (trainable parameters; others that differ), which replicas to leave out, and the bytes
+        it took to find out."""
         plan = self._plan  # inspect() has just made sure of it
         assert plan is not None
-        buckets, sent = plan.buckets, 0
+        others: list[Bucket] = []
+        sent = 0
         excluded = {rank for rank, inspection in enumerate(seen) if not inspection.finite}
         if len({inspection.constants for inspection in seen}) > 1:
             mine = [x for t in plan.constant for x in (_fingerprint(t), int(_is_finite(t)))]
@@ -256,13 +361,13 @@ class Averager:
                 if len({bits for bits, _ in column}) > 1:
                     differing.append(tensor)
                     excluded |= {rank for rank, (_, finite) in enumerate(column) if not finite}
-            buckets = buckets + self._fill(differing)
+            others = self._fill(differing)
         if len(excluded) == self._replicas.size:
             raise DivergedError(
                 f"All {self._replicas.size} replicas hold non-finite values: the learning rate is too high or the data "
                 "is bad. Restore the last checkpoint and lower max_lr."
             )
-        return buckets, tuple(sorted(excluded)), sent
+        return plan.buckets, others, tuple(sorted(excluded)), sent
 
 
 def _total(squares: list[Tensor]) -> float:

@@ -42,14 +42,16 @@ class Bucket:
             torch._foreach_copy_(self._slots(wire), self.pieces)
         return wire
 
-    def unpack(self, wire: Tensor, divisor: int = 1) -> Tensor:
+    def unpack(self, wire: Tensor, divisor: int = 1, slow: Tensor | None = None, slow_decay: float = 0.0) -> Tensor:
         """Write ``wire / divisor`` into the tensors, in place; returns ``sum((piece - wire / divisor)**2)`` over the
-        pieces as they were, as a 0-dim float64 tensor (for integers, which are not divided: 0)."""
+        pieces as they were, as a 0-dim float64 tensor (for integers, which are not divided: 0).
+
+        ``slow``, flat like the wire, moves towards the mean by ``1 - slow_decay``; see :func:`hdet.ops.unpack`."""
         if not self.dtype.is_floating_point:
             torch._foreach_copy_(self.pieces, self._slots(wire))
             return torch.zeros((), dtype=torch.float64, device=self.device)
         staged = self._staged()
-        squared_distance = ops.unpack(wire, staged, divisor=divisor)
+        squared_distance = ops.unpack(wire, staged, divisor=divisor, slow=slow, slow_decay=slow_decay)
         if staged is not self.pieces:
             for piece, stage in zip(self.pieces, staged, strict=True):
                 if stage is not piece:
@@ -62,6 +64,10 @@ class Bucket:
             return bool(ops.all_finite(self.pieces))
         told = (piece for piece in self.pieces if piece.dtype.is_floating_point and piece.element_size() > 1)
         return all(bool(piece.isfinite().all()) for piece in told)
+
+    def write(self, wire: Tensor) -> None:
+        """Write the wire into the tensors, in place."""
+        torch._foreach_copy_(self.pieces, self._slots(wire))
 
     def add(self, wire: Tensor) -> None:
         """Add the wire to the tensors, in place."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from hdet.controller import Published
+from hdet.controller import Controller, Published, TwoSlope
 from hdet.spread import check_spread
 
 
@@ -23,8 +23,16 @@ class EnsembleConfig:
     """``T``, the round's length in scheduler steps, >= 1."""
     auto_lr: bool = False
     """Whether the controller moves the gain."""
-    controller: Published = field(default_factory=Published)
+    controller: Controller = field(default_factory=Published)
     """How the gain moves."""
+    per_group: bool = False
+    """Whether every parameter group has a gain and permutations of its own."""
+    total_steps: int | None = None
+    """Length of the run in scheduler steps, for controllers that must know it."""
+    probe: bool = False
+    """Whether there is a paired probe."""
+    rollback: bool = False
+    """Whether a run that blew up goes back to its last converged state."""
     seed: int = 0
     """Seeds the permutations, and nothing else."""
     bucket_mib: float = 32.0
@@ -41,9 +49,20 @@ class EnsembleConfig:
                 f"Invalid converge_every={self.converge_every}. Must be >= 1 step: the replicas are averaged every "
                 "converge_every calls of scheduler.step()."
             )
-        if not isinstance(self.controller, Published):
+        if not isinstance(self.controller, (Published, TwoSlope)):
             raise TypeError(
-                f"Invalid controller={self.controller!r}. Must be an hdet.controller.Published(...) instance."
+                f"Invalid controller={self.controller!r}. Must be an instance of hdet.controller.TwoSlope or Published."
+            )
+        if isinstance(self.controller, TwoSlope) and self.auto_lr:
+            if not self.probe:
+                raise ValueError("controller=TwoSlope() needs the paired probe: pass probe=loss_fn.")
+            if self.total_steps is None:
+                raise ValueError("controller=TwoSlope() must know how long the run is: pass total_steps.")
+        if self.total_steps is not None and self.total_steps < 1:
+            raise ValueError(f"Invalid total_steps={self.total_steps}. Must be >= 1.")
+        if self.probe and self.overlap_steps:
+            raise ValueError(
+                "probe= and overlap_steps > 0 exclude one another: the probe needs the mean at the round's end."
             )
         if isinstance(self.seed, bool) or not isinstance(self.seed, int):
             raise TypeError(f"Invalid seed={self.seed!r}. Must be an int, the same on every rank.")

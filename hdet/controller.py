@@ -3,6 +3,8 @@ r"""Controllers: what the replicas' losses say about the base schedule. Pure fun
 A controller moves the **gain** ``g`` of one hyperparameter: replica ``r`` trains under ``schedule * g * rho_r``. The
 state is a tuple of floats, the observation is the same on every rank, so every rank computes the same next state.
 
+:class:`TwoSlope` is ours; it needs the paired probe (:mod:`hdet.probe`) and states its equations itself.
+
 The published controller (arXiv 2604.24708), with ``h_r`` the replicas' values and ``L_r`` their losses::
 
     w     = softmax((mean(L) - L_r) / sigma)
@@ -30,6 +32,17 @@ class ControllerState(NamedTuple):
     """Momentum average of the hypergradient, ``v``."""
     rounds: int = 0
     """Rounds observed so far."""
+    variance: float = 0.0
+    """Of the evidence from round to round, around its average; :class:`TwoSlope` only."""
+
+
+class ProbeLosses(NamedTuple):
+    """The paired probe's losses, by replica; :mod:`hdet.probe` says of which points."""
+
+    above: tuple[float, ...]
+    below: tuple[float, ...]
+    slow_above: tuple[float, ...]
+    slow_below: tuple[float, ...]
 
 
 class Observation(NamedTuple):
@@ -41,6 +54,14 @@ class Observation(NamedTuple):
     """``rho_pi(r)``: each replica's multiplier in the round."""
     schedule: float
     """The base schedule's own value (before the gain) at the round's last step; only ``literal=True`` reads it."""
+    progress: float = math.nan
+    """Share of the run that is over, in [0, 1]."""
+    height: float = 1.0
+    """The schedule's value as a share of its peak, in [0, 1]."""
+    probe: ProbeLosses | None = None
+    """``None`` in a round without a probe."""
+    lag: float = 4.0
+    """Rounds of progress between the probe's slow average and its trail."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,11 +94,13 @@ class Published:
         _require("temperature", self.temperature, self.temperature > 0, "finite and > 0")
         decay_ok = self.decay < 1 if self.literal else 0 <= self.decay < 1
         _require("decay", self.decay, decay_ok, "< 1" if self.literal else "in [0, 1)")
-        low, high = self.bounds
-        if not (0 < low <= 1 <= high < math.inf):
-            raise ValueError(f"Invalid bounds={self.bounds}. Must satisfy 0 < low <= 1 <= high < inf.")
+        _check_bounds(self.bounds)
         if self.warmup_rounds < 0 or self.warmup_rounds != int(self.warmup_rounds):
             raise ValueError(f"Invalid warmup_rounds={self.warmup_rounds}. Must be a whole number >= 0.")
+
+    def wants_probe(self, progress: float) -> bool:
+        """It has no use for one."""
+        return False
 
     def update(self, state: ControllerState, observation: Observation) -> tuple[ControllerState, float | None]:
         """One round: ``(state, observation) -> (next state, hypergradient)``.
@@ -87,6 +110,139 @@ class Published:
         learning rates, as published.
         """
         return (_literal_update if self.literal else _update)(self, state, observation)
+
+
+class Slopes(NamedTuple):
+    """What one probe says; all three in units of the loss."""
+
+    raw: float
+    """``R``: by how much a round at a relatively larger learning rate would have ended lower, per unit of log LR."""
+    debiased: float
+    """``A``: the same, once the noise of the iterates is averaged out: lasting progress per round."""
+    noise: float
+    """``E``: how far above the slow average the iterates' noise keeps the loss."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TwoSlope:
+    r"""Weighs two slopes of the loss over the log learning rate, both from the paired probe.
+
+    With ``z_r = rho_r - 1``, and ``lag`` the rounds between the slow average and its trail::
+
+        R = -sum_r(sign(z_r) (above_r - below_r) / 2) / sum_r(|z_r|)    raw slope
+        A = -mean_r(slow_above_r - slow_below_r) / (2 lag)              debiased slope
+        E = mean_r(above_r + below_r - slow_above_r - slow_below_r) / 2 + lag A      noise
+        x = (1 - u) R + u (A - k E),   u = min(1, progress / ramp),  k: noise_weight[0] -> noise_weight[1]
+        t = mean(x) / standard error                                     over recent rounds, memory ``smoothing``
+        q = sign(t) clip((|t| - threshold) / slack, 0, 1)                inside the noise nothing moves
+        log gain += step * (down q if q < 0 else height q)
+
+    The raw slope sees at once that a learning rate is too high, but prefers a low one: that damps the iterates' noise,
+    and what it gives up only shows later. So it rules the warm-up, as in a learning-rate range test. The debiased slope
+    cannot see noise, and lasting progress is positive until the learning rate is so high that none is left; a little of
+    the noise is held against it, ``k``. A round whose losses are not finite moves the log gain down by ``step``. Where
+    ``progress > until`` the gain rests: the schedule's own annealing is not fought.
+
+    Raises:
+        ValueError: for a value outside the range its field names.
+    """
+
+    step: float = 0.25
+    """> 0: how far the log gain moves in a round, at most."""
+    ramp: float = 0.2
+    """In (0, 1]: share of the run over which the debiased slope takes over from the raw one."""
+    noise_weight: tuple[float, float] = (0.3, 0.1)
+    """``k``, >= 0, up to ``ramp`` and at ``until``; in between on a log scale."""
+    smoothing: float = 0.5
+    """In [0, 1): weight of the past in the average of ``x``."""
+    threshold: float = 1.0
+    """>= 0: standard errors from zero up to which nothing moves."""
+    slack: float = 2.0
+    """> 0: standard errors beyond ``threshold`` at which the step is whole."""
+    down: float = 1.5
+    """> 0: how much faster the gain falls than it rises."""
+    until: float = 0.55
+    """In (0, 1]: share of the run after which the gain rests."""
+    bounds: tuple[float, float] = (1e-3, 1e3)
+    """Smallest and largest gain, ``0 < low <= 1 <= high``."""
+    max_rollbacks: int = 4
+    """How often a run that blew up may go back, >= 0."""
+
+    def __post_init__(self) -> None:
+        _require("step", self.step, self.step > 0, "finite and > 0")
+        _require("ramp", self.ramp, 0 < self.ramp <= 1, "in (0, 1]")
+        for weight in self.noise_weight:
+            _require("noise_weight", weight, weight > 0, "finite and > 0")
+        _require("smoothing", self.smoothing, 0 <= self.smoothing < 1, "in [0, 1)")
+        _require("threshold", self.threshold, self.threshold >= 0, "finite and >= 0")
+        _require("slack", self.slack, self.slack > 0, "finite and > 0")
+        _require("down", self.down, self.down > 0, "finite and > 0")
+        _require("until", self.until, 0 < self.until <= 1, "in (0, 1]")
+        _check_bounds(self.bounds)
+
+    def wants_probe(self, progress: float) -> bool:
+        """Whether a round that ends at ``progress`` may still move the gain."""
+        return progress <= self.until
+
+    def update(self, state: ControllerState, observation: Observation) -> tuple[ControllerState, float | None]:
+        """One round: ``(state, observation) -> (next state, x)``.
+
+        In a round without a probe ``x`` is ``None``, and the state unchanged."""
+        if observation.probe is None or not self.wants_probe(observation.progress):
+            return state, None
+        slopes = slopes_of(observation.probe, observation.multipliers, observation.lag)
+        if slopes is None:
+            return state._replace(gain=_clamped(math.log(state.gain) - self.step, self.bounds)), -math.inf
+        evidence = self.evidence(slopes, observation.progress)
+        b, rounds = self.smoothing, state.rounds + 1
+        before = state.velocity / (1 - b**state.rounds) if state.rounds else 0.0
+        velocity = b * state.velocity + (1 - b) * evidence
+        variance = state.variance
+        if rounds > 1:
+            variance = _VARIANCE_MEMORY * variance + (1 - _VARIANCE_MEMORY) * (evidence - before) ** 2
+        moved = ControllerState(state.gain, velocity, rounds, variance)
+        if rounds < 3:
+            return moved, evidence
+        t = self._significance(moved)
+        q = math.copysign(min(1.0, max(0.0, (abs(t) - self.threshold) / self.slack)), t)
+        change = self.step * (self.down * q if q < 0 else observation.height * q)
+        return moved._replace(gain=_clamped(math.log(state.gain) + change, self.bounds)), evidence
+
+    def evidence(self, slopes: Slopes, progress: float) -> float:
+        """``x``: > 0 for "a larger learning rate would do better"."""
+        u = min(1.0, progress / self.ramp)
+        first, last = self.noise_weight
+        late = min(1.0, max(0.0, progress - self.ramp) / max(self.until - self.ramp, 1e-9))
+        weight = first * (last / first) ** late
+        return (1 - u) * slopes.raw + u * (slopes.debiased - weight * slopes.noise)
+
+    def _significance(self, state: ControllerState) -> float:
+        """Mean evidence in standard errors of it."""
+        b, n = self.smoothing, state.rounds
+        mean = state.velocity / (1 - b**n)
+        deviation = math.sqrt(state.variance / (1 - _VARIANCE_MEMORY ** (n - 1)))
+        share = (1 - b) / (1 + b)  # variance of the average, in variances of one round
+        return mean / (deviation + 1e-12) / math.sqrt(share if n > 6 else max(1 / n, share))
+
+
+_VARIANCE_MEMORY = 0.9
+
+
+def slopes_of(probe: ProbeLosses, multipliers: tuple[float, ...], lag: float) -> Slopes | None:
+    """The slopes that :class:`TwoSlope` weighs, from the replicas whose four losses are finite; ``None`` if fewer than
+    two are left, or only such as trained at the base learning rate."""
+    rows = [
+        (rho - 1, *losses)
+        for rho, *losses in zip(multipliers, *probe, strict=True)
+        if all(math.isfinite(loss) for loss in losses)
+    ]
+    spread = math.fsum(abs(z) for z, *_ in rows)
+    if len(rows) < 2 or spread == 0:
+        return None
+    raw = -math.fsum((above - below) * ((z > 0) - (z < 0)) / 2 for z, above, below, _, _ in rows) / spread
+    debiased = -math.fsum(high - low for _, _, _, high, low in rows) / len(rows) / (2 * lag)
+    noise = math.fsum(above + below - high - low for _, above, below, high, low in rows) / len(rows) / 2
+    return Slopes(raw, debiased, noise + lag * debiased)
 
 
 def hypergradient(losses: tuple[float, ...], values: tuple[float, ...], temperature: float) -> float | None:
@@ -128,9 +284,7 @@ def _update(config: Published, state: ControllerState, seen: Observation) -> tup
     low, high = (math.log(bound) for bound in config.bounds)
     if not low <= log_gain <= high:  # at a bound the velocity must not wind up against it
         velocity = 0.0
-    # Clamped twice: exp(log(bound)) may round to just outside the bound.
-    gain = min(max(math.exp(min(max(log_gain, low), high)), config.bounds[0]), config.bounds[1])
-    return ControllerState(gain, velocity, rounds), delta
+    return ControllerState(_clamped(log_gain, config.bounds), velocity, rounds), delta
 
 
 def _literal_update(
@@ -156,6 +310,21 @@ def _weighted_shift(scores: list[float], values: list[float]) -> float:
     return math.fsum(w / total * (value - centre) for w, value in zip(weights, values, strict=True))
 
 
+def _clamped(log_gain: float, bounds: tuple[float, float]) -> float:
+    low, high = bounds
+    # Clamped twice: exp(log(bound)) may round to just outside the bound.
+    return min(max(math.exp(min(max(log_gain, math.log(low)), math.log(high))), low), high)
+
+
+def _check_bounds(bounds: tuple[float, float]) -> None:
+    low, high = bounds
+    if not (0 < low <= 1 <= high < math.inf):
+        raise ValueError(f"Invalid {bounds=}. Must satisfy 0 < low <= 1 <= high < inf.")
+
+
 def _require(name: str, value: float, ok: bool, rule: str) -> None:
     if not (math.isfinite(value) and ok):
         raise ValueError(f"Invalid {name}={value}. Must be {rule}.")
+
+
+Controller = Published | TwoSlope

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 import math
 import time
@@ -16,25 +17,41 @@ from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
-from torch.optim import Optimizer
+from torch.optim import SGD, Optimizer
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler, ReduceLROnPlateau
 from torch.utils.hooks import RemovableHandle
 
 from hdet.agreement import gather_agreed
-from hdet.averager import Averaged, Averager, Inspection, Pending
+from hdet.averager import Averaged, Averager, Inspection, Pending, Point, SlowAverage
 from hdet.config import EnsembleConfig
-from hdet.controller import ControllerState, Observation, Published
+from hdet.controller import (
+    Controller,
+    ControllerState,
+    Observation,
+    ProbeLosses,
+    Published,
+    Slopes,
+    TwoSlope,
+    slopes_of,
+)
 from hdet.monitor import Monitor, MonitorLike, as_monitors
+from hdet.probe import LossFunction, Probe, evaluate, gathered, keep
 from hdet.replicas import Replicas
 from hdet.report import Report
 from hdet.signal import TrainingLoss, check_loss, mean_losses
+from hdet.snapshot import Snapshot
 from hdet.spread import assignment
 
 logger = logging.getLogger("hdet")
 
 
 _MIB = 2**20
-_STATE_VERSION = 1
+_STATE_VERSION = 2
+_MAX_ROLLBACKS = 8
+_BLOWN_UP = 2.0
+"""A round blew up if its mean loss is this many times the first round's."""
+_CUT = 3.0
+"""What a rollback divides the gain by."""
 _ENSEMBLES: WeakKeyDictionary[Optimizer, ref[Ensemble]] = WeakKeyDictionary()
 """The ensemble that fans out an optimizer's learning rates: the last one built on it."""
 
@@ -45,6 +62,7 @@ class _Gathered(NamedTuple):
     loss_sum: float
     loss_count: int
     monitored: bool
+    can_probe: bool
     seen: Inspection
 
 
@@ -85,7 +103,16 @@ class Ensemble:
         spread: ``alpha``, in [0, 1). The paper uses 1/9.
         converge_every: ``T``, the round's length in steps. Required when ``spread > 0``.
         auto_lr: whether the controller moves the gain. Needs the loss in :meth:`step`.
-        controller: default ``hdet.controller.Published()``.
+        probe: ``loss_fn(model, batch)``, or a :class:`hdet.Probe`: the paired probe, by which learning rates can be
+            told apart in short rounds. Needs the batch in :meth:`step`.
+        controller: default ``hdet.controller.TwoSlope()`` with a probe, ``hdet.controller.Published()`` without.
+        per_group: whether each parameter group has a gain, and permutations, of its own; default one for all.
+        total_steps: calls of :meth:`step` in the whole run. ``TwoSlope`` must know.
+        peak_lr: the schedule's highest learning rate in the first group; default: found by running a copy of the
+            schedule ahead. Read by ``TwoSlope`` only.
+        rollback: with ``auto_lr``, whether a round that blew up is undone: the loss at twice the first round's, or no
+            replica finite. Parameters, buffers and optimizer state go back to the last converge, and the gain falls to
+            a third. It takes memory for one copy of them, at the device named instead of ``True`` (``"cpu"``).
         replicas: ``ProcessGroup`` or 1-D ``DeviceMesh`` of the replicas; default: the world. Without an initialised
             process group there is one replica, with multiplier 1.
         seed: of the permutations. Must be the same on every rank, like every other setting; the first call of
@@ -121,7 +148,12 @@ class Ensemble:
         spread: float = 0.0,
         converge_every: int | None = None,
         auto_lr: bool = False,
-        controller: Published | None = None,
+        probe: LossFunction | Probe | None = None,
+        controller: Controller | None = None,
+        per_group: bool = False,
+        total_steps: int | None = None,
+        peak_lr: float | None = None,
+        rollback: bool | str | torch.device = True,
         replicas: ProcessGroup | DeviceMesh | None = None,
         seed: int = 0,
         bucket_mib: float = 32.0,
@@ -132,12 +164,16 @@ class Ensemble:
             raise TypeError(f"{type(optimizer).__name__} is not an Optimizer")
         if schedule_every < 1:
             raise ValueError(f"Invalid {schedule_every=}. Must be >= 1 step.")
-        self.config, models, self._monitors, self.replicas = check_arguments(
+        self.config, models, self._probe, self._monitors, self.replicas = check_arguments(
             model=model,
             spread=spread,
             converge_every=converge_every,
             auto_lr=auto_lr,
+            probe=probe,
             controller=controller,
+            per_group=per_group,
+            total_steps=total_steps,
+            rollback=rollback,
             replicas=replicas,
             seed=seed,
             bucket_mib=bucket_mib,
@@ -151,11 +187,26 @@ class Ensemble:
             schedule = LambdaLR(optimizer, schedule)
         self.optimizer, self.schedule, self._schedule_every = optimizer, schedule, schedule_every
 
+        if peak_lr is None and isinstance(self.config.controller, TwoSlope):
+            peak_lr = _peak_of(schedule, optimizer, -(-(self.config.total_steps or 1) // schedule_every))
+        self._peak_lr = peak_lr
         owned = {p for m in models for p in m.parameters()}
         extra = [p for group in optimizer.param_groups for p in group["params"] if p not in owned] if models else []
         self._averager = Averager(models, extra, self.replicas, int(self.config.bucket_mib * _MIB))
         self._group_names = tuple(str(g.get("name", f"group{i}")) for i, g in enumerate(optimizer.param_groups))
-        self._states = [ControllerState()] * len(self._group_names)
+        self._models = models
+        self._states = [ControllerState()] * (len(self._group_names) if per_group else 1)
+        self._batch: Any = None
+        self._slow: SlowAverage | None = None
+        if self._probe is not None and auto_lr:
+            self._slow = SlowAverage(self._probe.decay, self._probe.dtype, self._probe.place)
+        self._snapshot: Snapshot | None = None
+        if self.config.rollback:
+            device = None if isinstance(rollback, bool) else torch.device(rollback)
+            self._snapshot = Snapshot(models, optimizer, device)
+        self._has_snapshot = False
+        self._first_loss = math.nan
+        self._rollbacks = 0
         self._signal = TrainingLoss()
         self._totals: list[tuple[float, int]] = [(0.0, 0)] * self.replicas.size
         self._steps = 0
@@ -186,11 +237,14 @@ class Ensemble:
     @property
     def gains(self) -> tuple[float, ...]:
         """The gain of every parameter group."""
-        return tuple(state.gain for state in self._states)
+        return tuple(self._state_of(g).gain for g in range(len(self._group_names)))
 
     def multipliers(self, group: int = 0) -> tuple[float, ...]:
         """Every replica's multiplier ``rho_pi(r)`` for one parameter group, in the round in progress."""
         return self._assignment(group, self.round)
+
+    def _state_of(self, group: int) -> ControllerState:
+        return self._states[group if self.config.per_group else 0]
 
     def get_last_lr(self) -> list[float | Tensor]:
         """This replica's learning rates, by group."""
@@ -202,7 +256,7 @@ class Ensemble:
 
     # ----------------------------------------------------------------------------------------------------- the loop
 
-    def step(self, loss: float | Tensor | None = None) -> None:
+    def step(self, loss: float | Tensor | None = None, *, batch: Any = None) -> None:
         """Call after every ``optimizer.step()``.
 
         Collective at the end of each round and on the very first call (which checks that the replicas agree); between
@@ -211,13 +265,16 @@ class Ensemble:
         Args:
             loss: this replica's training loss of the step: a float or a scalar tensor, detached here. Without it the
                 replicas still fan out and converge, and the controller rests. A non-finite loss is ignored.
+            batch: with a probe, the batch of the step, as the probe's ``loss_fn`` takes it. One is kept per round, and
+                evaluated at the end of the next: by then it tells the learning rates apart without having been trained
+                on under them.
 
         Raises:
             TypeError, ValueError: for an int, an integer tensor, or a tensor of more than one element.
             ReplicaMismatchError: on every replica, if they disagree about step, settings, learning rates or model.
             DivergedError: on every replica, if none has finite parameters.
         """
-        self.end_step(loss)
+        self.end_step(loss, batch)
         self._write_lr(self._base)  # chainable schedulers compute the next rate from the one they find
         self._step_schedule()
         self.fan_out()
@@ -237,7 +294,7 @@ class Ensemble:
         self._land()
         return self._converge(gathered, complete=False)
 
-    def end_step(self, loss: float | Tensor | None) -> None:
+    def end_step(self, loss: float | Tensor | None, batch: Any = None) -> None:
         """First part of :meth:`step`, for adapters around a scheduler of their own: observe, and converge if the round
         is over."""
         checked = None if loss is None else check_loss(loss)
@@ -256,6 +313,8 @@ class Ensemble:
             self._land()
         if self._steps % self.config.converge_every == 0:
             self._converge(self._agree(), complete=True)
+            if self._slow is not None and batch is not None:
+                self._batch = keep(batch)
             self._draw()
 
     def fan_out(self) -> None:
@@ -274,7 +333,10 @@ class Ensemble:
 
     def state_dict(self) -> dict[str, Any]:
         """The state as plain values, equal on every rank if the replicas have just converged. Makes no collective
-        call; loads with ``torch.load(weights_only=True)``."""
+        call; loads with ``torch.load(weights_only=True)``.
+
+        The batch that the probe keeps is each replica's own and not saved: the first round after a resume has no
+        probe."""
         state = self.own_state()
         state["schedule"] = None if self.schedule is None else self.schedule.state_dict()
         return state
@@ -304,6 +366,9 @@ class Ensemble:
             "replicas": self.replicas.size,
             "base_lr": self.get_base_lr(),
             "controller": [list(state) for state in self._states],
+            "first_loss": self._first_loss,
+            "rollbacks": self._rollbacks,
+            "slow_average": [list(part) for part in self._slow.state()] if self._slow else [],
             "round_losses": [list(total) for total in self._totals],
         }
 
@@ -316,19 +381,23 @@ class Ensemble:
             )
         if len(state["controller"]) != len(self._states):
             raise ValueError(
-                f"The saved state has {len(state['controller'])} parameter groups, this optimizer {len(self._states)}."
+                f"The saved state has {len(state['controller'])} gains, this run {len(self._states)}: another number "
+                "of parameter groups, or another per_group=."
             )
 
     def load_own_state(self, state: Mapping[str, Any]) -> None:
         """Load what :meth:`own_state` saved."""
         self._states = [ControllerState(*values) for values in state["controller"]]
+        self._first_loss, self._rollbacks = state["first_loss"], state["rollbacks"]
+        if self._slow is not None:
+            self._slow.load(state["slow_average"])
         self.resume_at(state["steps"], state["base_lr"])
         if state["replicas"] == self.replicas.size:
             self._totals = [(total, count) for total, count in state["round_losses"]]
 
     def resume_at(self, steps: int, base_lr: Sequence[float | Tensor]) -> None:
         """Continue from a converged model after ``steps`` steps, with the schedule at ``base_lr``."""
-        self._flight = None
+        self._flight, self._batch = None, None
         self._steps = self._converged_at = steps
         self._signal.reset()
         self._totals = [(0.0, 0)] * self.replicas.size
@@ -348,7 +417,7 @@ class Ensemble:
 
     def _draw(self) -> None:
         """This replica's factors on the schedule, which change once per round."""
-        self._factors = [state.gain * self.multipliers(i)[self.replicas.rank] for i, state in enumerate(self._states)]
+        self._factors = [gain * self.multipliers(g)[self.replicas.rank] for g, gain in enumerate(self.gains)]
 
     def _write_lr(self, rates: Sequence[float | Tensor]) -> None:
         for group, lr in zip(self.optimizer.param_groups, rates, strict=True):
@@ -358,8 +427,9 @@ class Ensemble:
                 group["lr"] = lr
 
     def _assignment(self, group: int, round: int) -> tuple[float, ...]:
+        name = f"lr/{group if self.config.per_group else 0}"
         return assignment(
-            self.replicas.size, self.config.spread, seed=self.config.seed, round=round, hyperparameter=f"lr/{group}"
+            self.replicas.size, self.config.spread, seed=self.config.seed, round=round, hyperparameter=name
         )
 
     def _save_base_lr(self, _: Optimizer, state_dict: dict[str, Any]) -> None:
@@ -410,11 +480,13 @@ class Ensemble:
         """Make sure that all replicas are at the same point, and gather what each has to tell."""
         facts = self._settings() | {"controller state": [tuple(state) for state in self._states]}
         layout, *seen = self._averager.inspect()
-        payload = (*self._signal.total(), bool(self._monitors), *seen)
+        payload = (*self._signal.total(), bool(self._monitors), self._batch is not None, *seen)
         rows = gather_agreed(self.replicas, self._steps, layout, facts, payload)
         return [
-            _Gathered(total, int(count), bool(monitored), Inspection(layout, bool(finite), int(constants)))
-            for total, count, monitored, finite, constants in rows
+            _Gathered(
+                total, int(count), bool(monitored), bool(can_probe), Inspection(layout, bool(finite), int(constants))
+            )
+            for total, count, monitored, can_probe, finite, constants in rows
         ]
 
     def _converge(self, gathered: list[_Gathered], complete: bool) -> Report:
@@ -429,14 +501,85 @@ class Ensemble:
         watched = any(now.monitored for now in gathered)
         seen = [now.seen for now in gathered]
         with torch.profiler.record_function("hdet::converge"):
+            if complete and self._has_blown_up(gathered):
+                return self._roll_back(watched, started)
             if complete and self.config.overlap_steps:
                 pending = self._averager.start(seen)
                 self.last_report = report = self._control(complete)
                 self._flight = _Flight(pending, report, watched, time.perf_counter() - started)
                 return report
-            averaged = self._averager.average(seen)
+            can_probe = complete and all(now.can_probe for now in gathered) and self._wants_probe()
+            averaged = self._averager.average(seen, self._slow if complete else None, keep_points=can_probe)
         self._converged_at = self._steps
-        return self._tell(self._control(complete), averaged, watched, time.perf_counter() - started)
+        losses = self._evaluate(averaged.points) if averaged.points else None
+        report = self._control(complete, losses)
+        if complete and self._snapshot is not None and self._may_move():
+            self._snapshot.take()
+            self._has_snapshot = True
+        return self._tell(report, averaged, watched, time.perf_counter() - started)
+
+    @property
+    def _progress(self) -> float:
+        return self._steps / self.config.total_steps if self.config.total_steps else math.nan
+
+    def _wants_probe(self) -> bool:
+        return self._slow is not None and self.replicas.size > 1 and self.config.controller.wants_probe(self._progress)
+
+    def _may_move(self) -> bool:
+        """Whether the controller may still move the gain: while it may, it can also take it back."""
+        return not isinstance(self.config.controller, TwoSlope) or self._wants_probe()
+
+    def _evaluate(self, points: Sequence[Point]) -> ProbeLosses:
+        """Every replica's probe. Collective: one that fails tells the others before it raises."""
+        assert self._probe is not None
+        assert self._slow is not None
+        failure: Exception | None = None
+        losses = (math.nan,) * 4
+        started = time.perf_counter()
+        try:
+            losses = evaluate(self._models, self._probe.loss_fn, self._batch, points, self._slow)
+        except Exception as error:
+            failure = error
+        self._probe_seconds = time.perf_counter() - started
+        rows = self.replicas.all_gather([float(failure is not None), *losses])
+        if failure is not None:
+            raise failure
+        if failed := [rank for rank, row in enumerate(rows) if row[0]]:
+            raise RuntimeError(f"The probe's loss function failed on replica {', '.join(map(str, failed))}: see there.")
+        return gathered([row[1:] for row in rows])
+
+    def _has_blown_up(self, gathered: Sequence[_Gathered]) -> bool:
+        """Whether the round that just ended is to be undone: its losses lie far above the first round's, or no replica
+        is finite."""
+        if self._snapshot is None or not self._has_snapshot or self._rollbacks >= _MAX_ROLLBACKS:
+            return False
+        if not any(now.seen.finite for now in gathered):
+            return True
+        losses = mean_losses(self._totals)
+        if not self._may_move() or not any(count for _, count in self._totals):
+            return False
+        finite = [loss for loss in losses if math.isfinite(loss)]
+        return not finite or math.fsum(finite) / len(finite) > _BLOWN_UP * abs(self._first_loss)
+
+    def _roll_back(self, watched: bool, started: float) -> Report:
+        """Undo the round: the model and the optimizer as they last converged, under a smaller gain."""
+        assert self._snapshot is not None
+        self._snapshot.restore()
+        self._rollbacks += 1
+        self._converged_at = self._steps
+        report = self._control(False)
+        self._totals = [(0.0, 0)] * self.replicas.size
+        self._states = [ControllerState(gain=state.gain / _CUT) for state in self._states]
+        if self._slow is not None:
+            self._slow.restart()
+        if self.replicas.writer:
+            logger.warning(
+                f"Step {self._steps}: the run blew up (mean loss {report.mean_loss:.4g}). Back to the last converged "
+                f"state, with learning rates divided by {_CUT:.3g} (rollback {self._rollbacks} of {_MAX_ROLLBACKS})."
+            )
+        averaged = Averaged(math.nan, (), 0)
+        report = replace(report, next_gain=self.gains, rolled_back=True)
+        return self._tell(report, averaged, watched, time.perf_counter() - started)
 
     def _land(self) -> None:
         """Apply the average that has been under way, if one is."""
@@ -461,7 +604,7 @@ class Ensemble:
             monitor.report(report)
         return report
 
-    def _control(self, complete: bool) -> Report:
+    def _control(self, complete: bool, losses_of_probe: ProbeLosses | None = None) -> Report:
         """The report of a converge but for the average itself; if it ends the round, the controller moves."""
         round = (self._steps - 1) // self.config.converge_every
         losses = mean_losses(self._totals)
@@ -469,15 +612,24 @@ class Ensemble:
         schedule = [float(lr) for lr in self._base]
         gains = self.gains
         multipliers = [self._assignment(g, round) for g in range(len(schedule))]
-        slopes = [math.nan] * len(schedule)
+        slopes = [math.nan] * len(self._states)
         if complete:
+            height = min(1.0, schedule[0] / self._peak_lr) if self._peak_lr else 1.0
+            lag = self._probe.lag if self._probe else 1.0
             for g, state in enumerate(self._states):
-                seen = Observation(losses, multipliers[g], schedule[g])
+                seen = Observation(losses, multipliers[g], schedule[g], self._progress, height, losses_of_probe, lag)
                 moved, slope = self.config.controller.update(state, seen)
                 slopes[g] = math.nan if slope is None else slope
                 if self.config.auto_lr:
                     self._states[g] = moved
             self._totals = [(0.0, 0)] * self.replicas.size
+            if math.isnan(self._first_loss) and finite:
+                self._first_loss = math.fsum(finite) / len(finite)
+        if not self.config.per_group:
+            slopes = slopes * len(schedule)
+        probed = None
+        if losses_of_probe is not None and self._probe is not None:
+            probed = slopes_of(losses_of_probe, multipliers[0], self._probe.lag)
         base = tuple(lr * gain for lr, gain in zip(schedule, gains, strict=True))
         return Report(
             step=self._steps,
@@ -492,10 +644,12 @@ class Ensemble:
             losses=losses,
             mean_loss=math.fsum(finite) / len(finite) if finite else math.nan,
             hypergradient=tuple(slopes),
-            velocity=tuple(state.velocity for state in self._states),
+            velocity=tuple(self._state_of(g).velocity for g in range(len(schedule))),
             next_gain=self.gains,
             distance=(math.nan,) * self.replicas.size,
             excluded=(),
+            probe=Slopes(*(math.nan,) * 3) if probed is None else probed,
+            rolled_back=False,
             converge_ms=0.0,
             converge_bytes=0,
             writer=self.replicas.writer,
@@ -508,21 +662,33 @@ def check_arguments(
     spread: float,
     converge_every: int | None,
     auto_lr: bool,
-    controller: Published | None,
+    probe: LossFunction | Probe | None,
+    controller: Controller | None,
+    per_group: bool,
+    total_steps: int | None,
+    rollback: bool | str | torch.device,
     replicas: ProcessGroup | DeviceMesh | None,
     seed: int,
     bucket_mib: float,
     overlap_steps: int,
     monitor: MonitorLike,
-) -> tuple[EnsembleConfig, tuple[nn.Module, ...], tuple[Monitor, ...], Replicas]:
+) -> tuple[EnsembleConfig, tuple[nn.Module, ...], Probe | None, tuple[Monitor, ...], Replicas]:
     """What an ensemble is made of, or the error that names the bad argument; changes nothing and sends nothing."""
     if converge_every is None and spread > 0:
         raise ValueError("Pass converge_every, the round's length in steps (total steps / 100 is a good start).")
+    if probe is not None and not isinstance(probe, Probe):
+        probe = Probe(loss_fn=probe)
+    if controller is None:
+        controller = Published() if probe is None else TwoSlope()
     config = EnsembleConfig(
         spread=spread,
         converge_every=1 if converge_every is None else converge_every,
         auto_lr=auto_lr,
-        controller=Published() if controller is None else controller,
+        controller=controller,
+        per_group=per_group,
+        total_steps=total_steps,
+        probe=probe is not None,
+        rollback=auto_lr and rollback is not False and not overlap_steps,
         seed=seed,
         bucket_mib=bucket_mib,
         overlap_steps=overlap_steps,
@@ -537,8 +703,26 @@ def check_arguments(
             )
     if spread > 0 and not modules:
         raise ValueError("spread > 0 needs model=: its parameters and buffers are averaged every converge_every steps.")
-    return config, modules, as_monitors(monitor), Replicas(replicas)
+    return config, modules, probe, as_monitors(monitor), Replicas(replicas)
 
 
-def _copy(lr: float | Tensor) -> float | Tensor:
+def _peak_of(schedule: LRScheduler | ReduceLROnPlateau | None, optimizer: Optimizer, steps: int) -> float:
+    """The first group's highest learning rate in ``steps`` steps, found by stepping a copy on a stand-in optimizer."""
+    now = float(optimizer.param_groups[0]["lr"])
+    if schedule is None or isinstance(schedule, ReduceLROnPlateau):
+        return now
+    stand_in = SGD([nn.Parameter(torch.zeros(()))], lr=0.0)
+    stand_in.param_groups = [
+        {key: _copy(value) for key, value in group.items() if key != "params"} for group in optimizer.param_groups
+    ]
+    ahead = copy.deepcopy(schedule, {id(optimizer): stand_in})
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that no optimizer stepped before it
+        for _ in range(steps):
+            ahead.step()
+            now = max(now, float(stand_in.param_groups[0]["lr"]))
+    return now
+
+
+def _copy(lr: Any) -> Any:
     return lr.clone() if isinstance(lr, Tensor) else lr

@@ -5,17 +5,18 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any, Literal
 
+import torch
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh
 from torch.optim import Optimizer, lr_scheduler
 
-from hdet.controller import Published
+from hdet.controller import Controller
 from hdet.ensemble import Ensemble, check_arguments
 from hdet.monitor import MonitorLike
+from hdet.probe import LossFunction, Probe
 from hdet.report import Report
 from hdet.signal import check_loss
-
 
 _step_schedule = lr_scheduler.OneCycleLR.step  # looked up once: super() would cost every step 5% more
 
@@ -37,7 +38,10 @@ class OneCycleLR(lr_scheduler.OneCycleLR):
         spread: ``alpha``, in [0, 1): replicas train under ``[1 - alpha, 1 + alpha]`` times the base.
         converge_every: ``T``, the round's length in steps; default ``total_steps // 100``, at least 1.
         auto_lr: whether the controller moves the gain.
-        controller: default ``hdet.controller.Published()``.
+        probe: ``loss_fn(model, batch)``: makes ``auto_lr`` worth trusting; pass the batch to :meth:`step` then.
+        controller: default ``TwoSlope()`` with a probe, ``Published()`` without; both in ``hdet.controller``.
+        per_group: whether each parameter group has a gain of its own.
+        rollback: with ``auto_lr``, whether a round that blew up is undone.
         replicas: ``ProcessGroup`` or 1-D ``DeviceMesh``; default: the world.
         seed: of the permutations.
         bucket_mib: size of a communication bucket in MiB.
@@ -73,7 +77,10 @@ class OneCycleLR(lr_scheduler.OneCycleLR):
         spread: float = 0.0,
         converge_every: int | None = None,
         auto_lr: bool = False,
-        controller: Published | None = None,
+        probe: LossFunction | Probe | None = None,
+        controller: Controller | None = None,
+        per_group: bool = False,
+        rollback: bool | str | torch.device = True,
         replicas: ProcessGroup | DeviceMesh | None = None,
         seed: int = 0,
         bucket_mib: float = 32.0,
@@ -84,15 +91,19 @@ class OneCycleLR(lr_scheduler.OneCycleLR):
             "model": model,
             "spread": spread,
             "auto_lr": auto_lr,
+            "probe": probe,
             "controller": controller,
+            "per_group": per_group,
+            "rollback": rollback,
             "replicas": replicas,
             "seed": seed,
             "bucket_mib": bucket_mib,
             "overlap_steps": overlap_steps,
             "monitor": monitor,
         }
-        if (round_length := converge_every) is None:
-            round_length = _default_round(total_steps, epochs, steps_per_epoch)
+        length = _length(total_steps, epochs, steps_per_epoch)
+        settings["total_steps"] = length
+        round_length = max(1, length // 100) if converge_every is None else converge_every
         # Before torch's constructor changes the optimizer.
         check_arguments(converge_every=round_length, **settings)
         super().__init__(
@@ -111,16 +122,20 @@ class OneCycleLR(lr_scheduler.OneCycleLR):
             three_phase,
             last_epoch,
         )
-        if spread > 0 or any(x is not None for x in (model, converge_every, controller, replicas, monitor)):
-            self.ensemble = Ensemble(optimizer, converge_every=round_length, **settings)
+        if spread > 0 or any(x is not None for x in (model, converge_every, probe, controller, replicas, monitor)):
+            peak_lr = float(optimizer.param_groups[0]["max_lr"])
+            self.ensemble = Ensemble(optimizer, converge_every=round_length, peak_lr=peak_lr, **settings)
             if self.last_epoch:
                 self.ensemble.resume_at(self.last_epoch, self._last_lr)
 
-    def step(self, loss: float | Tensor | None = None, *, epoch: int | None = None) -> None:  # type: ignore[override]
+    def step(  # type: ignore[override]
+        self, loss: float | Tensor | None = None, *, batch: Any = None, epoch: int | None = None
+    ) -> None:
         """Call after every ``optimizer.step()``; see :meth:`hdet.Ensemble.step`.
 
         Args:
             loss: this replica's training loss of the step, a float or a scalar tensor.
+            batch: with a probe, the batch of the step.
             epoch: torch's deprecated way to set the schedule's step; rounds go on counting calls.
         """
         ensemble = self.ensemble
@@ -129,7 +144,7 @@ class OneCycleLR(lr_scheduler.OneCycleLR):
                 check_loss(loss)
             _step_schedule(self, epoch)
         else:
-            ensemble.end_step(loss)
+            ensemble.end_step(loss, batch)
             _step_schedule(self, epoch)
             ensemble.fan_out()
 
@@ -167,8 +182,8 @@ class OneCycleLR(lr_scheduler.OneCycleLR):
             self.ensemble.resume_at(self.last_epoch, self._last_lr)
 
 
-def _default_round(total_steps: object, epochs: object, steps_per_epoch: object) -> int:
-    """A hundredth of the run; anything where torch is about to refuse the arguments."""
+def _length(total_steps: object, epochs: object, steps_per_epoch: object) -> int:
+    """Steps of the whole run; anything where torch is about to refuse the arguments."""
     if total_steps is None and isinstance(epochs, int) and isinstance(steps_per_epoch, int):
         total_steps = epochs * steps_per_epoch
-    return max(1, total_steps // 100) if isinstance(total_steps, int) else 1
+    return max(1, total_steps) if isinstance(total_steps, int) else 1

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from hdet.controller import Slopes
+
 
 @dataclass(frozen=True, kw_only=True)
 class Report:
@@ -37,6 +39,8 @@ class Report:
     """Mean of the finite ``losses``."""
     hypergradient: tuple[float, ...]
     """[g] what the losses say: > 0 for "a larger learning rate did better"."""
+    probe: Slopes
+    """What the paired probe said: raw slope, debiased slope, noise."""
     velocity: tuple[float, ...]
     """[g] the controller's momentum after this round."""
     next_gain: tuple[float, ...]
@@ -45,6 +49,8 @@ class Report:
     """[r] Euclidean distance of the replica's parameters from their mean, before averaging."""
     excluded: tuple[int, ...]
     """Replicas left out of the average because they held a non-finite value."""
+    rolled_back: bool
+    """Whether the round blew up and was undone."""
     converge_ms: float
     """Wall-clock time of this converge on this rank, in milliseconds."""
     converge_bytes: int

@@ -5,6 +5,7 @@ A scenario returns plain values that the tests compare; what it must do is said 
 
 import contextlib
 import copy
+import dataclasses
 import io
 import json
 import os
@@ -23,6 +24,9 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.nn.parallel import DistributedDataParallel as DDP
 
 import hdet
+from hdet.bench.regret import peers
+from hdet.bench.regret.simulation import Setting, simulate
+from hdet.bench.regret.workloads import WORKLOADS, Batch
 
 SCENARIOS = []
 OUT = Path(sys.argv[1])
@@ -192,6 +196,7 @@ def learning_rates(rank, world):
         model=model,
         spread=0.25,
         converge_every=5,
+        per_group=True,
         seed=7,
         monitor=reports.append,
     )
@@ -736,6 +741,153 @@ def plateau(rank, world):
         ensemble.step(1.0 + step * (2.0 if rank == 0 else -0.1))
         bases.append(ensemble.get_base_lr()[0])
     return {"bases": bases}
+
+
+def probe_setting(seed=0, lr=0.2, features=64, **settings):
+    """The digits workload of the regret benchmark, replica by replica."""
+    workload = dataclasses.replace(WORKLOADS["digits_mlp"], steps=40)
+    model = DDP(peers.build(workload, seed))
+    optimizer = peers.optimizer_of(workload, model, lr)
+    settings = {
+        "model": model,
+        "spread": 0.11,
+        "converge_every": 4,
+        "auto_lr": True,
+        "probe": lambda model, batch: workload.loss(model(batch.inputs), batch.targets),
+    } | settings
+    scheduler = hdet.OneCycleLR(optimizer, lr, total_steps=40, cycle_momentum=False, **settings)
+    return workload, model, optimizer, scheduler
+
+
+def probe_step(workload, model, optimizer, scheduler, generator, rank, world):
+    batch = workload.draw(workload.batch_size, generator)
+    part = Batch(*(tensor.chunk(world)[rank] for tensor in batch))
+    optimizer.zero_grad()
+    loss = workload.loss(model(part.inputs), part.targets)
+    loss.backward()
+    nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    optimizer.step()
+    scheduler.step(loss, batch=part)
+    return loss.item()
+
+
+@scenario
+def paired_probe(rank, world):
+    reports, flags = [], []
+    controller = hdet.controller.TwoSlope(threshold=0.0, until=0.8)
+    workload, model, optimizer, scheduler = probe_setting(monitor=reports.append, controller=controller)
+    generator = peers.batches(0)
+    state = torch.get_rng_state()
+    for step in range(40):
+        probe_step(workload, model, optimizer, scheduler, generator, rank, world)
+        flags.append(model.training and all(module.training for module in model.modules()))
+        if step == 19:
+            scheduler.converge()
+            saved = io.BytesIO()
+            torch.save([model.module.state_dict(), optimizer.state_dict(), scheduler.state_dict()], saved)
+    loss = peers.evaluate(workload, model.module, workload.validation())
+    simulated = simulate(workload, 0.2, 0, Setting(replicas=world, rounds=10, exact=True, controller=controller))
+    saved.seek(0)
+    states = torch.load(saved, weights_only=True)
+    _, resumed, other, again = probe_setting(controller=controller)
+    resumed.module.load_state_dict(states[0])
+    other.load_state_dict(states[1])
+    again.load_state_dict(states[2])
+    parts = [part for pair in again.ensemble._slow.state() for part in pair]
+    return {
+        "gains": [report.next_gain[0] for report in reports],
+        "slopes": [tuple(report.probe) for report in reports],
+        "loss": loss,
+        "simulated_gains": simulated.details["gains"],
+        "simulated_loss": simulated.loss,
+        "digests": gather(bits(model)),
+        "generator_untouched": torch.equal(torch.get_rng_state(), state),
+        "training": all(flags),
+        "resumed_gain": again.ensemble.gains[0],
+        "resumed_slow": all(
+            torch.equal(a, b)
+            for a, b in zip(parts, [x for y in states[2]["hdet"]["slow_average"] for x in y], strict=True)
+        ),
+    }
+
+
+@scenario
+def probe_failure(rank, world):
+    calls = []
+
+    def failing(model, batch):
+        calls.append(1)
+        if rank == 1 and len(calls) == 2:
+            raise ValueError("out of luck")
+        return F.cross_entropy(model(batch.inputs), batch.targets)
+
+    workload, model, optimizer, scheduler = probe_setting(probe=failing)
+    generator = peers.batches(0)
+    error = None
+    try:
+        for _ in range(12):
+            probe_step(workload, model, optimizer, scheduler, generator, rank, world)
+    except (RuntimeError, ValueError) as raised:
+        error = f"{type(raised).__name__}: {raised}"
+    return {"error": error, "digests": gather(bits(model)), "training": model.training}
+
+
+@scenario
+def rollback(rank, world):
+    reports = []
+    workload, model, optimizer, scheduler = probe_setting(monitor=reports.append, lr=0.1)
+    generator = peers.batches(0)
+    snapshots = {}
+    for step in range(40):
+        if step == 18:  # in the fifth round
+            with torch.no_grad():
+                for p in model.parameters():
+                    p.fill_(float("nan"))
+        probe_step(workload, model, optimizer, scheduler, generator, rank, world)
+        if step in (15, 19):
+            momenta = [optimizer.state[p]["momentum_buffer"].numpy().tobytes() for p in model.parameters()]
+            snapshots[step] = (bits(model), momenta)
+    return {
+        "rolled_back": [report.rolled_back for report in reports],
+        "gains": [report.next_gain[0] for report in reports],
+        "restored": snapshots[15] == snapshots[19],
+        "finite": all(bool(p.isfinite().all()) for p in model.parameters()),
+        "digests": gather(bits(model)),
+    }
+
+
+@scenario
+def find_lr(rank, world):
+    torch.manual_seed(3)
+    workload = WORKLOADS["digits_mlp"]
+    model = DDP(peers.build(workload, 0))
+    optimizer = peers.optimizer_of(workload, model, 0.1)
+    generator = torch.Generator().manual_seed(rank)
+    model(workload.draw(4, generator).inputs).sum().backward()
+    optimizer.step()
+    before = (bits(model), [p.grad.clone() for p in model.parameters()], optimizer.state_dict())
+    before = copy.deepcopy(before)
+    found = hdet.find_lr(
+        model,
+        optimizer,
+        lambda model, batch: F.cross_entropy(model(batch.inputs), batch.targets),
+        (workload.draw(16, generator) for _ in range(10**6)),
+        low=1e-3,
+        high=10,
+        steps=20,
+    )
+    after = (bits(model), [p.grad for p in model.parameters()], optimizer.state_dict())
+    same_state = all(
+        torch.equal(a["momentum_buffer"], b["momentum_buffer"])
+        for a, b in zip(before[2]["state"].values(), after[2]["state"].values(), strict=True)
+    )
+    return {
+        "found": dataclasses.asdict(found),
+        "restored": before[0] == after[0]
+        and all(torch.equal(a, b) for a, b in zip(before[1], after[1], strict=True))
+        and same_state
+        and before[2]["param_groups"] == after[2]["param_groups"],
+    }
 
 
 def main():

@@ -18,7 +18,7 @@ LAYERS = [
     # communication
     "replicas", "agreement",
     # the two phases
-    "averager",
+    "averager", "probe", "snapshot", "lr_finder",
     # the state machine
     "ensemble",
     # edge
@@ -99,5 +99,5 @@ def test_collectives_are_called_from_one_file(path):
 
 
 def test_the_front_door_is_small():
-    assert len(hdet.__all__) <= 14
+    assert len(hdet.__all__) <= 16
     assert all(hasattr(hdet, name) for name in hdet.__all__)

@@ -1,0 +1,153 @@
+"""The command line: see :mod:`hdet.bench.regret`."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+from pathlib import Path
+
+from tqdm import tqdm
+
+from hdet.bench.processes import cpus
+from hdet.bench.regret import plot, table
+from hdet.bench.regret.contenders import CONTENDERS
+from hdet.bench.regret.runs import Result, Run, Store, as_json, execute_all, plan
+from hdet.bench.regret.workloads import STARTS, WORKLOADS
+from hdet.bench.report import machine
+
+SCHEMA = 1
+_PROGRAM = "python -m hdet.bench.regret"
+_QUICK_WORKLOADS = ("digits_mlp", "digits_conv")
+_INTERRUPTED = 130
+
+
+@dataclass(frozen=True)
+class _Misses:
+    """Runs without an outcome."""
+
+    failed: list[Result]
+    unavailable: dict[str, str]
+    """Why, by contender."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Make the runs that the command line asks for and that are not there yet, print what they came to, and write it;
+    returns the exit status."""
+    options = parser().parse_args(argv)
+    planned = plan_of(options)
+    options.output.mkdir(parents=True, exist_ok=True)
+    store = Store(options.output / "runs.jsonl")
+    todo = [run for run in planned if run not in store.outcomes]
+    try:
+        misses = _make(todo, store, options.workers, finished=len(planned) - len(todo))
+    except KeyboardInterrupt:
+        done = sum(run in store.outcomes for run in planned)
+        print(f"{_PROGRAM}: interrupted with {done} of {len(planned)} runs; the same command goes on.", file=sys.stderr)
+        return _INTERRUPTED
+
+    outcomes = {run: store.outcomes[run] for run in planned if run in store.outcomes}
+    regrets = table.regrets_of(outcomes, options.starts)
+    found = {
+        "schema": SCHEMA,
+        "machine": machine(),
+        **table.as_json(regrets),
+        "runs": [as_json(Result(run, outcome)) for run, outcome in outcomes.items()],
+    }
+    text = json.dumps(found, indent=1, allow_nan=False)
+    (options.output / "regret.json").write_text(text + "\n", encoding="utf-8")
+    print(table.tables(regrets), table.summary(regrets), sep="\n")
+    if any(contender.ours for contender in CONTENDERS.values()):
+        print("\n" + table.targets_table(regrets))
+    print()
+    for name in regrets.contenders:
+        print(f"{name}: {CONTENDERS[name].describe}")
+    try:
+        plot.draw(regrets, options.output / "regret.png")
+        print(f"\nplot: {options.output / 'regret.png'}")
+    except ModuleNotFoundError:
+        print("\nno plot: matplotlib is not installed")
+    print(f"all runs: {options.output / 'regret.json'}")
+    return _report(misses, options.output)
+
+
+def _make(todo: Sequence[Run], store: Store, workers: int, *, finished: int) -> _Misses:
+    """Make runs, and keep each in the store when it ends."""
+    misses = _Misses([], {})
+    total = finished + len(todo)
+    with tqdm(total=total, initial=finished, desc="hdet.bench.regret", unit="run", file=sys.stderr) as bar:
+        for result in execute_all(todo, workers):
+            if result.unavailable:
+                misses.unavailable[result.run.contender] = result.unavailable
+            else:
+                store.add(result)
+            if result.error:
+                misses.failed.append(result)
+            bar.update()
+    return misses
+
+
+def _report(misses: _Misses, output: Path) -> int:
+    """Say which runs are missing; returns the exit status."""
+    for name, reason in misses.unavailable.items():
+        print(f"skipped: {name}: {reason}", file=sys.stderr)
+    for run, _, error, _ in misses.failed:
+        start = "" if run.start is None else f" x{run.start:.3g}"
+        print(
+            f"failed: {run.workload} {run.contender}{start} seed {run.seed}: {error.splitlines()[-1]}", file=sys.stderr
+        )
+    if misses.failed:
+        print(f"{_PROGRAM}: error: {len(misses.failed)} runs failed; see {output / 'runs.jsonl'}", file=sys.stderr)
+    return 1 if misses.failed else 0
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line's grammar."""
+    found = argparse.ArgumentParser(
+        prog=_PROGRAM, description="Train from wrong learning rates, and compare with the right one."
+    )
+    add = found.add_argument
+    add("--workloads", nargs="+", choices=WORKLOADS, help="default: all")
+    add("--contenders", nargs="+", choices=CONTENDERS, default=list(CONTENDERS), help="default: all")
+    add("--starts", nargs="+", type=_start, default=STARTS, metavar="X", help="in units of the tuned max_lr")
+    add("--seeds", type=_count, default=3, metavar="N", help="how many; default: 3")
+    add("--workers", type=_count, default=cpus(), metavar="N", help="processes; default: one per CPU")
+    add("--output", type=Path, default=Path("bench/regret"), metavar="DIR", help="default: bench/regret")
+    add(
+        "--quick",
+        action="store_true",
+        help="two small workloads, a tenth of the steps, one seed: tries everything, measures nothing",
+    )
+    return found
+
+
+def plan_of(options: argparse.Namespace) -> list[Run]:
+    """The runs that the command line asks for."""
+    workloads = options.workloads or (_QUICK_WORKLOADS if options.quick else tuple(WORKLOADS))
+    seeds, shorten = (1, 10) if options.quick else (options.seeds, 1)
+    return plan(workloads, options.contenders, options.starts, seeds, shorten=shorten)
+
+
+def _count(text: str) -> int:
+    if int(text) < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1, got {text}")
+    return int(text)
+
+
+def _start(text: str) -> float:
+    """A number, or a fraction such as ``1/3``."""
+    try:
+        value = float(Fraction(text))
+    except (ValueError, ZeroDivisionError, OverflowError):
+        value = math.nan
+    if not (value > 0 and math.isfinite(value)):
+        raise argparse.ArgumentTypeError(f"must be a positive number, got {text}")
+    return value
+
+
+if __name__ == "__main__":
+    sys.exit(main())

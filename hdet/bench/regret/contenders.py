@@ -1,0 +1,93 @@
+"""Who takes part in the regret benchmark."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from hdet.bench.regret import peers
+from hdet.bench.regret.outcome import Outcome
+from hdet.bench.regret.simulation import Setting, simulate
+from hdet.bench.regret.workloads import Workload
+from hdet.controller import Published
+
+ORACLE = "one_cycle"
+"""The contender whose best start is the measure of all."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Contender:
+    """One way to train a model."""
+
+    name: str
+    run: Callable[[Workload, float, int], Outcome]
+    """Trains a workload with a max_lr and a seed. Raises ``Unavailable``, with the reason, if it cannot run here."""
+    uses_start: bool = True
+    """Whether max_lr matters. If not, it runs once per seed, and that is shown for every start."""
+    ours: bool = False
+    """Whether the targets are about it."""
+    describe: str
+    version: int = 1
+    """Raised with every change of its results: its earlier runs are then made again."""
+
+
+def _peer(train: Callable[[Workload, float, int], float], *, uses_start: bool = True) -> Contender:
+    """A function of :mod:`.peers`, timed."""
+
+    def run(workload: Workload, max_lr: float, seed: int) -> Outcome:
+        started = time.perf_counter()
+        loss = train(workload, max_lr, seed)
+        return Outcome(loss, time.perf_counter() - started)
+
+    describe = " ".join((train.__doc__ or "").split())
+    return Contender(name=train.__name__, run=run, uses_start=uses_start, describe=describe)
+
+
+def _simulated(name: str, describe: str, *, ours: bool = False, uses_start: bool = True, **settings: Any) -> Contender:
+    """hdet's, with replicas simulated."""
+
+    def run(workload: Workload, max_lr: float, seed: int) -> Outcome:
+        return simulate(workload, max_lr, seed, Setting(**settings))
+
+    return Contender(name=name, run=run, uses_start=uses_start, ours=ours, describe=describe)
+
+
+_OURS = (
+    _simulated(
+        "hdet",
+        "max_lr found by hdet.find_lr around the start, then auto_lr=True with a probe; the samples that the search "
+        "takes are taken from the run.",
+        ours=True,
+        auto=True,
+    ),
+    _simulated("two_slope", "auto_lr=True with a probe, from the start given."),
+    _simulated(
+        "find_lr",
+        "max_lr found by hdet.find_lr around the start, then OneCycle; the same number of samples in all.",
+        auto=True,
+        controller=Published(meta_lr=0.0),
+    ),
+    _simulated(
+        "published", "auto_lr=True without a probe: the published controller, corrected.", controller=Published()
+    ),
+    _simulated(
+        "published_literal",
+        "The published controller word for word.",
+        controller=Published(literal=True, meta_lr=1.0),
+    ),
+)
+
+CONTENDERS: dict[str, Contender] = {
+    contender.name: contender
+    for contender in (
+        *_OURS,
+        _peer(peers.one_cycle),
+        _peer(peers.schedule_free),
+        _peer(peers.prodigy, uses_start=False),
+        _peer(peers.d_adaptation, uses_start=False),
+        _peer(peers.nadamw_cosine),
+        _peer(peers.population),
+    )
+}

@@ -1,0 +1,172 @@
+"""The runs of the regret benchmark: which there are, how they are made in parallel, and where they are kept."""
+
+from __future__ import annotations
+
+import json
+import math
+import signal
+import traceback
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import replace
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from hdet.bench.measure import Unavailable
+from hdet.bench.regret.contenders import CONTENDERS, ORACLE
+from hdet.bench.regret.outcome import Outcome
+from hdet.bench.regret.workloads import STARTS, WORKLOADS
+
+VERSION = 1
+"""Raised with every change of a workload or of what all contenders share: all earlier runs are then made again."""
+SWEEP = tuple(sorted((*STARTS, 0.5, 2.0)))
+"""The starts among which the oracle is found."""
+
+
+class Run(NamedTuple):
+    """What identifies a run."""
+
+    workload: str
+    contender: str
+    start: float | None
+    """max_lr in units of the tuned one. None for a contender that does not use it."""
+    seed: int
+    steps: int
+    version: str
+
+
+class Result(NamedTuple):
+    """How a run ended: with an outcome, or with the reason why there is none."""
+
+    run: Run
+    outcome: Outcome | None = None
+    error: str = ""
+    unavailable: str = ""
+
+
+def plan(
+    workloads: Iterable[str], contenders: Sequence[str], starts: Iterable[float], seeds: int, *, shorten: int = 1
+) -> list[Run]:
+    """All runs that are asked for, and the oracle's sweep, each once.
+
+    Args:
+        seeds: how many; they are 0, 1, ...
+        shorten: divides the workloads' steps.
+    """
+    starts = tuple(starts)
+    found: dict[Run, None] = {}
+    for workload in workloads:
+        steps = WORKLOADS[workload].steps // shorten
+        for name in dict.fromkeys((ORACLE, *contenders)):
+            contender = CONTENDERS[name]
+            own = sorted({*SWEEP, *starts}) if name == ORACLE else starts if contender.uses_start else (None,)
+            version = f"{VERSION}.{contender.version}"
+            found |= {Run(workload, name, start, seed, steps, version): None for start in own for seed in range(seeds)}
+    return list(found)
+
+
+# ------------------------------------------------------------------------------------------------------------ to run
+
+
+def execute(run: Run) -> Result:
+    """Make a run on one thread. torch's global generator is left as it was."""
+    workload = replace(WORKLOADS[run.workload], steps=run.steps)
+    max_lr = workload.tuned * (1.0 if run.start is None else run.start)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        with torch.random.fork_rng(devices=[]):
+            return Result(run, CONTENDERS[run.contender].run(workload, max_lr, run.seed))
+    except Unavailable as reason:
+        return Result(run, unavailable=str(reason))
+    except Exception:
+        return Result(run, error=traceback.format_exc())
+    finally:
+        torch.set_num_threads(threads)
+
+
+def execute_all(runs: Sequence[Run], workers: int) -> Iterator[Result]:
+    """Make the runs in that many processes (1: in this one) and yield each when it is there. If a process dies, what
+    was left to do is yielded as failed."""
+    if workers == 1:
+        yield from map(execute, runs)
+        return
+    with ProcessPoolExecutor(min(workers, max(1, len(runs))), get_context("spawn"), _end_on_interrupt) as pool:
+        futures = {pool.submit(execute, run): run for run in runs}
+        try:
+            for future in as_completed(futures):
+                error = future.exception()
+                yield Result(futures[future], error=repr(error)) if error else future.result()
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)
+
+
+def _end_on_interrupt() -> None:
+    """Ctrl-C reaches all processes of a terminal: these end without a traceback."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
+# ----------------------------------------------------------------------------------------------------------- to keep
+
+
+class Store:
+    """The file of all results, one JSON object to a line, each written as soon as the run ends.
+
+    Args:
+        path: need not exist. A last line that was not written to its end is removed.
+
+    Raises:
+        ValueError: if another line cannot be read.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self.outcomes: dict[Run, Outcome] = {}
+        """Of all finished runs. A failed one is kept in the file only, and is made again."""
+        if not path.exists():
+            return
+        content = path.read_bytes()
+        whole = content[: content.rfind(b"\n") + 1]
+        if whole != content:
+            path.write_bytes(whole)
+        for number, line in enumerate(whole.decode().splitlines(), start=1):
+            try:
+                result = _from_json(json.loads(line))
+            except (KeyError, TypeError, ValueError) as error:
+                raise ValueError(f"{path}, line {number}: not a run ({error!r}). Remove the line.") from None
+            if result.outcome:
+                self.outcomes[result.run] = result.outcome
+
+    def add(self, result: Result) -> None:
+        """Write down a run that has finished or failed."""
+        if result.outcome:
+            self.outcomes[result.run] = result.outcome
+        with self._path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(as_json(result), allow_nan=False) + "\n")
+
+
+def as_json(result: Result) -> dict[str, Any]:
+    """A result as plain values. A number that is not finite is null."""
+    found: dict[str, Any] = result.run._asdict()
+    if result.outcome is None:
+        return found | {"error": result.error or result.unavailable}
+    return found | _plain(result.outcome._asdict())
+
+
+def _from_json(found: dict[str, Any]) -> Result:
+    run = Run(*(found[name] for name in Run._fields))
+    if "error" in found:
+        return Result(run, error=found["error"])
+    loss, gain = (math.nan if found[name] is None else found[name] for name in ("loss", "gain"))
+    return Result(run, Outcome(loss, found["seconds"], gain, found["details"]))
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {name: _plain(inner) for name, inner in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(inner) for inner in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -1,0 +1,199 @@
+"""hdet's own contenders, with N replicas simulated in one process.
+
+With shared gradients and an optimizer without weight decay the replicas lie on one line through the round's start: with
+``m`` the run at the base learning rate, ``theta_r = start + rho_r (m - start)``. So one model is trained, at the base
+learning rate, and the replicas' points are computed where they are needed: for the probe, and with ``exact=True`` for
+every gradient, which is then the mean of N gradients at N points on N parts of the batch, as with real processes. By
+default the gradient is taken at ``m``, which differs in the second order of the spread and saves most of the time.
+With AdamW's weight decay the line is bent by ``(spread * lr * weight_decay)**2`` per step.
+
+The controllers, the spread and the slow average are the library's own.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim.lr_scheduler import OneCycleLR
+
+from hdet.averager import Point, SlowAverage
+from hdet.bench.regret import peers
+from hdet.bench.regret.outcome import Outcome
+from hdet.bench.regret.workloads import Batch, Workload
+from hdet.buckets import fill_buckets
+from hdet.controller import Controller, ControllerState, Observation, Published, TwoSlope
+from hdet.lr_finder import find_lr
+from hdet.probe import evaluate, gathered
+from hdet.spread import assignment
+
+
+@dataclass(frozen=True, kw_only=True)
+class Setting:
+    """How hdet is set up."""
+
+    controller: Controller = field(default_factory=TwoSlope)
+    replicas: int = 4
+    spread: float = 0.11
+    rounds: int = 100
+    """Per run: the round's length is ``steps // rounds``, at least 1."""
+    decay: float = 0.8
+    """Of the probe's slow average."""
+    auto: bool = False
+    """Whether ``hdet.find_lr`` chooses max_lr first, at the cost of as many steps as its samples would have made."""
+    find_steps: int = 20
+    """Steps per candidate, then."""
+    exact: bool = False
+
+
+def simulate(workload: Workload, max_lr: float, seed: int, setting: Setting) -> Outcome:
+    """One run of hdet; ``details`` holds the gain after every round."""
+    began = time.perf_counter()
+    model = peers.build(workload, seed)
+    optimizer = peers.optimizer_of(workload, model, max_lr)
+    generator = peers.batches(seed)
+    steps = workload.steps
+    details: dict[str, Any] = {}
+    if setting.auto:
+        max_lr, spent = _found(workload, model, optimizer, max_lr, setting, generator)
+        steps -= spent
+        details = {"found": max_lr, "spent": spent}
+    schedule = OneCycleLR(optimizer, max_lr, steps, cycle_momentum=False)
+    replicas = _Replicas(workload, model, seed, steps, setting)
+    for step in range(steps):
+        batch = workload.draw(workload.batch_size, generator)
+        optimizer.param_groups[0]["lr"] = base = schedule.get_last_lr()[0] * replicas.gain
+        loss = replicas.backward(batch)
+        if not math.isfinite(loss):
+            return Outcome(math.nan, time.perf_counter() - began, replicas.gain, details)
+        optimizer.step()
+        optimizer.param_groups[0]["lr"] = base / replicas.gain
+        height = float(schedule.get_last_lr()[0]) / max_lr
+        replicas.end_step(step + 1, batch, height)
+        if step + 1 < steps:
+            schedule.step()
+    loss = peers.evaluate(workload, model, workload.validation())
+    details["gains"] = [round(gain, 4) for gain in replicas.gains]
+    return Outcome(loss, time.perf_counter() - began, replicas.gain, details)
+
+
+class _Replicas:
+    """The points of N replicas around one model that trains at the base learning rate."""
+
+    def __init__(self, workload: Workload, model: nn.Module, seed: int, steps: int, setting: Setting) -> None:
+        self._workload, self._model, self._seed, self._setting = workload, model, seed, setting
+        self._steps, self._round_length = steps, max(1, steps // setting.rounds)
+        self._parameters = [p for p in model.parameters() if p.requires_grad]
+        (self._bucket,) = fill_buckets(self._parameters, 2**40, lambda t: t.device)
+        self._slow = SlowAverage(setting.decay)
+        self._state = ControllerState()
+        self._start = self._bucket.pack()
+        self._losses = [0.0] * setting.replicas
+        self._kept: Batch | None = None
+        self.gains: list[float] = []
+
+    @property
+    def gain(self) -> float:
+        return self._state.gain
+
+    def multipliers(self, round: int) -> tuple[float, ...]:
+        setting = self._setting
+        return assignment(setting.replicas, setting.spread, seed=0, round=round, hyperparameter="lr/0")
+
+    def backward(self, batch: Batch) -> float:
+        """The replicas' mean gradient into ``p.grad``, clipped; returns the mean loss."""
+        if not self._setting.exact:
+            loss = peers.backward(self._workload, self._model, batch)
+            self._losses = [total + loss for total in self._losses]
+            return loss
+        mean, losses = self._bucket.pack(), []
+        gradients = [torch.zeros_like(p) for p in self._parameters]
+        rhos = self.multipliers(len(self.gains))
+        for r, (rho, part) in enumerate(zip(rhos, self._parts(batch), strict=True)):
+            self._bucket.write(torch.lerp(self._start, mean, rho))
+            here = self._workload.loss(self._model(part.inputs), part.targets)
+            for total, gradient in zip(gradients, torch.autograd.grad(here, self._parameters), strict=True):
+                total.add_(gradient, alpha=1 / len(rhos))
+            losses.append(here.item())
+            self._losses[r] += losses[-1]
+        self._bucket.write(mean)
+        for p, gradient in zip(self._parameters, gradients, strict=True):
+            p.grad = gradient
+        nn.utils.clip_grad_norm_(self._parameters, 1.0)
+        return math.fsum(losses) / len(losses)
+
+    def end_step(self, step: int, batch: Batch, height: float) -> None:
+        """What the ensemble does in ``step()``."""
+        if step % self._round_length:
+            return
+        controller, progress = self._setting.controller, step / self._steps
+        rhos = self.multipliers(len(self.gains))
+        probe = None
+        mean = self._bucket.pack()
+        if isinstance(controller, TwoSlope):
+            self._slow.unpack(0, self._bucket, mean, 1)
+            if self._kept is not None and controller.wants_probe(progress):
+                probe = gathered(
+                    [self._probe(mean, rho, part) for rho, part in zip(rhos, self._parts(self._kept), strict=True)]
+                )
+            self._kept = batch
+        losses = self._training_losses(batch, mean, rhos) if isinstance(controller, Published) else ()
+        seen = Observation(
+            losses, rhos, height, progress, height, probe, self._setting.decay / (1 - self._setting.decay)
+        )
+        self._state, _ = controller.update(self._state, seen)
+        self._losses = [0.0] * self._setting.replicas
+        self.gains.append(self.gain)
+        self._start = mean
+
+    def _probe(self, mean: Tensor, rho: float, part: Batch) -> tuple[float, float, float, float]:
+        points = [Point(self._bucket, mean, (mean - self._start).mul_(rho - 1))]
+        return evaluate(
+            (self._model,), lambda model, x: self._workload.loss(model(x.inputs), x.targets), part, points, self._slow
+        )
+
+    def _training_losses(self, batch: Batch, mean: Tensor, rhos: Sequence[float]) -> tuple[float, ...]:
+        """Each replica's mean loss over the round. Without ``exact``, the round's mean and what the last batch says of
+        the replicas' points: the least noise that the published signal could have."""
+        if self._setting.exact:
+            return tuple(total / self._round_length for total in self._losses)
+        losses = []
+        for rho, part in zip(rhos, self._parts(batch), strict=True):
+            self._bucket.write(torch.lerp(self._start, mean, rho))
+            losses.append(peers.evaluate(self._workload, self._model, part))
+        self._bucket.write(mean)
+        return tuple(losses)
+
+    def _parts(self, batch: Batch) -> list[Batch]:
+        """The batch as the replicas share it."""
+        n = self._setting.replicas
+        return [Batch(*part) for part in zip(batch.inputs.chunk(n), batch.targets.chunk(n), strict=True)]
+
+
+def _found(
+    workload: Workload,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    start: float,
+    setting: Setting,
+    generator: torch.Generator,
+) -> tuple[float, int]:
+    """What ``find_lr`` suggests on batches of one replica's size, and the steps' worth of samples that it took."""
+    drawn = 0
+
+    def batches() -> Iterator[Batch]:
+        nonlocal drawn
+        while True:
+            drawn += 1
+            yield workload.draw(workload.batch_size // setting.replicas, generator)
+
+    def loss_fn(model: nn.Module, batch: Batch) -> Tensor:
+        return workload.loss(model(batch.inputs), batch.targets)
+
+    found = find_lr(model, optimizer, loss_fn, batches(), low=start / 100, high=start * 100, steps=setting.find_steps)
+    return found.max_lr, -(-drawn // setting.replicas)

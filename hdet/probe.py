@@ -1,0 +1,145 @@
+r"""The paired probe: what a batch's loss says about the learning rate, without the noise of different batches.
+
+At the end of a round replica ``r`` stands at ``theta_r = m + delta_r``, with ``m`` the replicas' mean. It evaluates one
+batch, with one forward pass each, at four points that mirror one another::
+
+    above_r = L(m + delta_r)      slow_above_r = L(e + (e - f))
+    below_r = L(m - delta_r)      slow_below_r = L(e - (e - f))
+
+where ``e`` is the slow average of the means and ``f`` trails it (:class:`hdet.averager.SlowAverage`). In each
+difference the batch's own level and all curvature cancel. What is left is a slope: along the replica's displacement,
+which is what a larger learning rate would have added to the round; and along the lasting progress of the last few
+rounds, which is what it would have added to them once its noise is averaged out. Every replica uses a batch of its own,
+so that the slopes rest on N batches. :mod:`hdet.controller` says what they mean.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map
+
+from hdet.averager import Point, SlowAverage
+from hdet.controller import ProbeLosses
+
+LossFunction = Callable[[Any, Any], "Tensor | float"]
+"""``loss_fn(model, batch)``: the mean loss of a batch, as a scalar. ``model`` is what was passed as ``model=``, without
+DDP around it."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Probe:
+    """How the paired probe is done. ``probe=loss_fn`` is short for ``probe=hdet.Probe(loss_fn=loss_fn)``.
+
+    It takes memory for the slow average and its trail all along, and while it runs for the mean and the replica's
+    displacement: four copies of the trainable parameters in fp32, each sharded like the parameters.
+
+    Raises:
+        TypeError, ValueError: for a bad value.
+    """
+
+    loss_fn: LossFunction
+    """``loss_fn(model, batch)``: the mean loss of a batch under the settings to be compared, as a scalar."""
+    decay: float = 0.8
+    """In [0.5, 1): of the slow average, per round."""
+    dtype: torch.dtype | None = None
+    """In which the slow averages are kept, for example ``torch.bfloat16``; default fp32."""
+    device: torch.device | str | None = None
+    """Where they are kept, for example ``"cpu"``; default beside the parameters."""
+
+    def __post_init__(self) -> None:
+        if not callable(self.loss_fn):
+            raise TypeError(f"Invalid probe={self.loss_fn!r}. Must be a function: probe(model, batch) -> scalar loss.")
+        if not 0.5 <= self.decay < 1:
+            raise ValueError(f"Invalid Probe.decay={self.decay}. Must be in [0.5, 1).")
+        if self.dtype is not None and not self.dtype.is_floating_point:
+            raise TypeError(f"Invalid Probe.dtype={self.dtype}. Must be a floating-point dtype.")
+
+    @property
+    def place(self) -> torch.device | None:
+        """``device`` as torch's."""
+        return None if self.device is None else torch.device(self.device)
+
+    @property
+    def lag(self) -> float:
+        """Rounds of progress between the slow average and its trail."""
+        return self.decay / (1 - self.decay)
+
+
+def evaluate(
+    models: Sequence[nn.Module], loss_fn: LossFunction, batch: Any, points: Sequence[Point], slow: SlowAverage
+) -> tuple[float, float, float, float]:
+    """One replica's ``(above, below, slow_above, slow_below)``. Not collective, if ``loss_fn`` is not.
+
+    The models are in eval mode meanwhile, without autograd; their parameters, training flags and torch's random number
+    generators are afterwards as they were, whatever ``loss_fn`` raises. Buffers are the model's own affair: torch's do
+    not change in eval mode.
+
+    Raises:
+        TypeError, ValueError: if ``loss_fn`` does not return a scalar.
+    """
+    bare = tuple(unwrapped(model) for model in models)
+    subject = bare[0] if len(bare) == 1 else bare
+    losses = []
+    with evaluation(bare):
+        try:
+            for own in (True, False):
+                for sign in (1, -1):
+                    for i, (bucket, mean, displacement) in enumerate(points):
+                        point = mean.add(displacement, alpha=sign) if own else slow.point(i, sign, mean)
+                        bucket.write(point)
+                    losses.append(scalar(loss_fn(subject, batch)))
+        finally:
+            for bucket, mean, _ in points:
+                bucket.write(mean)
+    above, below, slow_above, slow_below = losses
+    return above, below, slow_above, slow_below
+
+
+def gathered(rows: Sequence[Sequence[float]]) -> ProbeLosses:
+    """:func:`evaluate`'s results of all replicas."""
+    return ProbeLosses(*(tuple(row[i] for row in rows) for i in range(4)))
+
+
+def keep(batch: Any) -> Any:
+    """A copy of a batch that survives the data loader's next one: tensors in nested containers are cloned."""
+    return tree_map(lambda x: x.detach().clone() if isinstance(x, Tensor) else x, batch)
+
+
+def scalar(loss: object) -> float:
+    """The value of what a loss function returned.
+
+    Raises:
+        TypeError: if it is no scalar loss.
+    """
+    if isinstance(loss, Tensor) and loss.numel() == 1 and loss.is_floating_point():
+        return loss.item()
+    if isinstance(loss, float):
+        return loss
+    what = f"a tensor of shape {tuple(loss.shape)}, {loss.dtype}" if isinstance(loss, Tensor) else type(loss).__name__
+    raise TypeError(f"probe= returned {what}. Must be a scalar loss, such as F.cross_entropy(model(x), y).")
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The model without DistributedDataParallel, whose forward pass sends buffers."""
+    return model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model
+
+
+@contextmanager
+def evaluation(models: Sequence[nn.Module]) -> Iterator[None]:
+    """Eval mode without autograd; training flags and torch's random number generators come back as they were."""
+    training = [module for model in models for module in model.modules() if module.training]
+    devices = {t.device for model in models for t in model.parameters() if t.device.type == "cuda"}
+    with torch.no_grad(), torch.random.fork_rng(devices=sorted(devices, key=str)):
+        for model in models:
+            model.eval()
+        try:
+            yield
+        finally:
+            for module in training:
+                module.training = True

@@ -1,0 +1,347 @@
+"""The regret benchmark: its training loops, the store of its runs, its tables and targets, its command line."""
+
+import dataclasses
+import json
+import math
+import sys
+
+import pytest
+import torch
+
+from hdet.bench.measure import Unavailable
+from hdet.bench.regret import peers, plot, runs, table
+from hdet.bench.regret.__main__ import main, parser, plan_of
+from hdet.bench.regret.contenders import CONTENDERS, Contender
+from hdet.bench.regret.outcome import Outcome
+from hdet.bench.regret.runs import SWEEP, Result, Run, Store, execute, execute_all, plan
+from hdet.bench.regret.workloads import STARTS, WORKLOADS
+
+SHORT = dataclasses.replace(WORKLOADS["regression"], steps=WORKLOADS["regression"].steps // 10)
+SHORTER = dataclasses.replace(SHORT, steps=20)
+TINY = ["--quick", "--workloads", "regression", "--starts", "1/3", "1", "--workers", "1"]
+
+
+def contender(name, run=None, **fields):
+    return Contender(name=name, run=run or (lambda *_: Outcome(1.0, 0.0)), describe=f"{name}.", **fields)
+
+
+def add(monkeypatch, name, run, **fields):
+    monkeypatch.setitem(CONTENDERS, name, contender(name, run, **fields))
+
+
+def a_run(contender="one_cycle", start=1.0, seed=0, workload="regression"):
+    return Run(workload, contender, start, seed, 80, "1.1")
+
+
+def losses(found):
+    """Outcomes, from ``{(workload, contender, start): losses by seed}``."""
+    return {
+        a_run(who, start, seed, where): Outcome(loss, 1.0)
+        for (where, who, start), own in found.items()
+        for seed, loss in enumerate(own)
+    }
+
+
+def written(path):
+    return [json.loads(line) for line in (path / "runs.jsonl").read_text().splitlines()]
+
+
+# ------------------------------------------------------------------------------------------------------------- peers
+
+
+def test_one_cycle_lowers_the_loss():
+    before = peers.evaluate(SHORT, peers.build(SHORT, 0), SHORT.validation())
+    assert peers.one_cycle(SHORT, SHORT.tuned, 0) < 0.5 * before
+
+
+@pytest.mark.parametrize("name", [name for name in CONTENDERS if name in vars(peers)])
+@pytest.mark.parametrize("workload", [SHORTER, dataclasses.replace(SHORTER, optimizer="adamw", weight_decay=0.1)])
+def test_a_run_is_a_function_of_its_arguments_and_prints_nothing(name, workload, capsys):
+    try:
+        first, second = (getattr(peers, name)(workload, 0.02, 1) for _ in range(2))
+    except Unavailable as reason:
+        pytest.skip(str(reason))
+    assert math.isfinite(first)
+    assert first == second
+    assert first != getattr(peers, name)(workload, 0.02, 2)
+    assert capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize("name", ["prodigy", "d_adaptation"])
+def test_what_uses_no_start_is_independent_of_max_lr(name):
+    try:
+        assert getattr(peers, name)(SHORTER, 0.001, 0) == getattr(peers, name)(SHORTER, 1000.0, 0)
+    except Unavailable as reason:
+        pytest.skip(str(reason))
+    assert not CONTENDERS[name].uses_start
+
+
+@pytest.mark.parametrize("name", ["one_cycle", "population"])
+def test_a_run_may_diverge(name):
+    assert not math.isfinite(getattr(peers, name)(SHORT, 1e30, 0))
+
+
+def test_a_population_survives_members_that_diverge():
+    """With these learning rates three of the four members diverge, and become copies of the one that does not."""
+    calls = []
+
+    def loss(outputs, targets):
+        calls.append(1)
+        value = SHORT.loss(outputs, targets)
+        return value * math.nan if len(calls) <= 3 else value
+
+    assert math.isfinite(peers.population(dataclasses.replace(SHORT, loss=loss), 0.02, 0))
+
+
+def test_a_missing_library_makes_a_contender_unavailable(monkeypatch):
+    monkeypatch.setitem(sys.modules, "prodigyopt", None)
+    found = execute(a_run("prodigy", None))
+    assert (found.outcome, found.error) == (None, "")
+    assert found.unavailable == "prodigyopt is not installed"
+
+
+# -------------------------------------------------------------------------------------------------------------- runs
+
+
+def test_the_plan_always_holds_the_sweep_and_a_start_free_contender_once():
+    found = plan(["regression"], ["prodigy", "population"], [1.0, 5.0], seeds=2)
+    starts = {name: [run.start for run in found if run.contender == name] for name in CONTENDERS}
+    assert sorted(starts["one_cycle"]) == sorted([*SWEEP, 5.0] * 2)
+    assert starts["prodigy"] == [None, None]
+    assert starts["population"] == [1.0, 1.0, 5.0, 5.0]
+    assert len(found) == len(set(found))
+    assert {0.5, 2.0, *STARTS} == set(SWEEP)
+
+
+def test_a_changed_contender_is_run_again(monkeypatch):
+    before = plan(["regression"], ["population"], [1.0], seeds=1)
+    monkeypatch.setitem(CONTENDERS, "population", dataclasses.replace(CONTENDERS["population"], version=2))
+    changed = set(plan(["regression"], ["population"], [1.0], seeds=1)) - set(before)
+    assert [(run.contender, run.version) for run in changed] == [("population", f"{runs.VERSION}.2")]
+
+
+def test_a_run_leaves_threads_and_generator_alone():
+    torch.manual_seed(7)
+    expected = torch.rand(3)
+    torch.manual_seed(7)
+    threads = torch.get_num_threads()
+    execute(a_run()._replace(steps=5))
+    assert torch.equal(torch.rand(3), expected)
+    assert torch.get_num_threads() == threads
+
+
+def test_the_store_forgets_nothing_but_failures_and_a_torn_line(tmp_path):
+    path = tmp_path / "runs.jsonl"
+    store = Store(path)
+    store.add(Result(a_run(start=1 / 3), Outcome(0.5, 2.0, 3.0, {"lrs": (0.1, math.inf)})))
+    store.add(Result(a_run("prodigy", None), Outcome(math.nan, 2.0)))
+    store.add(Result(a_run(seed=1), error="failed"))
+    with path.open("a") as file:
+        file.write('{"workload": "regr')
+
+    found = Store(path)
+    assert list(found.outcomes) == [a_run(start=1 / 3), a_run("prodigy", None)]
+    assert found.outcomes[a_run(start=1 / 3)] == (0.5, 2.0, 3.0, {"lrs": [0.1, None]})
+    assert math.isnan(found.outcomes[a_run("prodigy", None)].loss)
+    found.add(Result(a_run(seed=1), Outcome(0.25, 1.0)))
+    assert len(Store(path).outcomes) == 3
+
+
+def test_a_line_that_is_not_a_run_is_named(tmp_path):
+    (tmp_path / "runs.jsonl").write_text('{"workload": 1}\n')
+    with pytest.raises(ValueError, match=r"runs\.jsonl, line 1: not a run"):
+        Store(tmp_path / "runs.jsonl")
+
+
+def test_processes_make_the_same_runs():
+    todo = [a_run(seed=seed)._replace(steps=10) for seed in range(2)]
+    found = {result.run: result.outcome for result in execute_all(todo, workers=2)}
+    assert {run: found[run].loss for run in todo} == {run: execute(run).outcome.loss for run in todo}
+
+
+# ------------------------------------------------------------------------------------------------------------ tables
+
+
+WHO = {
+    "hdet": contender("hdet", ours=True),
+    "one_cycle": contender("one_cycle"),
+    "prodigy": contender("prodigy", uses_start=False),
+}
+FOUND = {
+    ("a", "one_cycle", 0.1): [4.0, 4.0],
+    ("a", "one_cycle", 0.5): [2.0, 1.0],  # the oracle: 1.5
+    ("a", "one_cycle", 1.0): [1.5, 1.65],
+    ("a", "prodigy", None): [3.0, 2.25],
+    ("a", "hdet", 0.1): [1.53, 1.53],
+    ("a", "hdet", 1.0): [1.485, 1.5],
+    ("b", "one_cycle", 1.0): [1.0, 1.0],
+    ("b", "prodigy", None): [1.0, math.inf],
+    ("b", "hdet", 1.0): [1.01, 1.018],
+}
+
+
+@pytest.fixture
+def regrets():
+    return table.regrets_of(losses(FOUND), (0.1, 1.0), WHO)
+
+
+def test_regret_is_relative_to_the_best_of_the_sweep(regrets):
+    assert regrets.oracles == {"a": (1.5, 0.5), "b": (1.0, 1.0)}
+    assert regrets.cells["a", "one_cycle", 1.0] == pytest.approx((0.05, 0.0, 0.1, 0, 2))
+    assert regrets.cells["a", "hdet", 1.0] == pytest.approx((-0.005, -0.01, 0.0, 0, 2))
+    assert (
+        regrets.cells["a", "prodigy", 0.1] == regrets.cells["a", "prodigy", 1.0] == pytest.approx((0.75, 0.5, 1, 0, 2))
+    )
+    assert regrets.worst("hdet") == pytest.approx(("a", 0.1, 0.02))
+
+
+def test_tables_show_contenders_by_starts(regrets):
+    text = table.tables(regrets)
+    assert "### a: oracle 1.5, at x0.5" in text
+    assert "| regret    | x0.1" in text
+    assert "| hdet      | 2.00% (2.00..2.00) | -0.50% (-1.00..0.00) |" in text
+    assert "| prodigy   | diverged (1 of 2) | diverged (1 of 2)" in text
+    assert "| one_cycle | -                 | 0.00% (0.00..0.00) " in text
+
+
+def test_the_summary_shows_the_worst_case(regrets):
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in table.summary(regrets, WHO).splitlines()]
+    assert rows[2:] == [
+        ["hdet", "2.00%", "0.45%", "a, x0.1"],
+        ["one_cycle", "167%", "2.50%", "a, x0.1"],
+        ["prodigy", "diverged", "diverged", "b"],
+    ]
+
+
+def test_targets_are_judged_by_the_worst_case(regrets):
+    found = {target.name: target for target in table.targets(regrets, WHO)}
+    near = found["regret from every start in 0.1 to 3"]
+    assert (near.measured, near.verdict) == ("2.00% (a, x0.1)", "met")
+    assert found["regret at 0.01 and 8"].verdict == "not measured"
+    tuned = found["regret at x1, mean over workloads"]
+    assert (tuned.measured, tuned.verdict) == ("0.45%", "met")
+    against = found["worst case, against every peer on every workload"]
+    assert (against.measured, against.verdict) == ("1.40% against 0.00% (one_cycle, b)", "missed")
+
+
+def test_a_diverged_run_misses_its_targets():
+    found = FOUND | {("a", "hdet", 0.1): [1.5, math.nan]}
+    regrets = table.regrets_of(losses(found), (0.1, 1.0), WHO)
+    near, _, _, against = table.targets(regrets, WHO)
+    assert (near.measured, near.verdict) == ("diverged (a, x0.1)", "missed")
+    assert against.verdict == "missed"
+    assert "diverged against" in against.measured
+
+
+def test_a_workload_without_an_oracle_is_left_out():
+    found = {("a", "one_cycle", 1.0): [math.nan], ("a", "prodigy", None): [1.0]}
+    regrets = table.regrets_of(losses(found), (1.0,), WHO)
+    assert (regrets.oracles, regrets.cells) == ({}, {})
+    assert {target.verdict for target in table.targets(regrets, WHO)} == {"not measured"}
+    assert table.tables(regrets) == ""
+
+
+def test_json_has_null_for_what_diverged(regrets):
+    found = json.loads(json.dumps(table.as_json(regrets, WHO), allow_nan=False))
+    cell = next(cell for cell in found["regrets"] if (cell["workload"], cell["contender"]) == ("b", "prodigy"))
+    assert (cell["mean"], cell["low"], cell["high"], cell["diverged"]) == (None, 0.0, None, 1)
+
+
+def test_the_plot_draws_whatever_was_measured(regrets, tmp_path):
+    pytest.importorskip("matplotlib")
+    for i, chosen in enumerate((regrets, table.regrets_of({}, STARTS))):
+        plot.draw(chosen, tmp_path / f"{i}.png", WHO)
+        assert (tmp_path / f"{i}.png").read_bytes().startswith(b"\x89PNG")
+
+
+# ------------------------------------------------------------------------------------------------------ command line
+
+
+def test_quick_runs_from_end_to_end_and_not_twice(tmp_path, capsys, monkeypatch):
+    pytest.importorskip("matplotlib")
+    arguments = [*TINY, "--contenders", "one_cycle", "nadamw_cosine", "--output", str(tmp_path)]
+    assert main(arguments) == 0
+    shown = capsys.readouterr()
+    assert "### regression: oracle" in shown.out
+    assert "| nadamw_cosine |" in shown.out
+    assert "10/10" in shown.err
+    assert (tmp_path / "regret.png").exists()
+    found = json.loads((tmp_path / "regret.json").read_text())
+    assert len(found["runs"]) == len(SWEEP) + 2
+    assert written(tmp_path) == sorted(found["runs"], key=written(tmp_path).index)
+
+    monkeypatch.setattr(runs, "execute", lambda run: pytest.fail("runs again"))
+    assert main(arguments) == 0
+    assert capsys.readouterr().out == shown.out
+
+
+def test_a_failed_run_is_reported_and_made_again(tmp_path, capsys, monkeypatch):
+    def fail(workload, max_lr, seed):
+        raise RuntimeError(f"no luck with {max_lr:g}")
+
+    arguments = [*TINY, "--contenders", "unlucky", "--output", str(tmp_path)]
+    add(monkeypatch, "unlucky", fail)
+    assert main(arguments) == 1
+    shown = capsys.readouterr()
+    assert "failed: regression unlucky x0.333 seed 0: RuntimeError: no luck with 0.0333333" in shown.err
+    assert "2 runs failed" in shown.err
+    assert "### regression" in shown.out
+    assert len([run for run in written(tmp_path) if "RuntimeError: no luck" in run.get("error", "")]) == 2
+
+    add(monkeypatch, "unlucky", lambda *_: Outcome(1.0, 0.0))
+    assert main(arguments) == 0
+    assert "| unlucky " in capsys.readouterr().out
+
+
+def test_an_unavailable_contender_is_skipped(tmp_path, capsys, monkeypatch):
+    def run(workload, max_lr, seed):
+        raise Unavailable("torch_next is not installed")
+
+    add(monkeypatch, "missing", run)
+    assert main([*TINY, "--contenders", "missing", "--output", str(tmp_path)]) == 0
+    assert "skipped: missing: torch_next is not installed" in capsys.readouterr().err
+    assert all(found["contender"] == "one_cycle" for found in written(tmp_path))
+
+
+def test_an_interruption_leaves_what_is_finished(tmp_path, capsys, monkeypatch):
+    def run(workload, max_lr, seed):
+        raise KeyboardInterrupt
+
+    add(monkeypatch, "slow", run)
+    assert main([*TINY, "--contenders", "slow", "--output", str(tmp_path)]) == 130
+    assert "interrupted with 8 of 10 runs" in capsys.readouterr().err
+    assert len(written(tmp_path)) == 8
+
+
+def test_defaults_run_everything_from_every_start():
+    found = plan_of(parser().parse_args([]))
+    free = sum(not contender.uses_start for contender in CONTENDERS.values())
+    bound = len(CONTENDERS) - free - 1
+    assert len(found) == 3 * len(WORKLOADS) * (len(SWEEP) + free + bound * len(STARTS))
+
+
+def test_quick_is_small_but_complete():
+    found = plan_of(parser().parse_args(["--quick"]))
+    assert {run.contender for run in found} == set(CONTENDERS)
+    assert len({run.workload for run in found}) == 2
+    assert all(run.steps == WORKLOADS[run.workload].steps // 10 and run.seed == 0 for run in found)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--seeds", "0"], "must be at least 1, got 0"),
+        (["--starts", "1/0"], "must be a positive number, got 1/0"),
+        (["--starts", "-1"], "must be a positive number, got -1"),
+        (["--starts", "nan"], "must be a positive number, got nan"),
+        (["--contenders", "sgd"], "invalid choice: 'sgd'"),
+    ],
+)
+def test_bad_arguments_are_named(arguments, message, capsys):
+    with pytest.raises(SystemExit):
+        parser().parse_args(arguments)
+    assert message in capsys.readouterr().err
+
+
+def test_a_third_is_the_start_of_that_name():
+    assert parser().parse_args(["--starts", "1/3", "0.1"]).starts == [STARTS[2], STARTS[1]]

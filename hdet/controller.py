@@ -147,11 +147,11 @@ class TwoSlope:
         ValueError: for a value outside the range its field names.
     """
 
-    step: float = 0.25
+    step: float = 0.2
     """> 0: how far the log gain moves in a round, at most."""
     ramp: float = 0.2
     """In (0, 1]: share of the run over which the debiased slope takes over from the raw one."""
-    noise_weight: tuple[float, float] = (0.3, 0.1)
+    noise_weight: tuple[float, float] = (0.25, 0.05)
     """``k``, >= 0, up to ``ramp`` and at ``until``; in between on a log scale."""
     smoothing: float = 0.5
     """In [0, 1): weight of the past in the average of ``x``."""
@@ -159,7 +159,7 @@ class TwoSlope:
     """>= 0: standard errors from zero up to which nothing moves."""
     slack: float = 2.0
     """> 0: standard errors beyond ``threshold`` at which the step is whole."""
-    down: float = 1.5
+    down: float = 2.0
     """> 0: how much faster the gain falls than it rises."""
     until: float = 0.55
     """In (0, 1]: share of the run after which the gain rests."""

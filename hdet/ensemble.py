@@ -35,7 +35,7 @@ from hdet.controller import (
     slopes_of,
 )
 from hdet.monitor import Monitor, MonitorLike, as_monitors
-from hdet.probe import LossFunction, Probe, evaluate, gathered, keep
+from hdet.probe import Batches, LossFunction, Probe, evaluate, gathered
 from hdet.replicas import Replicas
 from hdet.report import Report
 from hdet.signal import TrainingLoss, check_loss, mean_losses
@@ -104,7 +104,7 @@ class Ensemble:
         converge_every: ``T``, the round's length in steps. Required when ``spread > 0``.
         auto_lr: whether the controller moves the gain. Needs the loss in :meth:`step`.
         probe: ``loss_fn(model, batch)``, or a :class:`hdet.Probe`: the paired probe, by which learning rates can be
-            told apart in short rounds. Needs the batch in :meth:`step`.
+            told apart in short rounds.
         controller: default ``hdet.controller.TwoSlope()`` with a probe, ``hdet.controller.Published()`` without.
         per_group: whether each parameter group has a gain, and permutations, of its own; default one for all.
         total_steps: calls of :meth:`step` in the whole run. ``TwoSlope`` must know.
@@ -196,9 +196,10 @@ class Ensemble:
         self._group_names = tuple(str(g.get("name", f"group{i}")) for i, g in enumerate(optimizer.param_groups))
         self._models = models
         self._states = [ControllerState()] * (len(self._group_names) if per_group else 1)
-        self._batch: Any = None
         self._slow: SlowAverage | None = None
+        self._batches: Batches | None = None
         if self._probe is not None and auto_lr:
+            self._batches = Batches(self._probe, self.config.converge_every)
             self._slow = SlowAverage(self._probe.decay, self._probe.dtype, self._probe.place)
         self._snapshot: Snapshot | None = None
         if self.config.rollback:
@@ -265,9 +266,7 @@ class Ensemble:
         Args:
             loss: this replica's training loss of the step: a float or a scalar tensor, detached here. Without it the
                 replicas still fan out and converge, and the controller rests. A non-finite loss is ignored.
-            batch: with a probe, the batch of the step, as the probe's ``loss_fn`` takes it. One is kept per round, and
-                evaluated at the end of the next: by then it tells the learning rates apart without having been trained
-                on under them.
+            batch: the batch of the step, for a probe without ``batches`` of its own; see :class:`hdet.Probe`.
 
         Raises:
             TypeError, ValueError: for an int, an integer tensor, or a tensor of more than one element.
@@ -313,8 +312,8 @@ class Ensemble:
             self._land()
         if self._steps % self.config.converge_every == 0:
             self._converge(self._agree(), complete=True)
-            if self._slow is not None and batch is not None:
-                self._batch = keep(batch)
+            if self._batches is not None and self._wants_probe():
+                self._batches.offer(batch)
             self._draw()
 
     def fan_out(self) -> None:
@@ -335,8 +334,8 @@ class Ensemble:
         """The state as plain values, equal on every rank if the replicas have just converged. Makes no collective
         call; loads with ``torch.load(weights_only=True)``.
 
-        The batch that the probe keeps is each replica's own and not saved: the first round after a resume has no
-        probe."""
+        The batches that a probe has kept are each replica's own, and not saved: it pauses after a resume until there
+        are others."""
         state = self.own_state()
         state["schedule"] = None if self.schedule is None else self.schedule.state_dict()
         return state
@@ -397,7 +396,9 @@ class Ensemble:
 
     def resume_at(self, steps: int, base_lr: Sequence[float | Tensor]) -> None:
         """Continue from a converged model after ``steps`` steps, with the schedule at ``base_lr``."""
-        self._flight, self._batch = None, None
+        self._flight = None
+        if self._batches is not None:
+            self._batches.forget()
         self._steps = self._converged_at = steps
         self._signal.reset()
         self._totals = [(0.0, 0)] * self.replicas.size
@@ -480,7 +481,12 @@ class Ensemble:
         """Make sure that all replicas are at the same point, and gather what each has to tell."""
         facts = self._settings() | {"controller state": [tuple(state) for state in self._states]}
         layout, *seen = self._averager.inspect()
-        payload = (*self._signal.total(), bool(self._monitors), self._batch is not None, *seen)
+        payload = (
+            *self._signal.total(),
+            bool(self._monitors),
+            self._batches is not None and self._batches.ready,
+            *seen,
+        )
         rows = gather_agreed(self.replicas, self._steps, layout, facts, payload)
         return [
             _Gathered(
@@ -533,11 +539,12 @@ class Ensemble:
         """Every replica's probe. Collective: one that fails tells the others before it raises."""
         assert self._probe is not None
         assert self._slow is not None
+        assert self._batches is not None
         failure: Exception | None = None
         losses = (math.nan,) * 4
         started = time.perf_counter()
         try:
-            losses = evaluate(self._models, self._probe.loss_fn, self._batch, points, self._slow)
+            losses = evaluate(self._models, self._probe.loss_fn, self._batches.take(), points, self._slow)
         except Exception as error:
             failure = error
         self._probe_seconds = time.perf_counter() - started

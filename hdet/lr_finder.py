@@ -20,11 +20,11 @@ from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh
 from torch.optim import Optimizer
 
-from hdet.probe import LossFunction, evaluation, scalar, unwrapped
+from hdet.probe import LossFunction, cycle, evaluation, scalar, unwrapped
 from hdet.replicas import Replicas
 from hdet.snapshot import Snapshot
 
-_COARSE, _FINE = 8.0, 2.0
+_COARSE, _FINE = 10.0, 10 ** (1 / 3)
 _ALMOST = 0.97
 
 
@@ -71,9 +71,12 @@ def find_lr(
 ) -> LRFinding:
     """Try learning rates in ``[low, high]`` and suggest a ``max_lr`` for OneCycleLR. Collective.
 
-    First factors of 8 apart over the whole range, then factors of 2 around the best: with ``N`` replicas about
-    ``steps * (9 / N + 6 / N)`` steps of one replica's batch. Model, buffers and optimizer are afterwards as they were,
-    whatever is raised; the data loader has moved on.
+    First factors of 10 apart over the whole range, then a third of that to both sides of the best: with ``N`` replicas
+    and the default range ``ceil(8 / N) + ceil(2 / N)`` times ``steps`` steps. Model, buffers and optimizer are
+    afterwards as they were, whatever is raised; the data loader has moved on.
+
+    Each candidate sees batches of one replica's size, not of all: where the noise of the gradient limits the learning
+    rate, the suggestion is on the low side, by at most a factor of ``N``. ``auto_lr=True`` goes on from there.
 
     Args:
         model: the module or modules to train; ``DistributedDataParallel`` is taken off.
@@ -103,12 +106,11 @@ def find_lr(
     if steps < 4:
         raise ValueError(f"Invalid {steps=}. Must be at least 4.")
     models = tuple(unwrapped(m) for m in ((model,) if isinstance(model, nn.Module) else model))
-    search = _Search(models, optimizer, loss_fn, _cycle(batches), steps, Replicas(replicas))
+    search = _Search(models, optimizer, loss_fn, cycle(batches), steps, Replicas(replicas))
     coarse = _ladder(low, high, _COARSE)
     search.measure(coarse)
     best = search.best()
-    near = _ladder(max(low, best / _COARSE * _FINE), min(high, best * _COARSE / _FINE), _FINE)
-    search.measure([lr for lr in near if not any(math.isclose(lr, tried) for tried in search.losses)])
+    search.measure([lr for lr in (best / _FINE, best * _FINE) if low <= lr <= high])
     lrs = sorted(search.losses)
     return LRFinding(search.best(), tuple(lrs), tuple(search.losses[lr] for lr in lrs), search.start_loss)
 
@@ -204,16 +206,6 @@ def _ladder(low: float, high: float, factor: float) -> list[float]:
     """From ``low`` to ``high`` in equal ratios of at most ``factor``."""
     rungs = max(1, math.ceil(math.log(high / low) / math.log(factor) - 1e-9))
     return [low * (high / low) ** (i / rungs) for i in range(rungs + 1)]
-
-
-def _cycle(batches: Iterable[Any]) -> Iterator[Any]:
-    while True:
-        empty = True
-        for batch in batches:
-            empty = False
-            yield batch
-        if empty:
-            raise ValueError("batches= is empty or an iterator that has ended. Pass a data loader.")
 
 
 def _set_rates(optimizer: Optimizer, rates: Sequence[float | Tensor]) -> None:

@@ -15,7 +15,8 @@ so that the slopes rest on N batches. :mod:`hdet.controller` says what they mean
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -26,6 +27,9 @@ from torch.utils._pytree import tree_map
 
 from hdet.averager import Point, SlowAverage
 from hdet.controller import ProbeLosses
+
+FORGOTTEN = 32
+"""Steps after which an optimizer has forgotten a batch: ``0.9**32`` is 3%."""
 
 LossFunction = Callable[[Any, Any], "Tensor | float"]
 """``loss_fn(model, batch)``: the mean loss of a batch, as a scalar. ``model`` is what was passed as ``model=``, without
@@ -45,6 +49,11 @@ class Probe:
 
     loss_fn: LossFunction
     """``loss_fn(model, batch)``: the mean loss of a batch under the settings to be compared, as a scalar."""
+    batches: Iterable[Any] | None = None
+    """One is taken per round: a data loader of this replica's own, over training or held-out data; begun again when it
+    ends. Without it the batches passed to ``scheduler.step(loss, batch=batch)`` are used again, each at least
+    :data:`FORGOTTEN` steps later: while an optimizer's momentum still carries a batch's gradient, its loss asks for a
+    larger learning rate. For rounds of less than some hundred steps pass ``batches``."""
     decay: float = 0.8
     """In [0.5, 1): of the slow average, per round."""
     dtype: torch.dtype | None = None
@@ -101,14 +110,55 @@ def evaluate(
     return above, below, slow_above, slow_below
 
 
+class Batches:
+    """Where a probe's batches come from.
+
+    Args:
+        probe: the probe.
+        round_length: steps from one probe to the next.
+    """
+
+    def __init__(self, probe: Probe, round_length: int) -> None:
+        self._own = None if probe.batches is None else cycle(probe.batches)
+        self._kept: deque[Any] = deque(maxlen=1 - (-FORGOTTEN // round_length))
+
+    @property
+    def ready(self) -> bool:
+        """Whether there is one for the round that ends now."""
+        return self._own is not None or len(self._kept) == self._kept.maxlen
+
+    def take(self) -> Any:
+        """The batch for the round that ends now."""
+        return self._kept[0] if self._own is None else next(self._own)
+
+    def offer(self, batch: Any) -> None:
+        """Keep a copy of the round's last training batch for later: the data loader may reuse its memory."""
+        if self._own is None and batch is not None:
+            self._kept.append(tree_map(lambda x: x.detach().clone() if isinstance(x, Tensor) else x, batch))
+
+    def forget(self) -> None:
+        """Drop the batches kept."""
+        self._kept.clear()
+
+
+def cycle(batches: Iterable[Any]) -> Iterator[Any]:
+    """Iterate again and again.
+
+    Raises:
+        ValueError: if there is nothing to iterate over.
+    """
+    while True:
+        empty = True
+        for batch in batches:
+            empty = False
+            yield batch
+        if empty:
+            raise ValueError("batches= is empty, or an iterator that has ended. Pass a data loader.")
+
+
 def gathered(rows: Sequence[Sequence[float]]) -> ProbeLosses:
     """:func:`evaluate`'s results of all replicas."""
     return ProbeLosses(*(tuple(row[i] for row in rows) for i in range(4)))
-
-
-def keep(batch: Any) -> Any:
-    """A copy of a batch that survives the data loader's next one: tensors in nested containers are cloned."""
-    return tree_map(lambda x: x.detach().clone() if isinstance(x, Tensor) else x, batch)
 
 
 def scalar(loss: object) -> float:

@@ -753,10 +753,22 @@ def probe_setting(seed=0, lr=0.2, features=64, **settings):
         "spread": 0.11,
         "converge_every": 4,
         "auto_lr": True,
-        "probe": lambda model, batch: workload.loss(model(batch.inputs), batch.targets),
+        "probe": hdet.Probe(
+            loss_fn=lambda model, batch: workload.loss(model(batch.inputs), batch.targets),
+            batches=probe_batches(workload),
+        ),
     } | settings
-    scheduler = hdet.OneCycleLR(optimizer, lr, total_steps=40, cycle_momentum=False, **settings)
+    scheduler = hdet.OneCycleLR(
+        optimizer, lr, total_steps=settings.pop("total_steps", 40), cycle_momentum=False, **settings
+    )
     return workload, model, optimizer, scheduler
+
+
+def probe_batches(workload):
+    generator = torch.Generator().manual_seed(300)
+    while True:
+        batch = workload.draw(workload.batch_size, generator)
+        yield Batch(*(tensor.chunk(dist.get_world_size())[dist.get_rank()] for tensor in batch))
 
 
 def probe_step(workload, model, optimizer, scheduler, generator, rank, world):
@@ -821,11 +833,11 @@ def probe_failure(rank, world):
             raise ValueError("out of luck")
         return F.cross_entropy(model(batch.inputs), batch.targets)
 
-    workload, model, optimizer, scheduler = probe_setting(probe=failing)
+    workload, model, optimizer, scheduler = probe_setting(probe=failing, converge_every=16, total_steps=300)
     generator = peers.batches(0)
     error = None
     try:
-        for _ in range(12):
+        for _ in range(70):
             probe_step(workload, model, optimizer, scheduler, generator, rank, world)
     except (RuntimeError, ValueError) as raised:
         error = f"{type(raised).__name__}: {raised}"

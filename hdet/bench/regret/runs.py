@@ -65,7 +65,7 @@ def plan(
             own = sorted({*SWEEP, *starts}) if name == ORACLE else starts if contender.uses_start else (None,)
             version = f"{VERSION}.{contender.version}"
             found |= {Run(workload, name, start, seed, steps, version): None for start in own for seed in range(seeds)}
-    return list(found)
+    return sorted(found, key=lambda run: run.seed)  # whatever ends it early, all have as many seeds, nearly
 
 
 # ------------------------------------------------------------------------------------------------------------ to run

@@ -46,7 +46,7 @@ class Setting:
     """Of the probe's slow average."""
     auto: bool = False
     """Whether ``hdet.find_lr`` chooses max_lr first, at the cost of as many steps as its samples would have made."""
-    find_steps: int = 20
+    find_steps: int = 40
     """Steps per candidate, then."""
     exact: bool = False
 
@@ -94,7 +94,7 @@ class _Replicas:
         self._state = ControllerState()
         self._start = self._bucket.pack()
         self._losses = [0.0] * setting.replicas
-        self._kept: Batch | None = None
+        self._fresh = torch.Generator().manual_seed(seed + 300)
         self.gains: list[float] = []
 
     @property
@@ -137,11 +137,11 @@ class _Replicas:
         mean = self._bucket.pack()
         if isinstance(controller, TwoSlope):
             self._slow.unpack(0, self._bucket, mean, 1)
-            if self._kept is not None and controller.wants_probe(progress):
+            if controller.wants_probe(progress):
+                batch = self._workload.draw(self._workload.batch_size, self._fresh)
                 probe = gathered(
-                    [self._probe(mean, rho, part) for rho, part in zip(rhos, self._parts(self._kept), strict=True)]
+                    [self._probe(mean, rho, part) for rho, part in zip(rhos, self._parts(batch), strict=True)]
                 )
-            self._kept = batch
         losses = self._training_losses(batch, mean, rhos) if isinstance(controller, Published) else ()
         seen = Observation(
             losses, rhos, height, progress, height, probe, self._setting.decay / (1 - self._setting.decay)

@@ -356,7 +356,7 @@ WORKLOADS: dict[str, Workload] = {
             optimizer="adamw",
             weight_decay=0.1,
             batch_size=32,
-            steps=800,
+            steps=600,
             tuned=0.012,
             held_out=True,
         ),

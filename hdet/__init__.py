@@ -4,6 +4,7 @@ few steps, and their losses move the schedule. See the README for how to use it 
 from hdet import controller, ops, schedules
 from hdet.ensemble import Ensemble
 from hdet.errors import DivergedError, HdetError, ReplicaMismatchError
+from hdet.found_schedule import FoundSchedule
 from hdet.lr_finder import LRFinding, find_lr
 from hdet.lr_scheduler import OneCycleLR
 from hdet.monitor import JsonLines, Monitor
@@ -16,6 +17,7 @@ __version__ = "0.1.0"
 __all__ = [
     "DivergedError",
     "Ensemble",
+    "FoundSchedule",
     "HdetError",
     "JsonLines",
     "LRFinding",

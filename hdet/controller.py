@@ -226,6 +226,8 @@ class TwoSlope:
 
 
 _VARIANCE_MEMORY = 0.9
+_TOO_LARGE = 1e100
+"""A loss whose square would be no number any more is none itself."""
 
 
 def slopes_of(probe: ProbeLosses, multipliers: tuple[float, ...], lag: float) -> Slopes | None:
@@ -234,7 +236,7 @@ def slopes_of(probe: ProbeLosses, multipliers: tuple[float, ...], lag: float) ->
     rows = [
         (rho - 1, *losses)
         for rho, *losses in zip(multipliers, *probe, strict=True)
-        if all(math.isfinite(loss) for loss in losses)
+        if all(abs(loss) < _TOO_LARGE for loss in losses)
     ]
     spread = math.fsum(abs(z) for z, *_ in rows)
     if len(rows) < 2 or spread == 0:

@@ -34,6 +34,7 @@ from hdet.controller import (
     TwoSlope,
     slopes_of,
 )
+from hdet.found_schedule import FoundSchedule, Recorder
 from hdet.monitor import Monitor, MonitorLike, as_monitors
 from hdet.probe import Batches, LossFunction, Probe, evaluate, gathered
 from hdet.replicas import Replicas
@@ -206,10 +207,13 @@ class Ensemble:
             device = None if isinstance(rollback, bool) else torch.device(rollback)
             self._snapshot = Snapshot(models, optimizer, device)
         self._has_snapshot = False
+        self._recorder = Recorder(self._group_names)
         self._first_loss = math.nan
         self._rollbacks = 0
         self._signal = TrainingLoss()
         self._totals: list[tuple[float, int]] = [(0.0, 0)] * self.replicas.size
+        self._factors: list[float] = []
+        self._is_fresh = True
         self._steps = 0
         self._converged_at = 0
         self._started = False
@@ -246,6 +250,13 @@ class Ensemble:
 
     def _state_of(self, group: int) -> ControllerState:
         return self._states[group if self.config.per_group else 0]
+
+    def found_schedule(self) -> FoundSchedule:
+        """The base learning rates of the run so far, schedule x gain: to be saved, and replayed without replicas.
+
+        Recorded at the two ends of every round; between them the replay is linear.
+        """
+        return self._recorder.schedule()
 
     def get_last_lr(self) -> list[float | Tensor]:
         """This replica's learning rates, by group."""
@@ -311,6 +322,7 @@ class Ensemble:
         if self._flight and self._steps == self._flight.report.step + self.config.overlap_steps:
             self._land()
         if self._steps % self.config.converge_every == 0:
+            self._record(self._steps - 1)
             self._converge(self._agree(), complete=True)
             if self._batches is not None and self._wants_probe():
                 self._batches.offer(batch)
@@ -327,6 +339,10 @@ class Ensemble:
             else:
                 base[i] = lr
                 group["lr"] = lr * factors[i]
+        if self._is_fresh:
+            self._is_fresh = False
+            if self._steps % self.config.converge_every == 0:
+                self._record(self._steps)
 
     # ---------------------------------------------------------------------------------------------------- the state
 
@@ -368,6 +384,7 @@ class Ensemble:
             "first_loss": self._first_loss,
             "rollbacks": self._rollbacks,
             "slow_average": [list(part) for part in self._slow.state()] if self._slow else [],
+            "found_schedule": [[step, list(lrs)] for step, lrs in self._recorder.knots],
             "round_losses": [list(total) for total in self._totals],
         }
 
@@ -388,6 +405,7 @@ class Ensemble:
         """Load what :meth:`own_state` saved."""
         self._states = [ControllerState(*values) for values in state["controller"]]
         self._first_loss, self._rollbacks = state["first_loss"], state["rollbacks"]
+        self._recorder.knots = [(step, tuple(lrs)) for step, lrs in state["found_schedule"]]
         if self._slow is not None:
             self._slow.load(state["slow_average"])
         self.resume_at(state["steps"], state["base_lr"])
@@ -418,7 +436,12 @@ class Ensemble:
 
     def _draw(self) -> None:
         """This replica's factors on the schedule, which change once per round."""
+        self._is_fresh = True  # the next fan_out() is the first under these
         self._factors = [gain * self.multipliers(g)[self.replicas.rank] for g, gain in enumerate(self.gains)]
+
+    def _record(self, step: int) -> None:
+        """Remember the base learning rates of the update after ``step`` others."""
+        self._recorder.add(step, [float(lr) * gain for lr, gain in zip(self._base, self.gains, strict=True)])
 
     def _write_lr(self, rates: Sequence[float | Tensor]) -> None:
         for group, lr in zip(self.optimizer.param_groups, rates, strict=True):

@@ -13,6 +13,7 @@ from torch.optim import Optimizer, lr_scheduler
 
 from hdet.controller import Controller
 from hdet.ensemble import Ensemble, check_arguments
+from hdet.lr_finder import find_lr
 from hdet.monitor import MonitorLike
 from hdet.probe import LossFunction, Probe
 from hdet.report import Report
@@ -33,7 +34,8 @@ class OneCycleLR(lr_scheduler.OneCycleLR):
         scheduler.converge()                    # before evaluating or saving
 
     Args:
-        optimizer, max_lr, ..., last_epoch: as in torch.
+        optimizer, max_lr, ..., last_epoch: as in torch. ``max_lr="auto"`` asks :func:`hdet.find_lr`, with the probe's
+            ``loss_fn`` and ``batches``; the constructor is then collective.
         model: the module or modules to average. Required when ``spread > 0``.
         spread: ``alpha``, in [0, 1): replicas train under ``[1 - alpha, 1 + alpha]`` times the base.
         converge_every: ``T``, the round's length in steps; default ``total_steps // 100``, at least 1.
@@ -59,7 +61,7 @@ class OneCycleLR(lr_scheduler.OneCycleLR):
     def __init__(
         self,
         optimizer: Optimizer,
-        max_lr: float | list[float],
+        max_lr: float | list[float] | Literal["auto"],
         total_steps: int | None = None,
         epochs: int | None = None,
         steps_per_epoch: int | None = None,
@@ -101,6 +103,8 @@ class OneCycleLR(lr_scheduler.OneCycleLR):
             "overlap_steps": overlap_steps,
             "monitor": monitor,
         }
+        if max_lr == "auto":
+            max_lr = _find(optimizer, model, probe, replicas)
         length = _length(total_steps, epochs, steps_per_epoch)
         settings["total_steps"] = length
         round_length = max(1, length // 100) if converge_every is None else converge_every
@@ -180,6 +184,22 @@ class OneCycleLR(lr_scheduler.OneCycleLR):
             self.ensemble.load_own_state(saved)
         elif self.ensemble is not None:
             self.ensemble.resume_at(self.last_epoch, self._last_lr)
+
+
+def _find(
+    optimizer: Optimizer,
+    model: nn.Module | Iterable[nn.Module] | None,
+    probe: LossFunction | Probe | None,
+    replicas: ProcessGroup | DeviceMesh | None,
+) -> float | list[float]:
+    """``max_lr="auto"``: for each group, in the proportions of the optimizer's learning rates."""
+    if model is None or not isinstance(probe, Probe) or probe.batches is None:
+        raise ValueError(
+            'max_lr="auto" needs model= and probe=hdet.Probe(loss_fn=..., batches=...): it trains on those batches.'
+        )
+    rates = [float(group["lr"]) for group in optimizer.param_groups]
+    found = find_lr(model, optimizer, probe.loss_fn, probe.batches, replicas=replicas)
+    return [found.max_lr * rate / max(rates) for rate in rates]
 
 
 def _length(total_steps: object, epochs: object, steps_per_epoch: object) -> int:

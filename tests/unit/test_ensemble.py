@@ -224,7 +224,7 @@ def test_a_state_that_does_not_fit_is_refused_before_anything_changes():
     state = schedule.state_dict()
     for change, message in (
         ({"version": 99}, "version 99"),
-        ({"controller": [[1.0, 0.0, 0]] * 2}, "2 parameter groups"),
+        ({"controller": [[1.0, 0.0, 0]] * 2}, "has 2 gains, this run 1"),
     ):
         optimizer.step()
         schedule.step(1.0)

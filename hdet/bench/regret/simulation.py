@@ -27,7 +27,7 @@ from hdet.bench.regret import peers
 from hdet.bench.regret.outcome import Outcome
 from hdet.bench.regret.workloads import Batch, Workload
 from hdet.buckets import fill_buckets
-from hdet.controller import Controller, ControllerState, Observation, Published, TwoSlope
+from hdet.controller import Controller, ControllerState, Observation, Published, Slopes, TwoSlope, slopes_of
 from hdet.lr_finder import find_lr
 from hdet.probe import evaluate, gathered
 from hdet.spread import assignment
@@ -49,6 +49,8 @@ class Setting:
     find_steps: int = 40
     """Steps per candidate, then."""
     exact: bool = False
+    keep_slopes: bool = False
+    """Whether ``details`` holds what the probes said."""
 
 
 def simulate(workload: Workload, max_lr: float, seed: int, setting: Setting) -> Outcome:
@@ -78,6 +80,8 @@ def simulate(workload: Workload, max_lr: float, seed: int, setting: Setting) -> 
         if step + 1 < steps:
             schedule.step()
     loss = peers.evaluate(workload, model, workload.validation())
+    if setting.keep_slopes:
+        details["slopes"] = replicas.slopes
     details["gains"] = [round(gain, 4) for gain in replicas.gains]
     return Outcome(loss, time.perf_counter() - began, replicas.gain, details)
 
@@ -96,6 +100,8 @@ class _Replicas:
         self._losses = [0.0] * setting.replicas
         self._fresh = torch.Generator().manual_seed(seed + 300)
         self.gains: list[float] = []
+        self.slopes: list[tuple[float, Slopes]] = []
+        """(progress, slopes), probe by probe."""
 
     @property
     def gain(self) -> float:
@@ -146,6 +152,8 @@ class _Replicas:
         seen = Observation(
             losses, rhos, height, progress, height, probe, self._setting.decay / (1 - self._setting.decay)
         )
+        if probe is not None and (slopes := slopes_of(probe, rhos, seen.lag)) is not None:
+            self.slopes.append((progress, slopes))
         self._state, _ = controller.update(self._state, seen)
         self._losses = [0.0] * self._setting.replicas
         self.gains.append(self.gain)

@@ -1,0 +1,122 @@
+r"""The schedule that a run found, as a small file, and its replay without replicas.
+
+What is recorded is ``schedule(t) * gain(t)`` for each parameter group, the centre of the replicas' spread: the learning
+rate that their mean trained under. Its shape is the user's; its height is what the controller decided.
+"""
+
+from __future__ import annotations
+
+import bisect
+import json
+import math
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LambdaLR
+
+_FORMAT = "hdet schedule 1"
+
+
+@dataclass(frozen=True)
+class FoundSchedule:
+    """Learning rates by step: what :meth:`hdet.Ensemble.found_schedule` returns.
+
+    Between two knots the learning rate is linear in the step; after the last it stays.
+    """
+
+    groups: tuple[str, ...]
+    """Names of the parameter groups."""
+    steps: tuple[int, ...]
+    """Knots, increasing; the first is 0."""
+    lrs: tuple[tuple[float, ...], ...]
+    """[g][k] learning rate of group ``g`` in knot ``k``."""
+
+    def __post_init__(self) -> None:
+        if not self.steps or self.steps[0] != 0 or list(self.steps) != sorted(set(self.steps)):
+            raise ValueError(f"Invalid steps={self.steps[:5]}... Must begin with 0 and increase.")
+        if len(self.lrs) != len(self.groups) or any(len(lrs) != len(self.steps) for lrs in self.lrs):
+            raise ValueError("Invalid lrs. Must hold a learning rate for each of the groups and steps.")
+        if not all(math.isfinite(lr) and lr >= 0 for lrs in self.lrs for lr in lrs):
+            raise ValueError("Invalid lrs. Must be finite and >= 0.")
+
+    def lr(self, step: int, group: int = 0) -> float:
+        """Learning rate of a group for the update after ``step`` others."""
+        lrs = self.lrs[group]
+        right = bisect.bisect_right(self.steps, step)
+        if right == len(self.steps):
+            return lrs[-1]
+        first, last = self.steps[right - 1], self.steps[right]
+        share = (step - first) / (last - first)
+        return lrs[right - 1] + share * (lrs[right] - lrs[right - 1])
+
+    def scheduler(self, optimizer: Optimizer, last_epoch: int = -1) -> LambdaLR:
+        """A plain torch scheduler that replays it.
+
+        The optimizer's own learning rates are set to 1, since the factor is the learning rate.
+
+        Raises:
+            ValueError: if the optimizer has another number of parameter groups.
+        """
+        if len(optimizer.param_groups) != len(self.groups):
+            raise ValueError(
+                f"The schedule has {len(self.groups)} parameter groups ({', '.join(self.groups)}), this optimizer "
+                f"{len(optimizer.param_groups)}."
+            )
+        for group in optimizer.param_groups:
+            group["lr"] = group["initial_lr"] = 1.0
+        factors: list[Callable[[int], float]] = [_Factor(self, g) for g in range(len(self.groups))]
+        return LambdaLR(optimizer, factors, last_epoch)
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write a JSON file of a few kilobytes, at once or not at all."""
+        target = Path(path)
+        text = json.dumps({"format": _FORMAT, "groups": self.groups, "steps": self.steps, "lrs": self.lrs})
+        beside = target.with_name(f"{target.name}.{os.getpid()}.tmp")
+        beside.write_text(text + "\n", encoding="utf-8")
+        os.replace(beside, target)
+
+    @staticmethod
+    def load(path: str | os.PathLike[str]) -> FoundSchedule:
+        """Read :meth:`save`'s file.
+
+        Raises:
+            ValueError: if it is not one.
+        """
+        found = json.loads(Path(path).read_text(encoding="utf-8"))
+        if not isinstance(found, Mapping) or found.get("format") != _FORMAT:
+            raise ValueError(f"{path} is not a schedule saved by hdet (format {_FORMAT!r}).")
+        return FoundSchedule(tuple(found["groups"]), tuple(found["steps"]), tuple(tuple(lrs) for lrs in found["lrs"]))
+
+
+class Recorder:
+    """Collects a :class:`FoundSchedule`'s knots."""
+
+    def __init__(self, groups: Sequence[str]) -> None:
+        self._groups = tuple(groups)
+        self.knots: list[tuple[int, tuple[float, ...]]] = []
+
+    def add(self, step: int, lrs: Sequence[float]) -> None:
+        """The learning rates for the update after ``step`` others. A later one for the same step replaces it."""
+        while self.knots and self.knots[-1][0] >= step:  # a round of one step, or a run gone back to a checkpoint
+            self.knots.pop()
+        self.knots.append((step, tuple(lrs)))
+
+    def schedule(self) -> FoundSchedule:
+        """What was collected."""
+        steps = tuple(step for step, _ in self.knots)
+        lrs = tuple(zip(*(lrs for _, lrs in self.knots), strict=True))
+        return FoundSchedule(self._groups, steps, lrs)
+
+
+@dataclass(frozen=True)
+class _Factor:
+    """``LambdaLR``'s factor, picklable."""
+
+    schedule: FoundSchedule
+    group: int
+
+    def __call__(self, step: int) -> float:
+        return self.schedule.lr(step, self.group)

@@ -1,0 +1,479 @@
+"""TwoSlope, the probe's parts, snapshots, find_lr and found schedules, without processes."""
+
+import dataclasses
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+import hdet
+from hdet.averager import Point, SlowAverage
+from hdet.buckets import fill_buckets
+from hdet.controller import ControllerState, Observation, ProbeLosses, Slopes, TwoSlope, slopes_of
+from hdet.found_schedule import Recorder
+from hdet.probe import FORGOTTEN, Batches, evaluate
+from hdet.snapshot import Snapshot
+from hdet.spread import multipliers
+
+RHO = multipliers(4, 0.11)
+
+
+def probe_of(raw, debiased, noise, level=2.0, lag=4.0, rho=RHO):
+    """Losses of a probe whose slopes are these."""
+    above = tuple(level + noise - lag * debiased - (r - 1) * raw for r in rho)
+    below = tuple(level + noise - lag * debiased + (r - 1) * raw for r in rho)
+    return ProbeLosses(above, below, (level - lag * debiased,) * len(rho), (level + lag * debiased,) * len(rho))
+
+
+def seen(probe, progress=0.3, height=1.0):
+    return Observation((), RHO, 0.1, progress, height, probe, 4.0)
+
+
+def run(config, probes, progress=0.3, **more):
+    state = ControllerState()
+    for probe in probes:
+        state, _ = config.update(state, seen(probe, progress, **more))
+    return state
+
+
+@given(st.floats(-1, 1), st.floats(-1, 1), st.floats(-1, 1), st.floats(0, 10))
+def test_slopes_are_read_off_the_losses(raw, debiased, noise, level):
+    found = slopes_of(probe_of(raw, debiased, noise, level), RHO, 4.0)
+    assert found == pytest.approx((raw, debiased, noise), abs=1e-9)
+
+
+def test_a_replica_without_finite_losses_is_left_out():
+    probe = probe_of(0.5, 0.1, 0.2)
+    broken = ProbeLosses((math.nan, *probe.above[1:]), *probe[1:])
+    assert slopes_of(broken, RHO, 4.0) == pytest.approx((0.5, 0.1, 0.2))
+    assert slopes_of(ProbeLosses(*((math.nan,) * 3 + row[3:] for row in probe)), RHO, 4.0) is None
+    assert slopes_of(probe, (1.0,) * 4, 4.0) is None
+
+
+def test_the_slopes_of_a_quadratic():
+    """L = h theta^2 / 2: for a round's displacement d that ends at theta, R = -h theta d; for the slow average's
+    velocity v at e, A = -h e v."""
+    h, theta, d, e, v, lag = 3.0, 0.7, -0.2, 0.5, -0.01, 4.0
+
+    def loss(x):
+        return h * x * x / 2
+
+    probe = ProbeLosses(
+        tuple(loss(theta + (r - 1) * d) for r in RHO),
+        tuple(loss(theta - (r - 1) * d) for r in RHO),
+        (loss(e + lag * v),) * 4,
+        (loss(e - lag * v),) * 4,
+    )
+    found = slopes_of(probe, RHO, lag)
+    assert found.raw == pytest.approx(-h * theta * d)
+    assert found.debiased == pytest.approx(-h * e * v)
+
+
+@pytest.mark.parametrize(
+    ("slopes", "progress", "direction"),
+    [
+        ((0.1, 0.1, 0.0), 0.3, 1),  # everything asks for more
+        ((-0.5, -0.1, 0.5), 0.3, -1),  # and for less
+        ((-0.5, 0.1, 0.1), 0.05, -1),  # early the raw slope rules
+        ((-0.5, 0.1, 0.1), 0.4, 1),  # later the debiased one
+        ((0.1, 0.001, 0.5), 0.4, -1),  # with some of the noise held against it
+        ((0.1, 0.1, 0.0), 0.6, 0),  # after `until` it rests
+    ],
+)
+def test_which_way_the_gain_moves(slopes, progress, direction):
+    probes = [probe_of(*(s * (1 + 0.01 * i) for s in slopes)) for i in range(8)]
+    gain = run(TwoSlope(), probes, progress).gain
+    assert (gain > 1) - (gain < 1) == direction
+
+
+def test_evidence_is_the_documented_sum():
+    config = TwoSlope(ramp=0.2, noise_weight=(0.3, 0.1), until=0.6)
+    slopes = Slopes(2.0, 3.0, 5.0)
+    assert config.evidence(slopes, 0.0) == 2.0
+    assert config.evidence(slopes, 0.1) == pytest.approx(0.5 * 2.0 + 0.5 * (3.0 - 0.3 * 5.0))
+    assert config.evidence(slopes, 0.2) == pytest.approx(3.0 - 0.3 * 5.0)
+    assert config.evidence(slopes, 0.4) == pytest.approx(3.0 - math.sqrt(0.03) * 5.0)
+    assert config.evidence(slopes, 0.6) == pytest.approx(3.0 - 0.1 * 5.0)
+
+
+def test_nothing_moves_inside_the_noise():
+    generator = torch.Generator().manual_seed(0)
+    moves = []
+    for _ in range(200):
+        noise = torch.randn(12, generator=generator).tolist()
+        moves.append(abs(math.log(run(TwoSlope(), [probe_of(x, x, 0.0) for x in noise]).gain)))
+    steady = [probe_of(1 + 0.1 * x, 1 + 0.1 * x, 0.0) for x in torch.randn(12, generator=generator).tolist()]
+    assert sum(moves) / len(moves) < 0.2 * math.log(run(TwoSlope(), steady).gain)
+
+
+def test_a_rise_is_scaled_by_the_schedules_height_and_a_fall_is_not():
+    up, down = ([probe_of(s * (1 + 0.01 * i), s * (1 + 0.01 * i), 0.0) for i in range(8)] for s in (1, -1))
+    assert math.log(run(TwoSlope(), up, height=0.5).gain) == pytest.approx(math.log(run(TwoSlope(), up).gain) / 2)
+    assert run(TwoSlope(), down, height=0.5).gain == run(TwoSlope(), down).gain
+
+
+def test_non_finite_losses_lower_the_gain_and_no_probe_moves_nothing():
+    broken = ProbeLosses(*((math.inf,) * 4,) * 4)
+    state, slope = TwoSlope(step=0.4).update(ControllerState(), seen(broken))
+    assert state.gain == pytest.approx(math.exp(-0.4))
+    assert slope == -math.inf
+    assert TwoSlope().update(ControllerState(), seen(None)) == (ControllerState(), None)
+
+
+losses = st.floats(allow_nan=True, allow_infinity=True)
+
+
+@settings(max_examples=200)
+@given(st.lists(st.lists(losses, min_size=16, max_size=16), max_size=12), st.floats(0, 1), st.floats(0, 1))
+def test_bounds_hold_under_any_input(rounds, progress, height):
+    config = TwoSlope(bounds=(0.5, 3.0))
+    probes = [ProbeLosses(*(tuple(row[4 * i : 4 * i + 4]) for i in range(4))) for row in rounds]
+    state = run(config, probes, progress, height=height)
+    assert 0.5 <= state.gain <= 3.0
+
+
+@pytest.mark.parametrize(
+    "bad",
+    [{"step": 0}, {"ramp": 0}, {"noise_weight": (0.0, 1.0)}, {"smoothing": 1}, {"threshold": -1}, {"slack": 0},
+     {"down": 0}, {"until": 1.5}, {"bounds": (2, 3)}],
+)  # fmt: skip
+def test_two_slope_refuses_bad_values(bad):
+    with pytest.raises(ValueError, match=f"Invalid {next(iter(bad))}"):
+        TwoSlope(**bad)
+
+
+# -------------------------------------------------------------------------------------------------------- the probe
+
+
+def test_the_slow_average_and_its_trail_are_the_documented_sums():
+    means = torch.randn(6, 5, generator=torch.Generator().manual_seed(0))
+    piece = torch.zeros(5)
+    (bucket,) = fill_buckets([piece], 2**20, lambda t: t.device)
+    for storage in ({}, {"dtype": torch.bfloat16}, {"device": torch.device("cpu")}):
+        slow = SlowAverage(0.8, **storage)
+        e = f = means[0].double()
+        slow.unpack(0, bucket, means[0].clone(), 1)
+        for mean in means[1:]:
+            slow.unpack(0, bucket, mean.clone(), 1)
+            e = e + 0.2 * (mean - e)
+            f = f + 0.2 * (e - f)
+            assert torch.equal(piece, mean)
+        tolerance = {"atol": 0.05, "rtol": 0.05} if "dtype" in storage else {}
+        torch.testing.assert_close(slow.point(0, 1, piece), (2 * e - f).float(), **tolerance)
+        torch.testing.assert_close(slow.point(0, -1, piece), f.float(), **tolerance)
+
+
+def probed_model():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.Dropout(0.5), nn.Linear(8, 1))
+
+
+def test_evaluate_uses_the_four_points_and_leaves_no_trace():
+    model = probed_model()
+    model[2].eval()  # a part that the user keeps in eval mode
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    parameters = list(model.parameters())
+    (bucket,) = fill_buckets(parameters, 2**20, lambda t: t.device)
+    mean = bucket.pack()
+    displacement = torch.randn(mean.shape, generator=torch.Generator().manual_seed(1)) * 0.1
+    slow = SlowAverage(0.8)
+    slow.unpack(0, bucket, mean.clone(), 1)
+    slow.unpack(0, bucket, mean * 1.1, 1)
+    bucket.write(mean)
+    batch = torch.randn(16, 4)
+    visited = []
+
+    def loss_fn(module, x):
+        visited.append(bucket.pack())
+        assert not torch.is_grad_enabled()
+        assert not any(part.training for part in module.modules())
+        torch.rand(3)
+        return module(x).square().mean()
+
+    state = torch.get_rng_state()
+    found = evaluate((model,), loss_fn, batch, [Point(bucket, mean, displacement)], slow)
+    assert len(set(found)) == 4
+    for at, expected in zip(
+        visited,
+        (mean + displacement, mean - displacement, slow.point(0, 1, mean), slow.point(0, -1, mean)),
+        strict=True,
+    ):
+        assert torch.equal(at, expected)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+    assert torch.equal(torch.get_rng_state(), state)
+    assert [part.training for part in model] == [True, True, False, True]
+    assert model.training
+
+
+@pytest.mark.parametrize("bad", [torch.ones(2), torch.tensor(1), "1.0", None])
+def test_a_loss_function_must_return_a_scalar(bad):
+    model = probed_model()
+    (bucket,) = fill_buckets(list(model.parameters()), 2**20, lambda t: t.device)
+    mean = bucket.pack()
+    slow = SlowAverage(0.8)
+    slow.unpack(0, bucket, mean, 1)
+    with pytest.raises(TypeError, match="Must be a scalar loss"):
+        evaluate((model,), lambda *_: bad, None, [Point(bucket, mean, torch.ones_like(mean))], slow)
+    assert torch.equal(bucket.pack(), mean)
+    assert model.training
+
+
+def test_batches_are_used_again_when_they_are_forgotten():
+    batches = Batches(hdet.Probe(loss_fn=print), round_length=10)
+    memory = torch.zeros(2)
+    for i in range(8):
+        assert batches.ready == (i > math.ceil(FORGOTTEN / 10))
+        if batches.ready:
+            assert batches.take()["x"].tolist() == [i - 5.0] * 2
+        batches.offer({"x": memory.fill_(i)})  # as a loader does that uses its memory again
+    own = Batches(hdet.Probe(loss_fn=print, batches=[1, 2]), round_length=10)
+    assert own.ready
+    assert [own.take() for _ in range(5)] == [1, 2, 1, 2, 1]
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"controller": TwoSlope()}, "needs the paired probe"),
+        ({"probe": print, "total_steps": None}, "must know how long"),
+        ({"probe": print, "total_steps": 100, "overlap_steps": 2}, "exclude one another"),
+        ({"probe": 3, "total_steps": 100}, "Must be a function"),
+        ({"total_steps": 0}, "total_steps"),
+    ],
+)
+def test_contradictory_settings(settings, message):
+    model = nn.Linear(2, 2)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with pytest.raises((TypeError, ValueError), match=message):
+        hdet.Ensemble(optimizer, model=model, spread=0.1, converge_every=5, auto_lr=True, **settings)
+    with pytest.raises(ValueError, match="decay"):
+        hdet.Probe(loss_fn=print, decay=1.0)
+
+
+def test_the_peak_of_a_schedule_is_found_by_running_a_copy_ahead():
+    model = nn.Linear(2, 2)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    schedule = torch.optim.lr_scheduler.SequentialLR(
+        optimizer,
+        [
+            torch.optim.lr_scheduler.LinearLR(optimizer, 0.1, total_iters=10),
+            torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 90),
+        ],
+        [10],
+    )
+    ensemble = hdet.Ensemble(
+        optimizer, schedule, model=model, spread=0.1, converge_every=5, auto_lr=True, probe=print, total_steps=100
+    )
+    assert ensemble._peak_lr == pytest.approx(0.1)
+    assert schedule.last_epoch == 0
+    assert optimizer.param_groups[0]["lr"] == pytest.approx(0.01)
+
+
+# --------------------------------------------------------------------------------------------------------- snapshots
+
+
+@pytest.mark.parametrize("kind", [torch.optim.SGD, torch.optim.AdamW, torch.optim.Adagrad])
+@pytest.mark.parametrize("device", [None, torch.device("cpu")])
+def test_a_snapshot_brings_everything_back_in_place(kind, device):
+    model = probed_model()
+    optimizer = kind(model.parameters(), lr=0.1, **({"momentum": 0.9} if kind is torch.optim.SGD else {}))
+
+    def step():
+        optimizer.zero_grad()
+        model(torch.randn(16, 4)).square().mean().backward()
+        optimizer.step()
+
+    fresh = Snapshot([model], optimizer, device)
+    fresh.take()
+    snapshot = Snapshot([model], optimizer, device)
+    for _ in range(2):  # the second take() reuses the first one's memory
+        step()
+        snapshot.take()
+    pointers = [t.data_ptr() for t in (*model.parameters(), *model.buffers())]
+    kept = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    state = torch.get_rng_state()
+    step()
+    after = [p.detach().clone() for p in model.parameters()]
+    snapshot.restore()
+    assert all(torch.equal(tensor, kept[name]) for name, tensor in model.state_dict().items())
+    assert pointers == [t.data_ptr() for t in (*model.parameters(), *model.buffers())]
+    torch.set_rng_state(state)
+    step()
+    assert all(torch.equal(p, q) for p, q in zip(model.parameters(), after, strict=True))
+    fresh.restore()
+    assert all(not s or kind is torch.optim.Adagrad for s in optimizer.state.values())
+
+
+# ----------------------------------------------------------------------------------------------------------- find_lr
+
+
+def regression():
+    torch.manual_seed(0)
+    model = nn.Linear(8, 1)
+    generator = torch.Generator().manual_seed(0)
+    weights = torch.randn(8, 1, generator=generator)
+
+    def batches():
+        while True:
+            x = torch.randn(32, 8, generator=generator)
+            yield x, x @ weights
+
+    return model, batches(), lambda m, batch: nn.functional.mse_loss(m(batch[0]), batch[1])
+
+
+@pytest.mark.parametrize("start", [1e-6, 1.0, 1e3])
+def test_find_lr_finds_the_edge_of_a_quadratic_from_anywhere(start):
+    """The inputs' covariance is the identity: gradient descent is fastest at 0.5, diverges from about 1 on."""
+    model, batches, loss_fn = regression()
+    optimizer = torch.optim.SGD(model.parameters(), lr=start)
+    before = [p.detach().clone() for p in model.parameters()]
+    found = hdet.find_lr(model, optimizer, loss_fn, batches)
+    assert 0.1 <= found.max_lr <= 1
+    assert all(torch.equal(p, q) for p, q in zip(model.parameters(), before, strict=True))
+    assert optimizer.param_groups[0]["lr"] == start
+    assert not optimizer.state
+    assert all(p.grad is None for p in model.parameters())
+    assert len(found.lrs) == len(found.losses)
+    assert list(found.lrs) == sorted(found.lrs)
+
+
+def test_find_lr_plots(tmp_path):
+    model, batches, loss_fn = regression()
+    found = hdet.find_lr(model, torch.optim.SGD(model.parameters(), lr=1.0), loss_fn, batches, steps=10)
+    found.plot(tmp_path / "lr.png")
+    assert (tmp_path / "lr.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_find_lr_puts_everything_back_when_the_loss_function_raises():
+    model, batches, loss_fn = regression()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.3)
+    before = [p.detach().clone() for p in model.parameters()]
+    calls = []
+
+    def failing(m, batch):
+        calls.append(1)
+        if len(calls) == 30:
+            raise KeyError("x")
+        return loss_fn(m, batch)
+
+    with pytest.raises(KeyError):
+        hdet.find_lr(model, optimizer, failing, batches)
+    assert all(torch.equal(p, q) for p, q in zip(model.parameters(), before, strict=True))
+    assert optimizer.param_groups[0]["lr"] == 0.3
+    assert model.training
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [({"low": 0}, "low"), ({"low": 2.0, "high": 1.0}, "low"), ({"steps": 3}, "steps"), ({"high": math.inf}, "high")],
+)
+def test_find_lr_refuses_bad_arguments(arguments, message):
+    model, batches, loss_fn = regression()
+    with pytest.raises(ValueError, match=message):
+        hdet.find_lr(model, torch.optim.SGD(model.parameters(), lr=1.0), loss_fn, batches, **arguments)
+
+
+def test_find_lr_says_when_nothing_helps_and_when_there_is_no_data():
+    model, batches, _ = regression()
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+    with pytest.raises(RuntimeError, match="lowered the loss"):
+        hdet.find_lr(model, optimizer, lambda m, batch: 0 * m(batch[0]).sum() + 1.0, batches)
+    with pytest.raises(ValueError, match="empty"):
+        hdet.find_lr(model, optimizer, lambda m, batch: m(batch).sum(), [])
+
+
+def test_max_lr_auto_is_find_lr():
+    model, batches, loss_fn = regression()
+    optimizer = torch.optim.SGD([{"params": [model.weight]}, {"params": [model.bias], "lr": 0.02}], lr=0.2)
+    scheduler = hdet.OneCycleLR(
+        optimizer,
+        "auto",
+        total_steps=100,
+        cycle_momentum=False,
+        model=model,
+        probe=hdet.Probe(loss_fn=loss_fn, batches=batches),
+        auto_lr=True,
+        spread=0.1,
+    )
+    weight, bias = (group["max_lr"] for group in optimizer.param_groups)
+    assert 0.1 <= weight <= 1
+    assert bias == pytest.approx(weight / 10)
+    assert scheduler.ensemble is not None
+    with pytest.raises(ValueError, match="needs model"):
+        hdet.OneCycleLR(optimizer, "auto", total_steps=100)
+
+
+# --------------------------------------------------------------------------------------------------- found schedules
+
+
+def test_a_found_schedule_replays_what_the_run_did(tmp_path):
+    model = nn.Linear(2, 2)
+    optimizer = torch.optim.SGD([{"params": [model.weight]}, {"params": [model.bias], "lr": 0.01}], lr=0.1)
+    scheduler = hdet.OneCycleLR(
+        optimizer, [0.1, 0.01], total_steps=60, cycle_momentum=False, model=model, spread=0.2, converge_every=3
+    )
+    ensemble = scheduler.ensemble
+    rates = []
+    for step in range(60):
+        if step in (18, 30):  # as a controller would, at the beginning of a round
+            ensemble._states = [ControllerState(gain=ensemble.gains[0] * (2.0 if step == 18 else 0.3))]
+            ensemble._draw()
+            ensemble._write_lr(ensemble._base)
+            ensemble.fan_out()
+        rates.append([lr * gain for lr, gain in zip(ensemble.get_base_lr(), ensemble.gains, strict=True)])
+        optimizer.step()
+        if step < 59:
+            scheduler.step(1.0)
+    found = ensemble.found_schedule()
+    found.save(tmp_path / "found.json")
+    assert hdet.FoundSchedule.load(tmp_path / "found.json") == found
+    other = torch.optim.SGD([{"params": [torch.ones(1)]}, {"params": [torch.ones(1)]}], lr=7.0)
+    replay = found.scheduler(other)
+    for step, expected in enumerate(rates):
+        assert [group["lr"] for group in other.param_groups] == pytest.approx(expected, abs=0.002), step
+        assert found.lr(step, 0) == pytest.approx(expected[0], abs=0.002)
+        other.step()
+        replay.step()
+
+
+def test_a_found_schedule_survives_a_resume():
+    def build():
+        model = nn.Linear(2, 2)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        return optimizer, hdet.OneCycleLR(
+            optimizer, 0.1, total_steps=40, cycle_momentum=False, model=model, spread=0.2, converge_every=4
+        )
+
+    optimizer, scheduler = build()
+    other_optimizer, other = build()
+    for step in range(39):
+        optimizer.step()
+        scheduler.step(1.0)
+        if step == 17:
+            other.load_state_dict(scheduler.state_dict())
+        if step > 17:
+            other_optimizer.step()
+            other.step(1.0)
+    assert other.ensemble.found_schedule() == scheduler.ensemble.found_schedule()
+
+
+def test_bad_schedule_files_are_named(tmp_path):
+    (tmp_path / "x.json").write_text("[]")
+    with pytest.raises(ValueError, match="not a schedule"):
+        hdet.FoundSchedule.load(tmp_path / "x.json")
+    good = hdet.FoundSchedule(("a",), (0, 5), ((0.1, 0.2),))
+    for bad in ({"steps": (1, 5)}, {"steps": (0, 0)}, {"lrs": ((0.1,),)}, {"lrs": ((0.1, math.nan),)}, {"groups": ()}):
+        with pytest.raises(ValueError, match="Invalid"):
+            dataclasses.replace(good, **bad)
+    with pytest.raises(ValueError, match="parameter groups"):
+        good.scheduler(torch.optim.SGD([{"params": [torch.ones(1)]}, {"params": [torch.ones(1)]}], lr=1.0))
+
+
+def test_a_recorder_forgets_what_a_run_that_went_back_did():
+    recorder = Recorder(["a"])
+    for step, lr in ((0, 1.0), (4, 2.0), (8, 3.0), (4, 5.0), (6, 6.0)):
+        recorder.add(step, [lr])
+    assert recorder.schedule() == hdet.FoundSchedule(("a",), (0, 4, 6), ((1.0, 5.0, 6.0),))

@@ -58,6 +58,10 @@ class Observation(NamedTuple):
     """Share of the run that is over, in [0, 1]."""
     height: float = 1.0
     """The schedule's value as a share of its peak, in [0, 1]."""
+    until: float = 1.0
+    """Share of the run after which the schedule stays below ``TwoSlope.rest_below``."""
+    final: float = 0.0
+    """The schedule's last value as a share of its peak, in [0, 1]: 0 if it anneals, 1 if it is constant."""
     probe: ProbeLosses | None = None
     """``None`` in a round without a probe."""
     lag: float = 4.0
@@ -98,7 +102,7 @@ class Published:
         if self.warmup_rounds < 0 or self.warmup_rounds != int(self.warmup_rounds):
             raise ValueError(f"Invalid warmup_rounds={self.warmup_rounds}. Must be a whole number >= 0.")
 
-    def wants_probe(self, progress: float) -> bool:
+    def wants_probe(self, progress: float, until: float) -> bool:
         """It has no use for one."""
         return False
 
@@ -132,7 +136,8 @@ class TwoSlope:
         R = -sum_r(sign(z_r) (above_r - below_r) / 2) / sum_r(|z_r|)    raw slope
         A = -mean_r(slow_above_r - slow_below_r) / (2 lag)              debiased slope
         E = mean_r(above_r + below_r - slow_above_r - slow_below_r) / 2 + lag A      noise
-        x = (1 - u) R + u (A - k E),   u = min(1, progress / ramp),  k: noise_weight[0] -> noise_weight[1]
+        x = (1 - u) R + u (A - (k + 2 final s^2) E)
+        u = min(1, progress / ramp),  s = clip((progress - ramp) / (until - ramp), 0, 1),  k: noise_weight[0] -> [1]
         t = mean(x) / standard error                                     over recent rounds, memory ``smoothing``
         q = sign(t) clip((|t| - threshold) / slack, 0, 1)                inside the noise nothing moves
         log gain += step * (down q if q < 0 else height q)
@@ -140,8 +145,10 @@ class TwoSlope:
     The raw slope sees at once that a learning rate is too high, but prefers a low one: that damps the iterates' noise,
     and what it gives up only shows later. So it rules the warm-up, as in a learning-rate range test. The debiased slope
     cannot see noise, and lasting progress is positive until the learning rate is so high that none is left; a little of
-    the noise is held against it, ``k``. A round whose losses are not finite moves the log gain down by ``step``. Where
-    ``progress > until`` the gain rests: the schedule's own annealing is not fought.
+    the noise is held against it, ``k``, and more where no annealing will remove it: under a constant schedule ``x``
+    ends as the raw slope again (in expectation ``R = A - 2 E``), and the gain anneals. A round whose losses are not
+    finite moves the log gain down by ``step``. Once the schedule has fallen below ``rest_below`` for good, after
+    ``until``, the gain rests: its own annealing is not fought.
 
     Raises:
         ValueError: for a value outside the range its field names.
@@ -152,7 +159,7 @@ class TwoSlope:
     ramp: float = 0.2
     """In (0, 1]: share of the run over which the debiased slope takes over from the raw one."""
     noise_weight: tuple[float, float] = (0.25, 0.05)
-    """``k``, >= 0, up to ``ramp`` and at ``until``; in between on a log scale."""
+    """``k``, > 0, up to ``ramp`` and at ``until``; in between on a log scale."""
     smoothing: float = 0.5
     """In [0, 1): weight of the past in the average of ``x``."""
     threshold: float = 1.0
@@ -161,12 +168,11 @@ class TwoSlope:
     """> 0: standard errors beyond ``threshold`` at which the step is whole."""
     down: float = 2.0
     """> 0: how much faster the gain falls than it rises."""
-    until: float = 0.55
-    """In (0, 1]: share of the run after which the gain rests."""
+    rest_below: float = 0.7
+    """In [0, 1]: height of the schedule, as a share of its peak, below which the gain rests. OneCycle with torch's
+    defaults gets there after 56% of the run."""
     bounds: tuple[float, float] = (1e-3, 1e3)
     """Smallest and largest gain, ``0 < low <= 1 <= high``."""
-    max_rollbacks: int = 4
-    """How often a run that blew up may go back, >= 0."""
 
     def __post_init__(self) -> None:
         _require("step", self.step, self.step > 0, "finite and > 0")
@@ -177,23 +183,23 @@ class TwoSlope:
         _require("threshold", self.threshold, self.threshold >= 0, "finite and >= 0")
         _require("slack", self.slack, self.slack > 0, "finite and > 0")
         _require("down", self.down, self.down > 0, "finite and > 0")
-        _require("until", self.until, 0 < self.until <= 1, "in (0, 1]")
+        _require("rest_below", self.rest_below, 0 <= self.rest_below <= 1, "in [0, 1]")
         _check_bounds(self.bounds)
 
-    def wants_probe(self, progress: float) -> bool:
+    def wants_probe(self, progress: float, until: float) -> bool:
         """Whether a round that ends at ``progress`` may still move the gain."""
-        return progress <= self.until
+        return progress <= until
 
     def update(self, state: ControllerState, observation: Observation) -> tuple[ControllerState, float | None]:
         """One round: ``(state, observation) -> (next state, x)``.
 
         In a round without a probe ``x`` is ``None``, and the state unchanged."""
-        if observation.probe is None or not self.wants_probe(observation.progress):
+        if observation.probe is None or not self.wants_probe(observation.progress, observation.until):
             return state, None
         slopes = slopes_of(observation.probe, observation.multipliers, observation.lag)
         if slopes is None:
             return state._replace(gain=_clamped(math.log(state.gain) - self.step, self.bounds)), -math.inf
-        evidence = self.evidence(slopes, observation.progress)
+        evidence = self.evidence(slopes, observation.progress, observation.until, observation.final)
         b, rounds = self.smoothing, state.rounds + 1
         before = state.velocity / (1 - b**state.rounds) if state.rounds else 0.0
         velocity = b * state.velocity + (1 - b) * evidence
@@ -208,12 +214,12 @@ class TwoSlope:
         change = self.step * (self.down * q if q < 0 else observation.height * q)
         return moved._replace(gain=_clamped(math.log(state.gain) + change, self.bounds)), evidence
 
-    def evidence(self, slopes: Slopes, progress: float) -> float:
+    def evidence(self, slopes: Slopes, progress: float, until: float, final: float) -> float:
         """``x``: > 0 for "a larger learning rate would do better"."""
         u = min(1.0, progress / self.ramp)
         first, last = self.noise_weight
-        late = min(1.0, max(0.0, progress - self.ramp) / max(self.until - self.ramp, 1e-9))
-        weight = first * (last / first) ** late
+        late = min(1.0, max(0.0, progress - self.ramp) / max(until - self.ramp, 1e-9))
+        weight = first * (last / first) ** late + 2 * final * late**2
         return (1 - u) * slopes.raw + u * (slopes.debiased - weight * slopes.noise)
 
     def _significance(self, state: ControllerState) -> float:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import logging
 import math
 import time
@@ -17,7 +16,7 @@ from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
-from torch.optim import SGD, Optimizer
+from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler, ReduceLROnPlateau
 from torch.utils.hooks import RemovableHandle
 
@@ -34,6 +33,7 @@ from hdet.controller import (
     TwoSlope,
     slopes_of,
 )
+from hdet.forecast import Forecast, forecast
 from hdet.found_schedule import FoundSchedule, Recorder
 from hdet.monitor import Monitor, MonitorLike, as_monitors
 from hdet.probe import Batches, LossFunction, Probe, evaluate, gathered
@@ -108,9 +108,8 @@ class Ensemble:
             told apart in short rounds.
         controller: default ``hdet.controller.TwoSlope()`` with a probe, ``hdet.controller.Published()`` without.
         per_group: whether each parameter group has a gain, and permutations, of its own; default one for all.
-        total_steps: calls of :meth:`step` in the whole run. ``TwoSlope`` must know.
-        peak_lr: the schedule's highest learning rate in the first group; default: found by running a copy of the
-            schedule ahead. Read by ``TwoSlope`` only.
+        total_steps: calls of :meth:`step` in the whole run. ``TwoSlope`` must know, and what is still to come of the
+            schedule: a copy of it is run ahead in the constructor.
         rollback: with ``auto_lr``, whether a round that blew up is undone: the loss at twice the first round's, or no
             replica finite. Parameters, buffers and optimizer state go back to the last converge, and the gain falls to
             a third. It takes memory for one copy of them, at the device named instead of ``True`` (``"cpu"``).
@@ -153,7 +152,6 @@ class Ensemble:
         controller: Controller | None = None,
         per_group: bool = False,
         total_steps: int | None = None,
-        peak_lr: float | None = None,
         rollback: bool | str | torch.device = True,
         replicas: ProcessGroup | DeviceMesh | None = None,
         seed: int = 0,
@@ -188,9 +186,10 @@ class Ensemble:
             schedule = LambdaLR(optimizer, schedule)
         self.optimizer, self.schedule, self._schedule_every = optimizer, schedule, schedule_every
 
-        if peak_lr is None and isinstance(self.config.controller, TwoSlope):
-            peak_lr = _peak_of(schedule, optimizer, -(-(self.config.total_steps or 1) // schedule_every))
-        self._peak_lr = peak_lr
+        self._forecast: Forecast | None = None
+        self._until = 1.0
+        if isinstance(self.config.controller, TwoSlope) and self.config.total_steps is not None:
+            self.look_ahead(forecast(schedule, optimizer, -(-self.config.total_steps // schedule_every)))
         owned = {p for m in models for p in m.parameters()}
         extra = [p for group in optimizer.param_groups for p in group["params"] if p not in owned] if models else []
         self._averager = Averager(models, extra, self.replicas, int(self.config.bucket_mib * _MIB))
@@ -366,6 +365,12 @@ class Ensemble:
         if self.schedule is not None and state_dict["schedule"] is not None:
             self.schedule.load_state_dict(state_dict["schedule"])
         self.load_own_state(state_dict)
+
+    def look_ahead(self, ahead: Forecast) -> None:
+        """For adapters around a scheduler of their own: tell what is to come of it."""
+        self._forecast = ahead
+        if isinstance(self.config.controller, TwoSlope):
+            self._until = ahead.high_until(self.config.controller.rest_below)
 
     def own_state(self) -> dict[str, Any]:
         """:meth:`state_dict` without the schedule's."""
@@ -552,7 +557,11 @@ class Ensemble:
         return self._steps / self.config.total_steps if self.config.total_steps else math.nan
 
     def _wants_probe(self) -> bool:
-        return self._slow is not None and self.replicas.size > 1 and self.config.controller.wants_probe(self._progress)
+        return (
+            self._slow is not None
+            and self.replicas.size > 1
+            and self.config.controller.wants_probe(self._progress, self._until)
+        )
 
     def _may_move(self) -> bool:
         """Whether the controller may still move the gain: while it may, it can also take it back."""
@@ -644,10 +653,21 @@ class Ensemble:
         multipliers = [self._assignment(g, round) for g in range(len(schedule))]
         slopes = [math.nan] * len(self._states)
         if complete:
-            height = min(1.0, schedule[0] / self._peak_lr) if self._peak_lr else 1.0
+            peak, final = (self._forecast.peak, self._forecast.final) if self._forecast else (0.0, 0.0)
+            height = min(1.0, schedule[0] / peak) if peak else 1.0
             lag = self._probe.lag if self._probe else 1.0
             for g, state in enumerate(self._states):
-                seen = Observation(losses, multipliers[g], schedule[g], self._progress, height, losses_of_probe, lag)
+                seen = Observation(
+                    losses,
+                    multipliers[g],
+                    schedule[g],
+                    self._progress,
+                    height,
+                    self._until,
+                    final,
+                    losses_of_probe,
+                    lag,
+                )
                 moved, slope = self.config.controller.update(state, seen)
                 slopes[g] = math.nan if slope is None else slope
                 if self.config.auto_lr:
@@ -734,24 +754,6 @@ def check_arguments(
     if spread > 0 and not modules:
         raise ValueError("spread > 0 needs model=: its parameters and buffers are averaged every converge_every steps.")
     return config, modules, probe, as_monitors(monitor), Replicas(replicas)
-
-
-def _peak_of(schedule: LRScheduler | ReduceLROnPlateau | None, optimizer: Optimizer, steps: int) -> float:
-    """The first group's highest learning rate in ``steps`` steps, found by stepping a copy on a stand-in optimizer."""
-    now = float(optimizer.param_groups[0]["lr"])
-    if schedule is None or isinstance(schedule, ReduceLROnPlateau):
-        return now
-    stand_in = SGD([nn.Parameter(torch.zeros(()))], lr=0.0)
-    stand_in.param_groups = [
-        {key: _copy(value) for key, value in group.items() if key != "params"} for group in optimizer.param_groups
-    ]
-    ahead = copy.deepcopy(schedule, {id(optimizer): stand_in})
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # that no optimizer stepped before it
-        for _ in range(steps):
-            ahead.step()
-            now = max(now, float(stand_in.param_groups[0]["lr"]))
-    return now
 
 
 def _copy(lr: Any) -> Any:

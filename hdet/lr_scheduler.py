@@ -13,6 +13,7 @@ from torch.optim import Optimizer, lr_scheduler
 
 from hdet.controller import Controller
 from hdet.ensemble import Ensemble, check_arguments
+from hdet.forecast import forecast
 from hdet.lr_finder import find_lr
 from hdet.monitor import MonitorLike
 from hdet.probe import LossFunction, Probe
@@ -127,8 +128,9 @@ class OneCycleLR(lr_scheduler.OneCycleLR):
             last_epoch,
         )
         if spread > 0 or any(x is not None for x in (model, converge_every, probe, controller, replicas, monitor)):
-            peak_lr = float(optimizer.param_groups[0]["max_lr"])
-            self.ensemble = Ensemble(optimizer, converge_every=round_length, peak_lr=peak_lr, **settings)
+            ahead = forecast(self, optimizer, self.total_steps)  # before the learning rates fan out
+            self.ensemble = Ensemble(optimizer, converge_every=round_length, **settings)
+            self.ensemble.look_ahead(ahead)
             if self.last_epoch:
                 self.ensemble.resume_at(self.last_epoch, self._last_lr)
 

@@ -16,7 +16,9 @@ from torch.distributed.algorithms.model_averaging.averagers import PeriodicModel
 from torch.distributed.distributed_c10d import _coalescing_manager
 
 import hdet
+from hdet.averager import Averager, Inspection
 from hdet.bench.measure import OURS, Unavailable
+from hdet.replicas import Replicas
 
 _NEVER = 2**62
 
@@ -63,6 +65,26 @@ class Ours(Contender):
 
     def average(self) -> None:
         self._ensemble.converge()
+
+
+class AverageOnly(Contender):
+    """hdet's average without what is around it: that replicas agree, that all is finite, and the report. Not an
+    alternative, but the measure of what these cost."""
+
+    averages_buffers = True
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__(model)
+        self._averager = Averager([model], [], Replicas(), 32 * 2**20)
+
+    def prepare(self) -> None:
+        mine = self._averager.inspect()
+        constants = [None] * self.size
+        dist.all_gather_object(constants, mine)
+        self._seen = [Inspection(*seen) for seen in constants]  # type: ignore[misc]
+
+    def average(self) -> None:
+        self._averager.average(self._seen)
 
 
 class PerTensor(Contender):
@@ -181,6 +203,7 @@ class ForeachFlat(Contender):
 
 CONTENDERS: dict[str, type[Contender]] = {
     OURS: Ours,
+    "hdet_average": AverageOnly,
     "per_tensor": PerTensor,
     "torch_averager": TorchAverager,
     "accelerate": Accelerate,

@@ -131,7 +131,12 @@ def targets(results: Iterable[Comparison]) -> list[Target]:
     return [
         _judge(
             "converge: against every alternative",
-            [(f"{r.case}, {name}", r.ratio(name)) for r in converge for name in r.alternatives],
+            [
+                (f"{r.case}, {name}", r.ratio(name))
+                for r in converge
+                for name in r.alternatives
+                if not name.startswith(OURS)
+            ],
             at_least=1.0,
         ),
         _judge(

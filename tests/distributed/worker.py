@@ -786,7 +786,7 @@ def probe_step(workload, model, optimizer, scheduler, generator, rank, world):
 @scenario
 def paired_probe(rank, world):
     reports, flags = [], []
-    controller = hdet.controller.TwoSlope(threshold=0.0, until=0.8)
+    controller = hdet.controller.TwoSlope(threshold=0.0, rest_below=0.2)
     workload, model, optimizer, scheduler = probe_setting(monitor=reports.append, controller=controller)
     generator = peers.batches(0)
     state = torch.get_rng_state()

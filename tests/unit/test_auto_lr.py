@@ -13,6 +13,7 @@ import hdet
 from hdet.averager import Point, SlowAverage
 from hdet.buckets import fill_buckets
 from hdet.controller import ControllerState, Observation, ProbeLosses, Slopes, TwoSlope, slopes_of
+from hdet.forecast import forecast
 from hdet.found_schedule import Recorder
 from hdet.probe import FORGOTTEN, Batches, evaluate
 from hdet.snapshot import Snapshot
@@ -28,8 +29,8 @@ def probe_of(raw, debiased, noise, level=2.0, lag=4.0, rho=RHO):
     return ProbeLosses(above, below, (level - lag * debiased,) * len(rho), (level + lag * debiased,) * len(rho))
 
 
-def seen(probe, progress=0.3, height=1.0):
-    return Observation((), RHO, 0.1, progress, height, probe, 4.0)
+def seen(probe, progress=0.3, height=1.0, final=0.0):
+    return Observation((), RHO, 0.1, progress, height, 0.55, final, probe, 4.0)
 
 
 def run(config, probes, progress=0.3, **more):
@@ -80,7 +81,7 @@ def test_the_slopes_of_a_quadratic():
         ((-0.5, 0.1, 0.1), 0.05, -1),  # early the raw slope rules
         ((-0.5, 0.1, 0.1), 0.4, 1),  # later the debiased one
         ((0.1, 0.001, 0.5), 0.4, -1),  # with some of the noise held against it
-        ((0.1, 0.1, 0.0), 0.6, 0),  # after `until` it rests
+        ((0.1, 0.1, 0.0), 0.6, 0),  # after until=0.55 it rests
     ],
 )
 def test_which_way_the_gain_moves(slopes, progress, direction):
@@ -90,13 +91,15 @@ def test_which_way_the_gain_moves(slopes, progress, direction):
 
 
 def test_evidence_is_the_documented_sum():
-    config = TwoSlope(ramp=0.2, noise_weight=(0.3, 0.1), until=0.6)
+    config = TwoSlope(ramp=0.2, noise_weight=(0.3, 0.1))
     slopes = Slopes(2.0, 3.0, 5.0)
-    assert config.evidence(slopes, 0.0) == 2.0
-    assert config.evidence(slopes, 0.1) == pytest.approx(0.5 * 2.0 + 0.5 * (3.0 - 0.3 * 5.0))
-    assert config.evidence(slopes, 0.2) == pytest.approx(3.0 - 0.3 * 5.0)
-    assert config.evidence(slopes, 0.4) == pytest.approx(3.0 - math.sqrt(0.03) * 5.0)
-    assert config.evidence(slopes, 0.6) == pytest.approx(3.0 - 0.1 * 5.0)
+    for final in (0.0, 1.0):
+        assert config.evidence(slopes, 0.0, 0.6, final) == 2.0
+        assert config.evidence(slopes, 0.1, 0.6, final) == pytest.approx(0.5 * 2.0 + 0.5 * (3.0 - 0.3 * 5.0))
+        assert config.evidence(slopes, 0.2, 0.6, final) == pytest.approx(3.0 - 0.3 * 5.0)
+    assert config.evidence(slopes, 0.4, 0.6, 0.0) == pytest.approx(3.0 - math.sqrt(0.03) * 5.0)
+    assert config.evidence(slopes, 0.6, 0.6, 0.0) == pytest.approx(3.0 - 0.1 * 5.0)
+    assert config.evidence(slopes, 0.6, 0.6, 0.5) == pytest.approx(3.0 - 1.1 * 5.0)
 
 
 def test_nothing_moves_inside_the_noise():
@@ -138,7 +141,7 @@ def test_bounds_hold_under_any_input(rounds, progress, height):
 @pytest.mark.parametrize(
     "bad",
     [{"step": 0}, {"ramp": 0}, {"noise_weight": (0.0, 1.0)}, {"smoothing": 1}, {"threshold": -1}, {"slack": 0},
-     {"down": 0}, {"until": 1.5}, {"bounds": (2, 3)}],
+     {"down": 0}, {"rest_below": 1.5}, {"bounds": (2, 3)}],
 )  # fmt: skip
 def test_two_slope_refuses_bad_values(bad):
     with pytest.raises(ValueError, match=f"Invalid {next(iter(bad))}"):
@@ -267,9 +270,45 @@ def test_the_peak_of_a_schedule_is_found_by_running_a_copy_ahead():
     ensemble = hdet.Ensemble(
         optimizer, schedule, model=model, spread=0.1, converge_every=5, auto_lr=True, probe=print, total_steps=100
     )
-    assert ensemble._peak_lr == pytest.approx(0.1)
+    assert ensemble._forecast.peak == pytest.approx(0.1)
+    assert ensemble._forecast.heights[0] == pytest.approx(0.1)
+    assert ensemble._until == pytest.approx(0.1 + 0.9 * math.acos(0.4) / math.pi, abs=0.02)
     assert schedule.last_epoch == 0
     assert optimizer.param_groups[0]["lr"] == pytest.approx(0.01)
+
+
+@pytest.mark.parametrize("build", [
+    lambda optimizer: torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.3, total_steps=300, three_phase=True),
+    lambda optimizer: torch.optim.lr_scheduler.StepLR(optimizer, 70, 0.5),
+    lambda optimizer: torch.optim.lr_scheduler.LambdaLR(optimizer, hdet.schedules.cosine(total_steps=300)),
+])  # fmt: skip
+def test_a_forecast_is_what_comes(build):
+    optimizer = torch.optim.SGD([torch.ones(1, requires_grad=True)], lr=0.2, momentum=0.9)
+    schedule = build(optimizer)
+    before = (dict(schedule.__dict__), optimizer.param_groups[0]["lr"], optimizer.param_groups[0]["momentum"])
+    found = forecast(schedule, optimizer, 300)
+    assert (optimizer.param_groups[0]["lr"], optimizer.param_groups[0]["momentum"]) == before[1:]
+    assert schedule.last_epoch == before[0]["last_epoch"]
+    rates = []
+    for _ in range(300):
+        rates.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        if len(rates) < 300:
+            schedule.step()
+    assert found.peak == pytest.approx(max(rates))
+    assert found.final == pytest.approx(rates[-1] / max(rates), abs=1e-6)
+    wanted = [rates[299 * i // 999] / max(rates) for i in range(1000)]
+    if len(found.heights) == 1000:
+        assert list(found.heights) == pytest.approx(wanted)
+    last = max(i for i, rate in enumerate(rates) if rate >= 0.7 * max(rates))
+    assert found.high_until(0.7) == pytest.approx((last + 1) / 300, abs=0.01)
+
+
+def test_a_schedule_that_never_falls_is_high_to_the_end():
+    optimizer = torch.optim.SGD([torch.ones(1, requires_grad=True)], lr=0.2)
+    for schedule in (None, torch.optim.lr_scheduler.LambdaLR(optimizer, hdet.schedules.constant(warmup_steps=5))):
+        found = forecast(schedule, optimizer, 100)
+        assert (found.high_until(0.7), found.final) == (1.0, 1.0)
 
 
 # --------------------------------------------------------------------------------------------------------- snapshots

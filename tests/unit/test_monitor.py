@@ -21,10 +21,12 @@ from tensorboard.plugins.hparams import api_pb2, metadata
 from tensorboard.plugins.hparams.backend_context import Context
 from tensorboard.summary.writer import event_file_writer
 
+from hdet.controller import Slopes
 from hdet.monitor import Callback, JsonLines, Monitor, as_monitors, read_jsonl
 from hdet.report import Report
 from hdet.tensorboard import TensorBoard
 
+UNKNOWN = Slopes(math.nan, math.nan, math.nan)
 CONFIG = {"spread": 0.5, "converge_every": 10, "auto_lr": True, "schedule": "OneCycleLR", "initial_lr.0": 4e-5}
 
 
@@ -48,6 +50,8 @@ def make_report(step: int = 10, *, replicas: int = 3, groups: tuple[str, ...] = 
         "next_gain": tuple(0.8 + g for g in each_group),
         "distance": tuple(5.0 + r / 3 for r in each_replica),
         "excluded": (),
+        "probe": UNKNOWN,
+        "rolled_back": False,
         "converge_ms": 12.3,
         "converge_bytes": 4096,
         "writer": True,
@@ -70,9 +74,16 @@ def layout(directory: Path) -> dict[str, dict[str, object]]:
     return {category.title: {chart.title: chart for chart in category.chart} for category in parsed.category}
 
 
-def write(directory: Path, *reports: Report, step: int = 0, writer: bool = True, **arguments: object) -> TensorBoard:
+def write(
+    directory: Path,
+    *reports: Report,
+    step: int = 0,
+    writer: bool = True,
+    config: dict[str, bool | int | float | str] | None = None,
+    **arguments: object,
+) -> TensorBoard:
     board = TensorBoard(directory, **arguments)  # type: ignore[arg-type]
-    board.start(CONFIG, step=step, writer=writer)
+    board.start(config or CONFIG, step=step, writer=writer)
     for report in reports:
         board.report(report)
     board.close()
@@ -227,10 +238,22 @@ class TestJsonLines:
 
         lines = [json.loads(line, parse_constant=refuse) for line in path.read_text().splitlines()]
         assert lines[0] == {"config": CONFIG, "step": 0}
-        assert lines[1] == json.loads(json.dumps(dataclasses.asdict(reports[0])))
-        expected = dataclasses.asdict(reports[1]) | {"losses": (None, None, 2.0)}
+        unknown = {"probe": {"raw": None, "debiased": None, "noise": None}}
+        assert lines[1] == json.loads(json.dumps(dataclasses.asdict(reports[0]) | unknown))
+        expected = dataclasses.asdict(reports[1]) | {"losses": (None, None, 2.0)} | unknown
         assert lines[2] == json.loads(json.dumps(expected))
         assert lines[1:] == read_jsonl(path)
+
+    def test_probe_and_rollback(self, tmp_path: Path) -> None:
+        path = tmp_path / "rounds.jsonl"
+        monitor = JsonLines(path)
+        monitor.start(CONFIG, step=0, writer=True)
+        monitor.report(make_report(10, probe=Slopes(0.25, math.nan, math.inf)))
+        monitor.report(make_report(20, rolled_back=True, hypergradient=(-math.inf,)))
+        first, second = read_jsonl(path)
+        assert (first["probe"], first["rolled_back"]) == ({"raw": 0.25, "debiased": None, "noise": None}, False)
+        assert (second["probe"]["raw"], second["rolled_back"], second["hypergradient"]) == (None, True, [None])
+        assert set(first) == {field.name for field in dataclasses.fields(Report)}
 
     def test_a_resumed_run_appends_and_the_steps_it_repeats_replace_the_old_ones(self, tmp_path: Path) -> None:
         path = tmp_path / "rounds.jsonl"
@@ -318,6 +341,27 @@ class TestTensorBoard:
         assert event.step == 20
         text = event.tensor_proto.string_val[0].decode()
         assert text == "Round 1, step 20: left out of the average (non-finite values): replica 0, 2."
+
+    def test_probe_and_rollback(self, tmp_path: Path) -> None:
+        reports = [
+            make_report(10, probe=Slopes(0.3, -0.2, 0.1)),
+            make_report(20, complete=False, rolled_back=True),  # as a rollback reports itself
+            make_report(30, probe=Slopes(0.4, 0.5, math.nan)),
+        ]
+        write(tmp_path, *reports, config={**CONFIG, "probe": True, "rollback": True})
+        found = curves(tmp_path)
+        assert found["hdet/probe/raw"] == [(10, np.float32(0.3)), (30, np.float32(0.4))]
+        assert found["hdet/probe/debiased"] == [(10, np.float32(-0.2)), (30, np.float32(0.5))]
+        assert found["hdet/probe/noise"] == [(10, np.float32(0.1))]
+        assert found["hdet/rolled_back"] == [(10, 0), (20, 1), (30, 0)]
+
+    @pytest.mark.parametrize("unused", [{}, {"probe": False, "rollback": False}])
+    def test_no_curves_of_a_probe_or_rollback_that_is_not_in_use(
+        self, tmp_path: Path, unused: dict[str, bool | int | float | str]
+    ) -> None:
+        write(tmp_path, make_report(), config={**CONFIG, **unused})
+        assert not [tag for tag in curves(tmp_path) if "probe" in tag or "rolled" in tag]
+        assert not [name for name in layout(tmp_path)["hdet: controller"] if "probe" in name]
 
     def test_many_replicas_are_summed_up(self, tmp_path: Path) -> None:
         report = make_report(replicas=5, losses=(3.0, math.nan, 1.0, 2.0, 7.0))
@@ -465,12 +509,16 @@ class TestTabs:
     # TensorBoard's plugin imports a bundled html5lib that warns about itself.
     @pytest.mark.filterwarnings("ignore:html5lib's sanitizer is deprecated:DeprecationWarning")
     @pytest.mark.parametrize("max_replicas", [64, 2])
+    @pytest.mark.parametrize("probe", [False, True])
     @pytest.mark.parametrize("groups", [("0",), ("body", "head.weights (2)", "head")])
-    def test_every_chart_finds_its_curves(self, tmp_path: Path, groups: tuple[str, ...], max_replicas: int) -> None:
+    def test_every_chart_finds_its_curves(
+        self, tmp_path: Path, groups: tuple[str, ...], max_replicas: int, probe: bool
+    ) -> None:
         from tensorboard.plugins.custom_scalar.custom_scalars_plugin import CustomScalarsPlugin
         from tensorboard.plugins.scalar.scalars_plugin import ScalarsPlugin
 
-        write(tmp_path / "run", make_report(groups=groups), max_replicas=max_replicas)
+        report = make_report(groups=groups, probe=Slopes(0.3, -0.2, 0.1) if probe else UNKNOWN)
+        write(tmp_path / "run", report, max_replicas=max_replicas, config={**CONFIG, "probe": probe})
         context = self.plugin_context(tmp_path)
         plugin = CustomScalarsPlugin(context)
         context.plugin_name_to_instance["scalars"] = ScalarsPlugin(context)

@@ -22,8 +22,8 @@ CONFIGS = sorted((Path(__file__).parents[2] / "configs").glob("*.yaml"))
 TINY = ["--model.n_layer=1", "--model.n_embd=16", "--model.block_size=16", "--train.batch_size=4"]
 
 
-def generator(*numbers):
-    return torch.Generator().manual_seed(data.step_seed(*numbers))
+def generator(*key):
+    return torch.Generator().manual_seed(data.step_seed(*key))
 
 
 def run(monkeypatch, log_dir, *arguments):
@@ -39,7 +39,7 @@ def run(monkeypatch, log_dir, *arguments):
     ("arguments", "named"),
     [
         (["--train.total_stepz=3"], "train.total_stepz"),
-        (["--hdet.controler.momentum=3"], "hdet.controler"),
+        (["--hdet.publishd.momentum=3"], "hdet.publishd"),
         (["--train.total_steps=1.5"], "train.total_steps"),
         (["--train.total_steps=many"], "train.total_steps"),
         (["--optimizer.name=adam"], "optimizer.name"),
@@ -47,7 +47,17 @@ def run(monkeypatch, log_dir, *arguments):
         (["--optimizer.betas=[0.9,1]"], "optimizer.betas"),
         (["--model.n_head=3"], "model.n_head"),
         (["--model.dropout=1"], "model.dropout"),
-        (["--hdet.controller.momentum=2"], "momentum"),
+        (["--hdet.published.momentum=2"], "momentum"),
+        (["--hdet.probe=true", "--hdet.two_slope.ramp=2"], "ramp"),
+        (["--hdet.probe=true", "--hdet.two_slope.momentum=0.5"], "hdet.two_slope.momentum"),
+        (["--hdet.probe=true", "--hdet.published.momentum=0.5"], r"set hdet\.two_slope instead"),
+        (["--hdet.two_slope.step=0.1"], r"hdet\.two_slope needs hdet\.probe=true"),
+        (["--hdet.probe=true", "--hdet.auto_lr=false"], r"hdet\.auto_lr=false"),
+        (["--hdet.probe=true", "--hdet.overlap_steps=2"], r"hdet\.overlap_steps=2"),
+        (["--hdet.rollback=cpu", "--hdet.auto_lr=false"], r"hdet\.rollback=cpu"),
+        (["--hdet.rollback=cpu", "--hdet.overlap_steps=2"], r"hdet\.rollback=cpu"),
+        (["--hdet.rollback=gpu"], "hdet.rollback"),
+        (["--optimizer.max_lr=automatic"], "optimizer.max_lr"),
         (["--task.name=text"], "task.path"),
         (["--task.path=somewhere"], "task.path"),
         (["--task.vocab_size=70000"], "task.vocab_size"),
@@ -67,7 +77,8 @@ def test_a_bad_setting_is_named(arguments, named):
         ("train: {stepz: 3}", "stepz"),
         ("trian: {total_steps: 3}", "trian"),
         ("train: 3", "train=3"),
-        ("hdet: {controller: 3}", "hdet"),
+        ("hdet: {published: 3}", "hdet"),
+        ("hdet: {probe: true, two_slope: 3}", "hdet"),
     ],
 )
 def test_a_bad_key_in_a_file_is_named(tmp_path, text, named):
@@ -99,11 +110,27 @@ def test_a_run_that_cannot_start_exits_with_2_and_leaves_nothing(monkeypatch, tm
 
 def test_the_command_line_overrides_the_file(tmp_path):
     file = tmp_path / "run.yaml"
-    file.write_text("train: {total_steps: 5, seed: 7}\nhdet: {controller: {momentum: 0.5}}\n")
+    file.write_text("train: {total_steps: 5, seed: 7}\nhdet: {published: {momentum: 0.5}}\n")
     config = parse([f"--config={file}", "--train.total_steps=6", "--resume"])
     assert (config.train.total_steps, config.train.seed, config.train.resume) == (6, 7, True)
-    assert config.hdet.controller == hdet.controller.Published(momentum=0.5)
+    assert config.hdet.published == hdet.controller.Published(momentum=0.5)
     assert config.optimizer == OptimizerConfig()
+
+
+def test_auto_lr_can_be_configured(tmp_path):
+    file = tmp_path / "run.yaml"
+    file.write_text(
+        "optimizer: {max_lr: auto}\nhdet: {probe: true, rollback: cpu, two_slope: {noise_weight: [1, 0.1]}}\n"
+    )
+    config = parse([f"--config={file}", "--hdet.per_group=true", "--hdet.two_slope.step=0.1"])
+    assert (config.optimizer.max_lr, config.hdet.rollback, config.hdet.per_group) == ("auto", "cpu", True)
+    assert config.hdet.two_slope == hdet.controller.TwoSlope(step=0.1, noise_weight=(1.0, 0.1))
+    assert parse(["--hdet.rollback=false"]).hdet.rollback is False
+
+
+def test_the_baseline_takes_a_config_with_a_probe():
+    """Nothing in the section has an effect at spread 0, so nothing in it can be contradictory."""
+    assert parse(["--hdet.spread=0", "--hdet.probe=true", "--hdet.auto_lr=false"]).hdet.spread == 0
 
 
 def test_print_config_prints_what_config_reads(tmp_path, capsys):
@@ -156,7 +183,7 @@ def test_a_batch_depends_on_seed_rank_step_and_micro_batch_alone(tmp_path, name)
     one = first.draw(4, generator(0, 1, 2, 0))
     for mine, theirs in zip(one, second.draw(4, generator(0, 1, 2, 0)), strict=True):
         assert torch.equal(mine, theirs)
-    for other in ((1, 1, 2, 0), (0, 2, 2, 0), (0, 1, 3, 0), (0, 1, 2, 1)):
+    for other in ((1, 1, 2, 0), (0, 2, 2, 0), (0, 1, 3, 0), (0, 1, 2, 1), (0, 1, 2, "probe")):
         assert not torch.equal(one.inputs, first.draw(4, generator(*other)).inputs)
     assert torch.equal(before, torch.get_rng_state())
     assert one.targets.dtype == torch.int64
@@ -275,6 +302,43 @@ def test_one_face_for_every_schedule(spread, arguments):
         expected.step()
 
 
+def nothing_to_probe(model, batch):
+    raise AssertionError
+
+
+@pytest.mark.parametrize("schedule", ["one_cycle", "cosine"])
+@pytest.mark.parametrize("arguments", [[], ["--hdet.probe=true", "--hdet.two_slope.step=0.1", "--hdet.rollback=cpu"]])
+def test_the_ensemble_gets_what_the_section_says(schedule, arguments):
+    arguments = [*arguments, "--train.total_steps=10", "--hdet.per_group=true", f"--schedule.name={schedule}"]
+    config = parse(arguments)
+    model = torch.nn.Linear(2, 2)
+    optimizer = optimization.build_optimizer(config.optimizer, model, torch.device("cpu"))
+    probe = hdet.Probe(loss_fn=nothing_to_probe) if config.hdet.probe else None
+    ensemble = optimization.Schedule(config, optimizer, model, [], probe).ensemble
+    assert (ensemble.config.probe, ensemble.config.per_group) == (config.hdet.probe, True)
+    assert ensemble.config.controller == (config.hdet.two_slope if probe else hdet.controller.Published())
+    assert (ensemble.config.total_steps, ensemble.config.rollback) == (10, True)
+
+
+def test_find_max_lr_trains_under_the_run_s_clipping():
+    """With SGD and a tiny grad_clip, only a learning rate that is larger in proportion gets anywhere."""
+    found = {}
+    for grad_clip in (0.0, 1e-2):
+        torch.manual_seed(0)
+        model = torch.nn.Linear(4, 1)
+        config = OptimizerConfig(name="sgd", max_lr="auto", momentum=0.0, weight_decay=0.0, grad_clip=grad_clip)
+        before = [p.clone() for p in model.parameters()]
+        found[grad_clip] = optimization.find_max_lr(
+            config,
+            model,
+            lambda model, x: (model(x) - x.sum(-1, keepdim=True)).square().mean(),
+            torch.randn(64, 8, 4),
+            torch.device("cpu"),
+        ).max_lr
+        assert all(torch.equal(p, b) for p, b in zip(model.parameters(), before, strict=True))
+    assert found[1e-2] > 5 * found[0.0]
+
+
 # -------------------------------------------------------------------------------------------- checkpoints and signals
 
 
@@ -300,6 +364,29 @@ def test_resuming_under_another_setting_is_refused_by_name(tmp_path):
         checkpoint.load(path, {"optimizer": {"max_lr": 0.2}})
 
 
+def test_a_learning_rate_that_was_found_is_not_looked_for_again(monkeypatch, tmp_path, capfd):
+    arguments = ["--train.total_steps=4", "--train.eval_every=0", "--train.log_every=1", "--optimizer.max_lr=auto"]
+    assert run(monkeypatch, tmp_path, *arguments, "--train.stop_at=2") == 0
+    saved = torch.load(tmp_path / "checkpoint.pt", weights_only=True)
+    assert saved["config"]["optimizer"]["max_lr"] == "auto"
+    out = capfd.readouterr().out
+    assert f"max_lr {saved['max_lr']:.2e} found among" in out
+    assert (tmp_path / "find_lr.png").read_bytes().startswith(b"\x89PNG")
+    assert run(monkeypatch, tmp_path, *arguments[:-1], "--resume") == 2  # at max_lr=0.001 it would be another run
+    assert "optimizer.max_lr=auto" in capfd.readouterr().err
+
+    def search(*_):
+        raise AssertionError("find_lr ran again")
+
+    monkeypatch.setattr(hdet, "find_lr", search)
+    assert run(monkeypatch, tmp_path, *arguments, "--resume") == 0
+    assert "found among" not in capfd.readouterr().out
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    assert summary["max_lr"] == saved["max_lr"]
+    peak = max(r["lr"] for r in read_jsonl(tmp_path / "metrics.jsonl") if "lr" in r)
+    assert 0.5 * saved["max_lr"] < peak <= saved["max_lr"]
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_waits_for_the_end_of_the_step(number):
     before = signal.getsignal(number)
@@ -320,6 +407,7 @@ def test_a_run_leaves_its_results(monkeypatch, tmp_path, capfd):
     arguments = ["--train.total_steps=6", "--train.eval_every=3", "--train.log_every=2", "--train.accumulate=2"]
     assert run(monkeypatch, tmp_path / "run", *arguments, "--optimizer.max_lr=1e-2") == 0
     out = capfd.readouterr().out
+    assert "found among" not in out
     for said in ("M parameters", "1 replica ", "spread 0.111", "tensorboard --logdir", "step 3: validation", "Done in"):
         assert said in out
     records = read_jsonl(tmp_path / "run" / "metrics.jsonl")
@@ -340,6 +428,8 @@ def test_a_run_leaves_its_results(monkeypatch, tmp_path, capfd):
         ["--hdet.spread=0", "--schedule.name=cosine", "--optimizer.name=sgd"],
         ["--hdet.converge_every=2", "--model.dropout=0.2", "--train.accumulate=2", "--train.dtype=bfloat16"],
         ["--task.name=digits", "--schedule.name=linear", "--hdet.converge_every=4"],
+        ["--optimizer.max_lr=auto", "--hdet.spread=0", "--schedule.name=cosine", "--model.dropout=0.2"],
+        ["--optimizer.max_lr=auto", "--hdet.probe=true", "--hdet.per_group=true", "--hdet.converge_every=2"],
     ],
 )
 def test_a_resumed_run_is_the_uninterrupted_run(monkeypatch, tmp_path, arguments):

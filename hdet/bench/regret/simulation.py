@@ -20,14 +20,16 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.optim.lr_scheduler import OneCycleLR
+from torch.optim.lr_scheduler import LambdaLR, LRScheduler, OneCycleLR
 
+from hdet import schedules
 from hdet.averager import Point, SlowAverage
 from hdet.bench.regret import peers
 from hdet.bench.regret.outcome import Outcome
 from hdet.bench.regret.workloads import Batch, Workload
 from hdet.buckets import fill_buckets
 from hdet.controller import Controller, ControllerState, Observation, Published, Slopes, TwoSlope, slopes_of
+from hdet.forecast import Forecast, forecast
 from hdet.lr_finder import find_lr
 from hdet.probe import evaluate, gathered
 from hdet.spread import assignment
@@ -49,6 +51,12 @@ class Setting:
     find_steps: int = 40
     """Steps per candidate, then."""
     exact: bool = False
+    schedule: str = "one_cycle"
+    """``one_cycle``; or after a warm-up of 5% ``constant``, or ``wsd``: a linear decay over the last fifth."""
+    probe_share: int = 1
+    """A probe takes one batch divided by this."""
+    flat: bool = False
+    """Whether the controller is told that the schedule is at its peak throughout."""
     keep_slopes: bool = False
     """Whether ``details`` holds what the probes said."""
 
@@ -65,8 +73,9 @@ def simulate(workload: Workload, max_lr: float, seed: int, setting: Setting) -> 
         max_lr, spent = _found(workload, model, optimizer, max_lr, setting, generator)
         steps -= spent
         details = {"found": max_lr, "spent": spent}
-    schedule = OneCycleLR(optimizer, max_lr, steps, cycle_momentum=False)
-    replicas = _Replicas(workload, model, seed, steps, setting)
+    schedule = _schedule(setting.schedule, optimizer, max_lr, steps)
+    ahead = forecast(schedule, optimizer, steps)
+    replicas = _Replicas(workload, model, seed, steps, setting, ahead)
     for step in range(steps):
         batch = workload.draw(workload.batch_size, generator)
         optimizer.param_groups[0]["lr"] = base = schedule.get_last_lr()[0] * replicas.gain
@@ -75,8 +84,7 @@ def simulate(workload: Workload, max_lr: float, seed: int, setting: Setting) -> 
             return Outcome(math.nan, time.perf_counter() - began, replicas.gain, details)
         optimizer.step()
         optimizer.param_groups[0]["lr"] = base / replicas.gain
-        height = float(schedule.get_last_lr()[0]) / max_lr
-        replicas.end_step(step + 1, batch, height)
+        replicas.end_step(step + 1, batch, float(schedule.get_last_lr()[0]) / ahead.peak)
         if step + 1 < steps:
             schedule.step()
     loss = peers.evaluate(workload, model, workload.validation())
@@ -89,13 +97,18 @@ def simulate(workload: Workload, max_lr: float, seed: int, setting: Setting) -> 
 class _Replicas:
     """The points of N replicas around one model that trains at the base learning rate."""
 
-    def __init__(self, workload: Workload, model: nn.Module, seed: int, steps: int, setting: Setting) -> None:
+    def __init__(
+        self, workload: Workload, model: nn.Module, seed: int, steps: int, setting: Setting, ahead: Forecast
+    ) -> None:
         self._workload, self._model, self._seed, self._setting = workload, model, seed, setting
         self._steps, self._round_length = steps, max(1, steps // setting.rounds)
         self._parameters = [p for p in model.parameters() if p.requires_grad]
         (self._bucket,) = fill_buckets(self._parameters, 2**40, lambda t: t.device)
         self._slow = SlowAverage(setting.decay)
         self._state = ControllerState()
+        controller = setting.controller
+        self._until = ahead.high_until(controller.rest_below) if isinstance(controller, TwoSlope) else 1.0
+        self._final = ahead.final
         self._start = self._bucket.pack()
         self._losses = [0.0] * setting.replicas
         self._fresh = torch.Generator().manual_seed(seed + 300)
@@ -143,14 +156,22 @@ class _Replicas:
         mean = self._bucket.pack()
         if isinstance(controller, TwoSlope):
             self._slow.unpack(0, self._bucket, mean, 1)
-            if controller.wants_probe(progress):
-                batch = self._workload.draw(self._workload.batch_size, self._fresh)
+            if controller.wants_probe(progress, self._until):
+                batch = self._workload.draw(self._workload.batch_size // self._setting.probe_share, self._fresh)
                 probe = gathered(
                     [self._probe(mean, rho, part) for rho, part in zip(rhos, self._parts(batch), strict=True)]
                 )
         losses = self._training_losses(batch, mean, rhos) if isinstance(controller, Published) else ()
         seen = Observation(
-            losses, rhos, height, progress, height, probe, self._setting.decay / (1 - self._setting.decay)
+            losses=losses,
+            multipliers=rhos,
+            schedule=height,
+            progress=progress,
+            height=1.0 if self._setting.flat else height,
+            until=self._until,
+            final=self._final,
+            probe=probe,
+            lag=self._setting.decay / (1 - self._setting.decay),
         )
         if probe is not None and (slopes := slopes_of(probe, rhos, seen.lag)) is not None:
             self.slopes.append((progress, slopes))
@@ -181,6 +202,20 @@ class _Replicas:
         """The batch as the replicas share it."""
         n = self._setting.replicas
         return [Batch(*part) for part in zip(batch.inputs.chunk(n), batch.targets.chunk(n), strict=True)]
+
+
+def _schedule(name: str, optimizer: torch.optim.Optimizer, max_lr: float, steps: int) -> LRScheduler:
+    if name == "one_cycle":
+        return OneCycleLR(optimizer, max_lr, steps, cycle_momentum=False)
+    for group in optimizer.param_groups:
+        group["lr"] = group["initial_lr"] = max_lr
+    warm_up = steps // 20
+    if name == "wsd":
+        return LambdaLR(
+            optimizer,
+            schedules.warmup_stable_decay(total_steps=steps, decay_steps=steps // 5, warmup_steps=warm_up),
+        )
+    return LambdaLR(optimizer, schedules.constant(warmup_steps=warm_up))
 
 
 def _found(

@@ -1,0 +1,110 @@
+"""``python -m hdet.bench.regret.ablations``: what each part of the controller is for.
+
+Every row changes one thing. Figures are the excess over the best OneCycle of the sweep, in percent, over seeds. Fast
+workloads only: about 10 minutes on two cores.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import os
+import sys
+from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import replace
+from multiprocessing import get_context
+
+import torch
+from tqdm import tqdm
+
+from hdet.bench.regret import peers
+from hdet.bench.regret.simulation import Setting, simulate
+from hdet.bench.regret.workloads import WORKLOADS
+from hdet.controller import TwoSlope
+
+_TINY = 1e-6
+DEFAULT = Setting()
+ABLATIONS: dict[str, Setting] = {
+    "default": DEFAULT,
+    "raw slope only": replace(DEFAULT, controller=TwoSlope(ramp=1.0, noise_weight=(2.0, 2.0))),
+    "debiased slope only": replace(DEFAULT, controller=TwoSlope(ramp=_TINY, noise_weight=(_TINY, _TINY))),
+    "no noise weight": replace(DEFAULT, controller=TwoSlope(noise_weight=(_TINY, _TINY))),
+    "no significance gate": replace(DEFAULT, controller=TwoSlope(threshold=0.0, slack=_TINY)),
+    "no height": replace(DEFAULT, flat=True),
+    "never rests": replace(DEFAULT, controller=TwoSlope(rest_below=0.0)),
+    "step 0.1": replace(DEFAULT, controller=TwoSlope(step=0.1)),
+    "step 0.4": replace(DEFAULT, controller=TwoSlope(step=0.4)),
+    "N = 2": replace(DEFAULT, replicas=2),
+    "N = 8": replace(DEFAULT, replicas=8),
+    "N = 16": replace(DEFAULT, replicas=16),
+    "spread 0.05": replace(DEFAULT, spread=0.05),
+    "spread 0.5": replace(DEFAULT, spread=0.5),
+    "50 rounds": replace(DEFAULT, rounds=50),
+    "200 rounds": replace(DEFAULT, rounds=200),
+    "slow average 0.6": replace(DEFAULT, decay=0.6),
+    "slow average 0.9": replace(DEFAULT, decay=0.9),
+    "probe batch / 4": replace(DEFAULT, probe_share=4),
+}
+SWEEP = (0.3, 0.5, 0.7, 1.0, 1.4, 2.0)
+STARTS = (0.1, 1 / 3, 1.0, 3.0)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run all, print one table; returns the exit status."""
+    options = _parser().parse_args(argv)
+    seeds = range(options.seeds)
+    jobs: list[tuple[str, str, float, int]] = [
+        (row, workload, multiple, seed)
+        for workload in options.workloads
+        for row in ("", *options.ablations)
+        for multiple in (SWEEP if row == "" else STARTS)
+        for seed in seeds
+    ]
+    found: dict[tuple[str, str, float], list[float]] = {}
+    with ProcessPoolExecutor(options.workers, get_context("spawn")) as pool:
+        for job, loss in zip(jobs, tqdm(pool.map(_run, jobs), total=len(jobs), file=sys.stderr), strict=True):
+            found.setdefault(job[:3], []).append(loss)
+    print(f"excess over the best OneCycle in %, mean over {options.seeds} seeds; start in units of the tuned max_lr\n")
+    columns = [f"{workload} x{multiple:.2g}" for workload in options.workloads for multiple in STARTS]
+    print(f"| | {' | '.join(columns)} | mean |\n|---{'|---' * (len(columns) + 1)}|")
+    for row in options.ablations:
+        excess = [
+            100 * (_mean(found[row, workload, multiple]) / _best(found, workload) - 1)
+            for workload in options.workloads
+            for multiple in STARTS
+        ]
+        cells = [f"{x:+.1f}" if math.isfinite(x) else "diverged" for x in (*excess, _mean(excess))]
+        print(f"| {row} | {' | '.join(cells)} |")
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m hdet.bench.regret.ablations", description=__doc__)
+    add = parser.add_argument
+    add("--workloads", nargs="+", choices=WORKLOADS, default=["digits_mlp", "regression"])
+    add("--ablations", nargs="+", choices=ABLATIONS, default=list(ABLATIONS))
+    add("--seeds", type=int, default=4)
+    add("--workers", type=int, default=os.cpu_count())
+    return parser
+
+
+def _run(job: tuple[str, str, float, int]) -> float:
+    torch.set_num_threads(1)
+    row, name, multiple, seed = job
+    workload = WORKLOADS[name]
+    if row == "":
+        return peers.one_cycle(workload, multiple * workload.tuned, seed)
+    return simulate(workload, multiple * workload.tuned, seed, ABLATIONS[row]).loss
+
+
+def _best(found: dict[tuple[str, str, float], list[float]], workload: str) -> float:
+    return min(_mean(losses) for (row, name, _), losses in found.items() if row == "" and name == workload)
+
+
+def _mean(values: Sequence[float]) -> float:
+    return math.fsum(values) / len(values) if all(map(math.isfinite, values)) else math.inf
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -64,6 +64,7 @@ class _Gathered(NamedTuple):
     loss_count: int
     monitored: bool
     can_probe: bool
+    moved: bool
     seen: Inspection
 
 
@@ -215,6 +216,7 @@ class Ensemble:
         self._is_fresh = True
         self._steps = 0
         self._converged_at = 0
+        self._written = self._version()
         self._started = False
         self._told_no_loss = False
         self._is_current = True
@@ -292,13 +294,14 @@ class Ensemble:
         """Average the replicas now: before evaluating, saving, or after the last step.
 
         Collective. It does not end the round: multipliers, loss sums and the schedule of rounds stay as they are, so
-        evaluating more often changes nothing else. At a round's end, and twice in a row, there is nothing to average.
+        evaluating more often changes nothing else. At a round's end, and twice in a row, there is nothing to average,
+        unless a parameter was written since: by a last ``optimizer.step()`` that no :meth:`step` followed.
 
         Returns:
             The report, or ``None`` if the replicas had converged already.
         """
         gathered = self._agree()
-        if self._converged_at == self._steps:
+        if self._converged_at == self._steps and not any(now.moved for now in gathered):
             return None
         self._land()
         return self._converge(gathered, complete=False)
@@ -423,6 +426,7 @@ class Ensemble:
         if self._batches is not None:
             self._batches.forget()
         self._steps = self._converged_at = steps
+        self._written = self._version()
         self._signal.reset()
         self._totals = [(0.0, 0)] * self.replicas.size
         self._draw()
@@ -505,6 +509,10 @@ class Ensemble:
             self.optimizer.register_load_state_dict_post_hook(lambda _: self.fan_out()),
         )
 
+    def _version(self) -> int:
+        """A number that grows whenever a parameter is written in place."""
+        return sum(p._version for group in self.optimizer.param_groups for p in group["params"])
+
     def _agree(self) -> list[_Gathered]:
         """Make sure that all replicas are at the same point, and gather what each has to tell."""
         facts = self._settings() | {"controller state": [tuple(state) for state in self._states]}
@@ -513,14 +521,20 @@ class Ensemble:
             *self._signal.total(),
             bool(self._monitors),
             self._batches is not None and self._batches.ready,
+            self._version() != self._written,
             *seen,
         )
         rows = gather_agreed(self.replicas, self._steps, layout, facts, payload)
         return [
             _Gathered(
-                total, int(count), bool(monitored), bool(can_probe), Inspection(layout, bool(finite), int(constants))
+                total,
+                int(count),
+                bool(monitored),
+                bool(can_probe),
+                bool(moved),
+                Inspection(layout, bool(finite), int(constants)),
             )
-            for total, count, monitored, can_probe, finite, constants in rows
+            for total, count, monitored, can_probe, moved, finite, constants in rows
         ]
 
     def _converge(self, gathered: list[_Gathered], complete: bool) -> Report:
@@ -632,6 +646,7 @@ class Ensemble:
 
     def _tell(self, report: Report, averaged: Averaged, watched: bool, seconds: float) -> Report:
         distances = self.replicas.all_gather([averaged.squared_distance]) if watched else []
+        self._written = self._version()
         self.last_report = report = replace(
             report,
             distance=tuple(math.sqrt(row[0]) for row in distances) or report.distance,

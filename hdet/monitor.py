@@ -187,9 +187,11 @@ def read_jsonl(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
 
 
 def _strict(value: Any) -> Any:
-    """``value`` without the floats that JSON does not have."""
+    """``value`` without the floats that JSON does not have; a named tuple by its names."""
     if isinstance(value, float):
         return value if math.isfinite(value) else None
+    if isinstance(value, tuple) and hasattr(value, "_asdict"):
+        value = value._asdict()
     if isinstance(value, (list, tuple)):
         return [_strict(item) for item in value]
     if isinstance(value, dict):

@@ -35,6 +35,8 @@ class TensorBoard(WriterMonitor):
     ``hdet/replica_loss/replica0``    the same of each replica
     ``hdet/hypergradient/<g>``        > 0 where a larger learning rate did better
     ``hdet/velocity/<g>``             the controller's momentum
+    ``hdet/probe/raw``                with a probe, what it said: the raw slope; likewise ``debiased`` and ``noise``
+    ``hdet/rolled_back``              with rollback, 1 where the round was undone, else 0
     ``hdet/distance/replica0``        each replica's distance from their mean before averaging; ``hdet/distance``: mean
     ``hdet/excluded``                 number of replicas left out of the average; if any, the Text tab says which
     ``hdet/converge_ms``              time of the converge on the writer rank, in milliseconds
@@ -129,11 +131,14 @@ class TensorBoard(WriterMonitor):
         assert self._events is not None
         if not self._described:
             self._described = True
-            self._events.add_custom_scalars(_layout(report, self._max_replicas))
+            probe = bool(self._settings.get("hdet/probe"))
+            self._events.add_custom_scalars(_layout(report, self._max_replicas, probe=probe))
             self._add_summary(self._hparams(report.groups)[0])
         for tag, value in _scalars(report, self._max_replicas):
             if not math.isnan(value):
                 self._events.add_scalar(tag, value, report.step)
+        if self._settings.get("hdet/rollback"):
+            self._events.add_scalar("hdet/rolled_back", int(report.rolled_back), report.step)
         if report.excluded:
             who = ", ".join(map(str, report.excluded))
             text = (
@@ -181,6 +186,8 @@ def _scalars(report: Report, limit: int) -> Iterator[tuple[str, float]]:
     if report.complete:
         yield "hdet/loss", report.mean_loss
         yield from _per_replica("hdet/replica_loss", report.losses, together)
+    for name, value in report.probe._asdict().items():
+        yield f"hdet/probe/{name}", value
     finite = [distance for distance in report.distance if math.isfinite(distance)]
     yield "hdet/distance", statistics.fmean(finite) if finite else math.nan
     yield from _per_replica("hdet/distance", report.distance, together)
@@ -208,7 +215,7 @@ def _endings(groups: Sequence[str]) -> list[str]:
     return [f"/{name}" for name in groups] if len(groups) > 1 else [""]
 
 
-def _layout(report: Report, limit: int) -> dict[str, dict[str, list[Any]]]:
+def _layout(report: Report, limit: int, *, probe: bool) -> dict[str, dict[str, list[Any]]]:
     """The Custom Scalars tab, in the form that ``SummaryWriter.add_custom_scalars`` takes."""
 
     def replicas(tag: str, together: bool) -> list[Any]:
@@ -225,6 +232,10 @@ def _layout(report: Report, limit: int) -> dict[str, dict[str, list[Any]]]:
         f"learning rate{end.replace('/', ': ', 1)}": replicas(f"hdet/replica_lr{end}", together_lr)
         for end in _endings(report.groups)
     }
+    probed = {
+        "probe: slopes": ["Multiline", ["^hdet/probe/raw$", "^hdet/probe/debiased$"]],
+        "probe: noise": ["Multiline", ["^hdet/probe/noise$"]],
+    }
     return {
         "hdet: replicas": {
             "training loss": replicas("hdet/replica_loss", together),
@@ -236,5 +247,6 @@ def _layout(report: Report, limit: int) -> dict[str, dict[str, list[Any]]]:
             "hypergradient": groups("hypergradient"),
             "velocity": groups("velocity"),
             "base schedule with and without gain": groups("base_lr", "schedule_lr"),
+            **(probed if probe else {}),
         },
     }

@@ -23,7 +23,7 @@ _FREE = {
         "stop_at",
         "resume",
     },
-    "hdet": {"bucket_mib"},
+    "hdet": {"bucket_mib", "rollback"},
     "task": {"path", "val_path"},
 }
 

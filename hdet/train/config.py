@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from hdet.controller import Published
+from hdet.controller import Published, TwoSlope
 
 
 class ConfigError(ValueError):
@@ -83,8 +83,9 @@ class OptimizerConfig:
 
     name: Literal["adamw", "sgd"] = "adamw"
     """Which optimizer."""
-    max_lr: float = 1e-3
-    """Peak of the schedule, > 0; with ``hdet.auto_lr`` the controller's starting point."""
+    max_lr: float | Literal["auto"] = 1e-3
+    """Peak of the schedule, > 0; with ``hdet.auto_lr`` the controller's starting point. ``auto``: what ``hdet.find_lr``
+    suggests, which tries learning rates for a few dozen steps each before the run starts."""
     weight_decay: float = 0.1
     """Weight decay of the matrices, >= 0."""
     betas: tuple[float, float] = (0.9, 0.95)
@@ -95,11 +96,17 @@ class OptimizerConfig:
     """Largest norm of the gradient; 0 does not clip."""
 
     def __post_init__(self) -> None:
-        _require("optimizer.max_lr", self.max_lr, self.max_lr > 0, "> 0")
+        _require("optimizer.max_lr", self.max_lr, isinstance(self.max_lr, str) or self.max_lr > 0, "> 0, or auto")
         _require("optimizer.weight_decay", self.weight_decay, self.weight_decay >= 0, ">= 0")
         _require("optimizer.betas", self.betas, all(0 <= beta < 1 for beta in self.betas), "two numbers in [0, 1)")
         _require("optimizer.momentum", self.momentum, 0 <= self.momentum < 1, "in [0, 1)")
         _require("optimizer.grad_clip", self.grad_clip, self.grad_clip >= 0, ">= 0")
+
+    @property
+    def known_max_lr(self) -> float:
+        """``max_lr``, which must have been found by now."""
+        assert not isinstance(self.max_lr, str)
+        return self.max_lr
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -139,15 +146,43 @@ class HdetConfig:
     converge_every: int | None = None
     """Steps from one average of the replicas to the next; default ``total_steps // 100``, at least 1."""
     auto_lr: bool = True
-    """Whether the controller moves the learning rate."""
-    controller: Published = field(default_factory=Published)
-    """How it does."""
+    """Whether a controller moves the learning rate."""
+    probe: bool = False
+    """Whether the paired probe tells the controller ``two_slope`` where to move it: at the end of a round every replica
+    evaluates one more training batch, with four forward passes. Without it the controller is ``published``, which goes
+    by the training losses and needs long rounds."""
+    two_slope: TwoSlope = field(default_factory=TwoSlope)
+    """The controller with a probe."""
+    published: Published = field(default_factory=Published)
+    """The controller without one."""
+    per_group: bool = False
+    """Whether matrices and vectors, the optimizer's two parameter groups, have a gain each."""
+    rollback: bool | Literal["cpu"] = True
+    """With ``auto_lr``, whether a round that blew up is undone; ``cpu`` keeps the copy that this takes in the CPU's
+    memory. Not with ``overlap_steps``."""
     seed: int = 0
     """Seeds the assignment of multipliers to replicas."""
     bucket_mib: float = 32.0
     """Size of a communication bucket in MiB."""
     overlap_steps: int = 0
     """Steps of the next round behind which a round's average is computed, in [0, ``converge_every``)."""
+
+    def __post_init__(self) -> None:
+        if self.spread == 0:
+            return
+        if self.probe and not self.auto_lr:
+            raise ConfigError("hdet.probe=true has no use with hdet.auto_lr=false. Leave one of them out.")
+        if self.probe and self.overlap_steps:
+            raise ConfigError(
+                f"hdet.probe=true and hdet.overlap_steps={self.overlap_steps} exclude one another: the probe needs the "
+                "mean at the round's end. Leave one of them out."
+            )
+        if self.rollback == "cpu" and (not self.auto_lr or self.overlap_steps):
+            raise ConfigError("hdet.rollback=cpu needs hdet.auto_lr=true and hdet.overlap_steps=0.")
+        if self.probe and self.published != Published():
+            raise ConfigError("hdet.published has no effect with hdet.probe=true: set hdet.two_slope instead.")
+        if not self.probe and self.two_slope != TwoSlope():
+            raise ConfigError("hdet.two_slope needs hdet.probe=true; without a probe set hdet.published.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -175,7 +210,8 @@ class TrainConfig:
     log_every: int = 10
     """Steps between lines of ``metrics.jsonl``, in which replicas add up their training losses."""
     log_dir: str = "runs/default"
-    """Directory of ``metrics.jsonl``, ``rounds.jsonl``, ``summary.json``, ``checkpoint.pt`` and TensorBoard's files."""
+    """Directory of ``metrics.jsonl``, ``rounds.jsonl``, ``summary.json``, ``checkpoint.pt``, TensorBoard's files and,
+    with ``max_lr=auto``, ``find_lr.png``."""
     save_every: int = 0
     """Steps between checkpoints, best a multiple of ``hdet.converge_every``; 0: only at the end and when stopped."""
     stop_at: int | None = None
@@ -235,7 +271,7 @@ def parse(argv: Sequence[str]) -> Config:
             stack.enter_context(contextlib.redirect_stdout(stack.enter_context(open(os.devnull, "w"))))
         try:
             parsed = parser.parse_args(arguments)
-            for name in (*Config.__dataclass_fields__, "hdet.controller"):
+            for name in (*Config.__dataclass_fields__, "hdet.two_slope", "hdet.published"):
                 if not isinstance(parsed.get(name), jsonargparse.Namespace):
                     raise ConfigError(f"Invalid {name}={parsed.get(name)}. Must be a section with settings in it.")
             sections = vars(parser.instantiate(parsed))

@@ -43,9 +43,10 @@ class Data(Protocol):
         """Batch ``index`` of the ``batches`` that make up the validation set."""
 
 
-def step_seed(seed: int, rank: int, step: int, micro_batch: int = 0) -> int:
-    """A 63-bit seed of its own for every micro-batch of every step of every rank."""
-    text = f"{seed}/{rank}/{step}/{micro_batch}"
+def step_seed(seed: int, rank: int, step: int, purpose: int | str = 0) -> int:
+    """A 63-bit seed of its own for every step of every rank, and every ``purpose`` of the batch: the number of a
+    micro-batch, or a word."""
+    text = f"{seed}/{rank}/{step}/{purpose}"
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big") >> 1
 
 

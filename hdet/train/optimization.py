@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from torch.optim.lr_scheduler import LambdaLR
 import hdet
 from hdet import schedules
 from hdet.monitor import Monitor
+from hdet.probe import LossFunction
 from hdet.train.config import Config, ConfigError, OptimizerConfig
 
 
@@ -26,20 +28,53 @@ def build_optimizer(config: OptimizerConfig, model: nn.Module, device: torch.dev
     ]
     groups = [group for group in groups if group["params"]]
     if config.name == "sgd":
-        return torch.optim.SGD(groups, lr=config.max_lr, momentum=config.momentum)
-    return AdamW(groups, lr=config.max_lr, betas=config.betas, fused=device.type == "cuda")
+        return torch.optim.SGD(groups, lr=config.known_max_lr, momentum=config.momentum)
+    return AdamW(groups, lr=config.known_max_lr, betas=config.betas, fused=device.type == "cuda")
+
+
+def find_max_lr(
+    config: OptimizerConfig, model: nn.Module, loss_fn: LossFunction, batches: Iterable[Any], device: torch.device
+) -> hdet.LRFinding:
+    """``optimizer.max_lr=auto``: what ``hdet.find_lr`` finds, under this configuration's clipping. Collective.
+
+    Raises:
+        RuntimeError: on every rank, if no learning rate lowers the loss.
+    """
+
+    def clip(*_: object) -> None:
+        nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip)
+
+    optimizer = build_optimizer(replace(config, max_lr=1.0), model, device)
+    if config.grad_clip:
+        optimizer.register_step_pre_hook(clip)
+    model.train()
+    return hdet.find_lr(model, optimizer, loss_fn, batches)
 
 
 class Schedule:
     """One face for hdet's schedulers and, with ``hdet.spread=0``, for torch's own.
 
+    Args:
+        config: the run; ``max_lr`` has been found.
+        optimizer: on which the schedule is built.
+        model: what is averaged.
+        monitors: where the ensemble's reports go.
+        probe: for ``hdet.probe=true``.
+
     Raises:
         ConfigError: if the sections ``schedule`` or ``hdet`` do not make a schedule.
     """
 
-    def __init__(self, config: Config, optimizer: Optimizer, model: nn.Module, monitors: list[Monitor]) -> None:
+    def __init__(
+        self,
+        config: Config,
+        optimizer: Optimizer,
+        model: nn.Module,
+        monitors: list[Monitor],
+        probe: hdet.Probe | None = None,
+    ) -> None:
         try:
-            self._scheduler = _build(config, optimizer, model, monitors)
+            self._scheduler = _build(config, optimizer, model, monitors, probe)
         except (TypeError, ValueError) as error:
             raise ConfigError(f"In the sections schedule and hdet: {error}") from error
         scheduler = self._scheduler
@@ -82,7 +117,7 @@ class Schedule:
 
 
 def _build(
-    config: Config, optimizer: Optimizer, model: nn.Module, monitors: list[Monitor]
+    config: Config, optimizer: Optimizer, model: nn.Module, monitors: list[Monitor], probe: hdet.Probe | None
 ) -> hdet.OneCycleLR | hdet.Ensemble | LambdaLR:
     total_steps, schedule, ours = config.train.total_steps, config.schedule, config.hdet
     settings: dict[str, Any] = {}
@@ -92,7 +127,10 @@ def _build(
             "spread": ours.spread,
             "converge_every": ours.converge_every or max(1, total_steps // 100),
             "auto_lr": ours.auto_lr,
-            "controller": ours.controller,
+            "probe": probe if ours.probe else None,
+            "controller": ours.two_slope if ours.probe else ours.published,
+            "per_group": ours.per_group,
+            "rollback": ours.rollback,
             "seed": ours.seed,
             "bucket_mib": ours.bucket_mib,
             "overlap_steps": ours.overlap_steps,
@@ -105,7 +143,7 @@ def _build(
             raise ValueError(f"Invalid options={schedule.options}. For one_cycle set the section's own fields.")
         return hdet.OneCycleLR(
             optimizer,
-            config.optimizer.max_lr,
+            config.optimizer.known_max_lr,
             total_steps,
             pct_start=schedule.pct_start,
             anneal_strategy=schedule.anneal_strategy,
@@ -118,7 +156,9 @@ def _build(
             **settings,
         )
     factor = _factor(schedule.name, schedule.options, total_steps)
-    return hdet.Ensemble(optimizer, factor, **settings) if settings else LambdaLR(optimizer, factor)
+    if not settings:
+        return LambdaLR(optimizer, factor)
+    return hdet.Ensemble(optimizer, factor, total_steps=total_steps, **settings)
 
 
 def _factor(name: str, options: dict[str, Any], total_steps: int) -> Callable[[int], float]:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import math
+import time
 from collections.abc import Iterator
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +15,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+import hdet
 from hdet import ops
 from hdet.replicas import Replicas
 from hdet.train import checkpoint, data, models
 from hdet.train.config import Config
 from hdet.train.log import RunLog
-from hdet.train.optimization import Schedule, build_optimizer
+from hdet.train.optimization import Schedule, build_optimizer, find_max_lr
 from hdet.train.processes import Process, StopRequest
 
 
@@ -35,20 +38,25 @@ class Trainer:
 
     def __init__(self, config: Config, process: Process) -> None:
         self.config, self.process, self.replicas = config, process, Replicas()
-        settings = asdict(config)
+        self._settings = asdict(config)
         directory = Path(config.train.log_dir)
         self._checkpoint = directory / "checkpoint.pt"
         saved = None
         if config.train.resume and self._checkpoint.exists():
-            saved = checkpoint.load(self._checkpoint, settings)
+            saved = checkpoint.load(self._checkpoint, self._settings)
         self.step: int = saved["step"] if saved else 0
         """Optimizer steps taken."""
         self.data = data.load(config.task, config.model.block_size)
         torch.manual_seed(config.train.seed)
         self.model = models.build(config.model, config.task.name, self.data.classes).to(process.device)
+        self._finding: hdet.LRFinding | None = None
+        if config.optimizer.max_lr == "auto":
+            max_lr = saved["max_lr"] if saved else self._find_lr()
+            self.config = config = replace(config, optimizer=replace(config.optimizer, max_lr=max_lr))
         self.optimizer = build_optimizer(config.optimizer, self.model, process.device)
-        self.log = RunLog(directory, _flat(settings), writer=process.writer)
-        self.schedule = Schedule(config, self.optimizer, self.model, self.log.monitors)
+        self.log = RunLog(directory, _flat(asdict(config)), writer=process.writer)
+        probe = hdet.Probe(loss_fn=self._loss_of, batches=self._probe_batches()) if config.hdet.probe else None
+        self.schedule = Schedule(config, self.optimizer, self.model, self.log.monitors, probe)
         if saved:
             self.model.load_state_dict(saved["model"])
             self.optimizer.load_state_dict(saved["optimizer"])
@@ -141,9 +149,33 @@ class Trainer:
             self.optimizer.zero_grad(set_to_none=True)
 
     def _loss(self, batch: data.Batch) -> Tensor:
+        return self._loss_of(self._ddp, batch)
+
+    def _loss_of(self, model: nn.Module, batch: data.Batch) -> Tensor:
         inputs, targets = self._to_device(batch)
         with self._autocast():
-            return models.loss_of(self._ddp(inputs), targets)
+            return models.loss_of(model(inputs), targets)
+
+    def _draw(self, step: int, purpose: int | str) -> data.Batch:
+        """This rank's training batch for a purpose beside training itself."""
+        seed = data.step_seed(self.config.train.seed, self.process.rank, step, purpose)
+        return self.data.draw(self.config.train.batch_size, torch.Generator().manual_seed(seed))
+
+    def _probe_batches(self) -> Iterator[data.Batch]:
+        """One for each round, which depends on the round and not on how many were taken before: they may go on after a
+        resume."""
+        ensemble = self.schedule.ensemble
+        assert ensemble is not None
+        while True:
+            yield self._draw(ensemble.round, "probe")
+
+    def _find_lr(self) -> float:
+        """``max_lr=auto``. Collective."""
+        started = time.monotonic()
+        batches = (self._draw(i, "find_lr") for i in itertools.count())
+        self._finding = find_max_lr(self.config.optimizer, self.model, self._loss_of, batches, self.process.device)
+        self._find_seconds = time.monotonic() - started
+        return self._finding.max_lr
 
     def _to_device(self, batch: data.Batch) -> data.Batch:
         if self.process.device.type == "cpu":
@@ -202,7 +234,8 @@ class Trainer:
                 "model": self.model.state_dict(),
                 "optimizer": self.optimizer.state_dict(),
                 "scheduler": self.schedule.state_dict(),
-                "config": asdict(self.config),
+                "config": self._settings,
+                "max_lr": self.config.optimizer.max_lr,
             }
             checkpoint.save(self._checkpoint, state)
 
@@ -217,6 +250,7 @@ class Trainer:
         how = "spread 0: the plain schedule"
         if ensemble is not None:
             how = f"spread {config.hdet.spread:.3g}, converging every {ensemble.config.converge_every} steps"
+            how += ", learning rate by the paired probe" if config.hdet.probe else ""
         self.log.say(
             f"{config.task.name}: {parameters / 1e6:.2f}M parameters, {self.replicas.size} "
             f"replica{'s' * (self.replicas.size > 1)} on {self.process.device.type}, {how}"
@@ -225,8 +259,20 @@ class Trainer:
         self.log.say(f"tensorboard --logdir {config.train.log_dir}")
         if ensemble is not None and self.replicas.size == 1:
             self.log.say("One replica has nobody to differ from: this is the plain schedule. Start more with torchrun.")
+        if self._finding is not None:
+            self._tell_finding(self._finding)
         if self.step:
             self.log.say(f"Resumed after step {self.step}.")
+
+    def _tell_finding(self, finding: hdet.LRFinding) -> None:
+        picture = Path(self.config.train.log_dir) / "find_lr.png"
+        if self.process.writer:
+            finding.plot(picture)
+        best = min(finding.losses)
+        self.log.say(
+            f"max_lr {finding.max_lr:.2e} found among {len(finding.lrs)} learning rates in {self._find_seconds:.1f} s "
+            f"(loss {finding.start_loss:.3f}, after the best one's steps {best:.3f}): {picture}"
+        )
 
     def _summarise(self, lr: float) -> None:
         log, config, ensemble = self.log, self.config, self.schedule.ensemble

@@ -71,3 +71,13 @@ def test_find_lr_finds_the_same_everywhere_and_puts_everything_back(launch, proc
     found = results[0]["found"]
     assert 0.03 < found["max_lr"] < 1  # tuned: 0.2
     assert min(found["losses"]) < found["start_loss"]
+
+
+@every_size
+def test_converge_averages_what_was_written_since(launch, processes):
+    for result in launch.results(processes, "last_step"):
+        assert result["nothing"] is None
+        assert result["different"] == 2
+        assert result["averaged"]
+        assert len({str(digest) for digest in result["digests"]}) == 1
+        assert result["again"] is None

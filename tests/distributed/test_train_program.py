@@ -27,12 +27,12 @@ RUN = [*TINY, "--train.total_steps=8", "--train.eval_every=4", "--train.eval_bat
 RUN += ["--hdet.converge_every=2", "--hdet.spread=0.3"]
 
 
-def start(processes, log_dir, *arguments):
+def start(processes, log_dir, *arguments, program=("-m", "hdet.train")):
     """torchrun in a session of its own, its output in a file: a pipe nobody reads could block it."""
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
     with open(f"{log_dir}.txt", "a") as output:
         return subprocess.Popen(
-            [*torchrun, "-m", "hdet.train", f"--train.log_dir={log_dir}", *arguments],
+            [*torchrun, *program, f"--train.log_dir={log_dir}", *arguments],
             stdout=output,
             stderr=subprocess.STDOUT,
             env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
@@ -58,8 +58,8 @@ def workers(process):
     return [int(pid) for pid in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()]
 
 
-def launch(processes, log_dir, *arguments):
-    return finish(start(processes, log_dir, *arguments), log_dir)
+def launch(processes, log_dir, *arguments, **program):
+    return finish(start(processes, log_dir, *arguments, **program), log_dir)
 
 
 def load(log_dir):
@@ -110,6 +110,49 @@ def test_a_resumed_run_is_the_uninterrupted_run_bit_for_bit(whole, tmp_path):
     assert ours["scheduler"] == theirs["scheduler"]
     curves = [read_jsonl(directory / "metrics.jsonl") for directory in (log_dir, whole[0])]
     assert [{**r, "seconds": 0} for r in curves[0]] == [{**r, "seconds": 0} for r in curves[1]]
+
+
+# Runs one after the other in the same processes, which spares each of them torch's start.
+SEVERAL = """
+import json, sys
+from hdet.train import processes
+from hdet.train.config import parse
+from hdet.train.trainer import Trainer
+process = processes.start("cpu")
+for arguments in sys.argv[2:]:
+    Trainer(parse(json.loads(arguments)), process).run()
+processes.end()
+"""
+
+
+def test_a_run_with_a_probe_from_a_learning_rate_that_was_found(tmp_path):
+    """Resumed, it takes the learning rate from the checkpoint, and each round's probe the batch it would have taken."""
+    auto = [*RUN, "--train.total_steps=24", "--optimizer.max_lr=auto", "--hdet.probe=true", "--hdet.rollback=cpu"]
+    auto += ["--hdet.two_slope.threshold=0"]
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    runs = ([f"--train.log_dir={whole}"], [f"--train.log_dir={parts}", "--train.stop_at=8"])
+    runs += ([f"--train.log_dir={parts}", "--resume"],)
+    program = tmp_path / "several.py"
+    program.write_text(SEVERAL)
+    arguments = [json.dumps([*auto, *run]) for run in runs]
+    status, output = launch(2, tmp_path / "several", *arguments, program=(str(program),))
+    assert status == 0, output
+    assert "Warning" not in output
+    assert output.count("found among") == 2  # not when resumed
+    assert output.count("Resumed after step 8") == 1
+    assert (whole / "find_lr.png").exists()
+    rounds, again = (read_jsonl(directory / "rounds.jsonl") for directory in (whole, parts))
+    probed = [r["step"] for r in rounds if r["probe"]["raw"] is not None]
+    assert probed == list(range(2, probed[-1] + 2, 2))
+    assert 8 < probed[-1] < 24  # and on after the resume, until the schedule anneals
+    assert rounds[-1]["next_gain"][0] != 1
+    for name in ("probe", "next_gain", "losses"):
+        assert [r[name] for r in again] == [r[name] for r in rounds]
+    ours, theirs = load(parts), load(whole)
+    assert ours["max_lr"] == theirs["max_lr"] != 1e-3
+    assert ours["scheduler"]["hdet"]["controller"] == theirs["scheduler"]["hdet"]["controller"]
+    torch.testing.assert_close(ours["model"], theirs["model"], rtol=0, atol=0)
+    torch.testing.assert_close(ours["optimizer"]["state"], theirs["optimizer"]["state"], rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("to", ["torchrun", "one worker"])

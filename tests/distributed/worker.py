@@ -869,6 +869,27 @@ def rollback(rank, world):
 
 
 @scenario
+def last_step(rank, world):
+    """An optimizer.step() that no scheduler.step() follows is averaged all the same."""
+    workload, model, optimizer, scheduler = probe_setting(auto_lr=False, probe=None)
+    generator = peers.batches(0)
+    for _ in range(8):  # two rounds
+        probe_step(workload, model, optimizer, scheduler, generator, rank, world)
+    nothing = scheduler.converge()
+    if rank == 0:  # on one rank only: GradScaler may skip the others'
+        optimizer.step()
+    different = len({str(digest) for digest in gather(bits(model))})
+    report = scheduler.converge()
+    return {
+        "nothing": nothing,
+        "different": different,
+        "averaged": report is not None,
+        "digests": gather(bits(model)),
+        "again": scheduler.converge(),
+    }
+
+
+@scenario
 def find_lr(rank, world):
     torch.manual_seed(3)
     workload = WORKLOADS["digits_mlp"]

@@ -20,7 +20,8 @@ from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh
 from torch.optim import Optimizer
 
-from hdet.probe import LossFunction, cycle, evaluation, scalar, unwrapped
+from hdet.errors import HdetError
+from hdet.probe import LossFunction, cycle, evaluation, preserved_rng, scalar, unwrapped
 from hdet.replicas import Replicas
 from hdet.snapshot import Snapshot
 
@@ -67,6 +68,7 @@ def find_lr(
     low: float = 1e-6,
     high: float = 10.0,
     steps: int = 40,
+    max_grad_norm: float | None = None,
     replicas: ProcessGroup | DeviceMesh | None = None,
 ) -> LRFinding:
     """Try learning rates in ``[low, high]`` and suggest a ``max_lr`` for OneCycleLR. Collective.
@@ -85,11 +87,12 @@ def find_lr(
         batches: this replica's training batches, for example the data loader. Begun again when it ends.
         low, high: the range, ``0 < low < high``.
         steps: per candidate, at least 4. The first third is a warm-up.
+        max_grad_norm: clip gradients to this norm, as the training loop does: it changes which learning rates work.
         replicas: as for :class:`hdet.Ensemble`.
 
     Raises:
         ValueError: for a bad range, or an empty ``batches``.
-        RuntimeError: if no candidate lowers the loss.
+        HdetError: on every rank, if no candidate lowers the loss.
 
     Examples:
         >>> import torch, hdet
@@ -106,7 +109,7 @@ def find_lr(
     if steps < 4:
         raise ValueError(f"Invalid {steps=}. Must be at least 4.")
     models = tuple(unwrapped(m) for m in ((model,) if isinstance(model, nn.Module) else model))
-    search = _Search(models, optimizer, loss_fn, cycle(batches), steps, Replicas(replicas))
+    search = _Search(models, optimizer, loss_fn, cycle(batches), steps, max_grad_norm, Replicas(replicas))
     coarse = _ladder(low, high, _COARSE)
     search.measure(coarse)
     best = search.best()
@@ -125,9 +128,10 @@ class _Search:
         loss_fn: LossFunction,
         batches: Iterator[Any],
         steps: int,
+        max_grad_norm: float | None,
         replicas: Replicas,
     ) -> None:
-        self._models, self._optimizer, self._loss_fn = models, optimizer, loss_fn
+        self._models, self._optimizer, self._loss_fn, self._max_grad_norm = models, optimizer, loss_fn, max_grad_norm
         self._batches, self._steps, self._replicas = batches, steps, replicas
         self._held_out = [next(batches) for _ in range(4)]
         self.losses: dict[float, float] = {}
@@ -146,7 +150,7 @@ class _Search:
         """The largest candidate that lowers the loss almost as much as the best does."""
         lrs = sorted(self.losses)
         if min(self.losses.values()) >= self.start_loss:
-            raise RuntimeError(
+            raise HdetError(
                 f"No learning rate in [{lrs[0]:.3g}, {lrs[-1]:.3g}] lowered the loss of {self.start_loss:.4g} in "
                 f"{self._steps} steps. Pass another range, or more steps."
             )
@@ -163,7 +167,8 @@ class _Search:
         gradients = [p.grad for p in parameters]
         before = self._evaluate()
         try:
-            after = self._train(lr, [float(rate) / max(map(float, rates)) for rate in rates], parameters)
+            with preserved_rng(self._models):
+                after = self._train(lr, [float(rate) / max(map(float, rates)) for rate in rates], parameters)
         finally:
             snapshot.restore()
             for p, gradient in zip(parameters, gradients, strict=True):
@@ -181,6 +186,8 @@ class _Search:
             if not math.isfinite(scalar(loss)):
                 return math.inf
             loss.backward()  # type: ignore[union-attr]
+            if self._max_grad_norm is not None:
+                nn.utils.clip_grad_norm_(parameters, self._max_grad_norm)
             self._optimizer.step()
             if step == self._steps // 2:
                 average = [p.detach().clone() for p in parameters]

@@ -104,13 +104,13 @@ class OneCycleLR(lr_scheduler.OneCycleLR):
             "overlap_steps": overlap_steps,
             "monitor": monitor,
         }
-        if max_lr == "auto":
-            max_lr = _find(optimizer, model, probe, replicas)
         length = _length(total_steps, epochs, steps_per_epoch)
         settings["total_steps"] = length
         round_length = max(1, length // 100) if converge_every is None else converge_every
         # Before torch's constructor changes the optimizer.
         check_arguments(converge_every=round_length, **settings)
+        if max_lr == "auto":
+            max_lr = _find(optimizer, model, probe, replicas)
         super().__init__(
             optimizer,
             max_lr,

@@ -181,11 +181,18 @@ def unwrapped(model: nn.Module) -> nn.Module:
 
 
 @contextmanager
+def preserved_rng(models: Sequence[nn.Module]) -> Iterator[None]:
+    """torch's random number generators, of the CPU and of the models' GPUs, come back as they were."""
+    devices = {t.device for model in models for t in model.parameters() if t.device.type == "cuda"}
+    with torch.random.fork_rng(devices=sorted(devices, key=str)):
+        yield
+
+
+@contextmanager
 def evaluation(models: Sequence[nn.Module]) -> Iterator[None]:
     """Eval mode without autograd; training flags and torch's random number generators come back as they were."""
     training = [module for model in models for module in model.modules() if module.training]
-    devices = {t.device for model in models for t in model.parameters() if t.device.type == "cuda"}
-    with torch.no_grad(), torch.random.fork_rng(devices=sorted(devices, key=str)):
+    with torch.no_grad(), preserved_rng(models):
         for model in models:
             model.eval()
         try:

@@ -38,17 +38,11 @@ def find_max_lr(
     """``optimizer.max_lr=auto``: what ``hdet.find_lr`` finds, under this configuration's clipping. Collective.
 
     Raises:
-        RuntimeError: on every rank, if no learning rate lowers the loss.
+        HdetError: on every rank, if no learning rate lowers the loss.
     """
-
-    def clip(*_: object) -> None:
-        nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip)
-
     optimizer = build_optimizer(replace(config, max_lr=1.0), model, device)
-    if config.grad_clip:
-        optimizer.register_step_pre_hook(clip)
     model.train()
-    return hdet.find_lr(model, optimizer, loss_fn, batches)
+    return hdet.find_lr(model, optimizer, loss_fn, batches, max_grad_norm=config.grad_clip or None)
 
 
 class Schedule:

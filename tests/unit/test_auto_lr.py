@@ -418,7 +418,7 @@ def test_find_lr_refuses_bad_arguments(arguments, message):
 def test_find_lr_says_when_nothing_helps_and_when_there_is_no_data():
     model, batches, _ = regression()
     optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
-    with pytest.raises(RuntimeError, match="lowered the loss"):
+    with pytest.raises(hdet.HdetError, match="lowered the loss"):
         hdet.find_lr(model, optimizer, lambda m, batch: 0 * m(batch[0]).sum() + 1.0, batches)
     with pytest.raises(ValueError, match="empty"):
         hdet.find_lr(model, optimizer, lambda m, batch: m(batch).sum(), [])

@@ -45,13 +45,15 @@ def _peer(train: Callable[[Workload, float, int], float], *, uses_start: bool = 
     return Contender(name=train.__name__, run=run, uses_start=uses_start, describe=describe)
 
 
-def _simulated(name: str, describe: str, *, ours: bool = False, uses_start: bool = True, **settings: Any) -> Contender:
+def _simulated(
+    name: str, describe: str, *, ours: bool = False, uses_start: bool = True, version: int = 1, **settings: Any
+) -> Contender:
     """hdet's, with replicas simulated."""
 
     def run(workload: Workload, max_lr: float, seed: int) -> Outcome:
         return simulate(workload, max_lr, seed, Setting(**settings))
 
-    return Contender(name=name, run=run, uses_start=uses_start, ours=ours, describe=describe)
+    return Contender(name=name, run=run, uses_start=uses_start, ours=ours, describe=describe, version=version)
 
 
 _OURS = (
@@ -60,12 +62,14 @@ _OURS = (
         "max_lr found by hdet.find_lr around the start, then auto_lr=True with a probe; the samples that the search "
         "takes are taken from the run.",
         ours=True,
+        version=2,
         auto=True,
     ),
     _simulated("two_slope", "auto_lr=True with a probe, from the start given."),
     _simulated(
         "find_lr",
         "max_lr found by hdet.find_lr around the start, then OneCycle; the same number of samples in all.",
+        version=2,
         auto=True,
         controller=Published(meta_lr=0.0),
     ),

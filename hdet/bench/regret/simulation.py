@@ -238,5 +238,14 @@ def _found(
     def loss_fn(model: nn.Module, batch: Batch) -> Tensor:
         return workload.loss(model(batch.inputs), batch.targets)
 
-    found = find_lr(model, optimizer, loss_fn, batches(), low=start / 100, high=start * 100, steps=setting.find_steps)
+    found = find_lr(
+        model,
+        optimizer,
+        loss_fn,
+        batches(),
+        low=start / 100,
+        high=start * 100,
+        steps=setting.find_steps,
+        max_grad_norm=1.0,
+    )
     return found.max_lr, -(-drawn // setting.replicas)

@@ -60,6 +60,8 @@ class EnsembleConfig:
                 raise ValueError("controller=TwoSlope() must know how long the run is: pass total_steps.")
         if self.total_steps is not None and self.total_steps < 1:
             raise ValueError(f"Invalid total_steps={self.total_steps}. Must be >= 1.")
+        if self.probe and not self.auto_lr:
+            raise ValueError("probe= does nothing without auto_lr=True: pass both or neither.")
         if self.probe and self.overlap_steps:
             raise ValueError(
                 "probe= and overlap_steps > 0 exclude one another: the probe needs the mean at the round's end."

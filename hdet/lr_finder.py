@@ -34,7 +34,7 @@ class LRFinding:
     """What :func:`find_lr` found; the same on every rank."""
 
     max_lr: float
-    """The suggestion: the largest candidate that lowers the loss by at least 97% of what the best does."""
+    """The suggestion: the best candidate, or the next above it if that lowers the loss by at least 97% as much."""
     lrs: tuple[float, ...]
     """The candidates, in increasing order."""
     losses: tuple[float, ...]
@@ -147,15 +147,16 @@ class _Search:
                 self.losses[lr] = self.start_loss + change if math.isfinite(change) else math.inf
 
     def best(self) -> float:
-        """The largest candidate that lowers the loss almost as much as the best does."""
+        """The largest candidate, not much above the best, that lowers the loss almost as much."""
         lrs = sorted(self.losses)
         if min(self.losses.values()) >= self.start_loss:
             raise HdetError(
                 f"No learning rate in [{lrs[0]:.3g}, {lrs[-1]:.3g}] lowered the loss of {self.start_loss:.4g} in "
                 f"{self._steps} steps. Pass another range, or more steps."
             )
-        best = self.start_loss - min(self.losses.values())
-        return max(lr for lr in lrs if self.start_loss - self.losses[lr] >= _ALMOST * best)
+        best = min(lrs, key=lambda lr: self.losses[lr])
+        enough = self.start_loss - _ALMOST * (self.start_loss - self.losses[best])
+        return max(lr for lr in lrs if lr <= 1.01 * _FINE * best and self.losses[lr] <= enough)
 
     def _try(self, lr: float) -> float:
         """Train at ``lr``; returns how the loss changed, on the replica's own held-out batches."""

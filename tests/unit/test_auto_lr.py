@@ -245,13 +245,14 @@ def test_batches_are_used_again_when_they_are_forgotten():
         ({"probe": print, "total_steps": 100, "overlap_steps": 2}, "exclude one another"),
         ({"probe": 3, "total_steps": 100}, "Must be a function"),
         ({"total_steps": 0}, "total_steps"),
+        ({"auto_lr": False, "probe": print, "total_steps": 100}, "without auto_lr"),
     ],
 )
 def test_contradictory_settings(settings, message):
     model = nn.Linear(2, 2)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     with pytest.raises((TypeError, ValueError), match=message):
-        hdet.Ensemble(optimizer, model=model, spread=0.1, converge_every=5, auto_lr=True, **settings)
+        hdet.Ensemble(optimizer, **({"model": model, "spread": 0.1, "converge_every": 5, "auto_lr": True} | settings))
     with pytest.raises(ValueError, match="decay"):
         hdet.Probe(loss_fn=print, decay=1.0)
 

@@ -7,9 +7,11 @@ rate that their mean trained under. Its shape is the user's; its height is what 
 from __future__ import annotations
 
 import bisect
+import itertools
 import json
 import math
 import os
+import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +20,8 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 _FORMAT = "hdet schedule 1"
+_POINTS = 1000
+"""Knots of a refined schedule, at most: they show any shape, and keep the filter fast."""
 
 
 @dataclass(frozen=True)
@@ -69,6 +73,57 @@ class FoundSchedule:
             group["lr"] = group["initial_lr"] = 1.0
         factors: list[Callable[[int], float]] = [_Factor(self, g) for g in range(len(self.groups))]
         return LambdaLR(optimizer, factors, last_epoch)
+
+    @staticmethod
+    def refined(
+        norms: Sequence[float],
+        max_lr: float,
+        total_steps: int | None = None,
+        *,
+        smoothing: float = 0.1,
+        power: float = 2.0,
+    ) -> FoundSchedule:
+        """The schedule that a run's gradient norms suggest for the next run of the same task.
+
+        With ``G_t`` the norms after a median filter over ``smoothing`` of the run, and ``T`` of them::
+
+            w_t = G_t ** -power,   lr(t) = max_lr * w_t * (w_{t+1} + ... + w_T) / max_s(w_s * (w_{s+1} + ... + w_T))
+
+        It refines the linear decay, which constant norms give back; large norms at the start become a warm-up. After
+        Defazio et al. 2023, "When, Why and How Much? Adaptive Learning Rate Scheduling by Refinement", arXiv
+        2310.07831: ``power=2`` with Euclidean norms for SGD, ``power=1`` with l1 norms for Adam.
+
+        Args:
+            norms: before clipping, finite and > 0, at least 2: of all steps, or of evenly spaced ones.
+            max_lr: its peak.
+            total_steps: of the run to come; default as many as there are norms.
+            smoothing: in [0, 1].
+            power: > 0.
+
+        Raises:
+            ValueError: for a value outside its range.
+        """
+        if len(norms) < 2 or not all(math.isfinite(norm) and norm > 0 for norm in norms):
+            raise ValueError("Invalid norms. Must be at least 2 gradient norms, finite and > 0.")
+        steps = len(norms) if total_steps is None else total_steps
+        for name, ok, rule in (
+            ("max_lr", 0 < max_lr < math.inf, "finite and > 0"),
+            ("total_steps", steps >= 2, ">= 2"),
+            ("smoothing", 0 <= smoothing <= 1, "in [0, 1]"),
+            ("power", 0 < power < math.inf, "finite and > 0"),
+        ):
+            if not ok:
+                raise ValueError(f"Invalid {name}. Must be {rule}.")
+        count = min(len(norms), steps, _POINTS)
+        edges = [len(norms) * i // count for i in range(count + 1)]
+        points = [statistics.median(norms[a:b]) for a, b in itertools.pairwise(edges)]
+        reach = round(smoothing * count / 2)
+        smooth = [statistics.median(points[max(0, i - reach) : i + reach + 1]) for i in range(count)]
+        weights = [(min(smooth) / norm) ** power for norm in smooth]
+        left = list(itertools.accumulate(reversed(weights)))[::-1]
+        shape = [weight * (rest - weight) for weight, rest in zip(weights, left, strict=True)]
+        knots = tuple((steps - 1) * i // (count - 1) for i in range(count))
+        return FoundSchedule(("group0",), knots, (tuple(max_lr * x / max(shape) for x in shape),))
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write a JSON file of a few kilobytes, at once or not at all."""

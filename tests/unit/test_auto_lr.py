@@ -517,3 +517,35 @@ def test_a_recorder_forgets_what_a_run_that_went_back_did():
     for step, lr in ((0, 1.0), (4, 2.0), (8, 3.0), (4, 5.0), (6, 6.0)):
         recorder.add(step, [lr])
     assert recorder.schedule() == hdet.FoundSchedule(("a",), (0, 4, 6), ((1.0, 5.0, 6.0),))
+
+
+def test_a_refined_schedule_is_the_documented_sum():
+    norms = [5.0, 3.0, 1.0, 1.0, 2.0, 1.0]
+    weights = [norm**-2 for norm in norms]
+    shape = [weights[t] * sum(weights[t + 1 :]) for t in range(6)]
+    found = hdet.FoundSchedule.refined(norms, 0.3, smoothing=0.0)
+    assert [found.lr(t) for t in range(6)] == pytest.approx([0.3 * x / max(shape) for x in shape])
+    assert found.lr(0) < 0.03  # large norms at the start become a warm-up
+    linear = hdet.FoundSchedule.refined([2.0] * 5, 1.0)
+    assert [linear.lr(t) for t in range(6)] == pytest.approx([1.0, 0.75, 0.5, 0.25, 0.0, 0.0])
+
+
+def test_a_refined_schedule_is_smooth_and_fits_another_length():
+    norms = [(3.0 if t < 300 else 1.0) * (1 + 0.1 * math.sin(7 * t)) for t in range(5000)]
+    norms[2500] = 1e6  # one bad batch
+    found = hdet.FoundSchedule.refined(norms, 1.0, total_steps=100)
+    values = [found.lr(t) for t in range(100)]
+    assert 0 < values[0] < 0.2
+    assert max(values) == pytest.approx(1.0)
+    assert values[50] == pytest.approx(0.5, abs=0.1)
+    assert values[99] == 0.0
+
+
+@pytest.mark.parametrize(
+    ("norms", "arguments", "message"),
+    [([1.0], {}, "norms"), ([1.0, 0.0], {}, "norms"), ([1.0, math.nan], {}, "norms"),
+     ([1.0, 1.0], {"power": 0.0}, "power"), ([1.0, 1.0], {"smoothing": 2.0}, "smoothing"), ([1.0, 1.0], {"total_steps": 1}, "total_steps")],
+)  # fmt: skip
+def test_a_refined_schedule_refuses_bad_values(norms, arguments, message):
+    with pytest.raises(ValueError, match=message):
+        hdet.FoundSchedule.refined(norms, 0.1, **arguments)

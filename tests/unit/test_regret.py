@@ -108,7 +108,7 @@ def test_the_plan_always_holds_the_sweep_and_a_start_free_contender_once():
     starts = {name: [run.start for run in found if run.contender == name] for name in CONTENDERS}
     assert sorted(starts["one_cycle"]) == sorted([*SWEEP, 5.0] * 2)
     assert starts["prodigy"] == [None, None]
-    assert starts["population"] == [1.0, 1.0, 5.0, 5.0]
+    assert starts["population"] == [1.0, 5.0, 1.0, 5.0]  # seed by seed
     assert len(found) == len(set(found))
     assert {0.5, 2.0, *STARTS} == set(SWEEP)
 

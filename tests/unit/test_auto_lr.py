@@ -543,9 +543,15 @@ def test_a_refined_schedule_is_smooth_and_fits_another_length():
 
 @pytest.mark.parametrize(
     ("norms", "arguments", "message"),
-    [([1.0], {}, "norms"), ([1.0, 0.0], {}, "norms"), ([1.0, math.nan], {}, "norms"),
-     ([1.0, 1.0], {"power": 0.0}, "power"), ([1.0, 1.0], {"smoothing": 2.0}, "smoothing"), ([1.0, 1.0], {"total_steps": 1}, "total_steps")],
-)  # fmt: skip
+    [
+        ([1.0], {}, "norms"),
+        ([1.0, 0.0], {}, "norms"),
+        ([1.0, math.nan], {}, "norms"),
+        ([1.0, 1.0], {"power": 0.0}, "power"),
+        ([1.0, 1.0], {"smoothing": 2.0}, "smoothing"),
+        ([1.0, 1.0], {"total_steps": 1}, "total_steps"),
+    ],
+)
 def test_a_refined_schedule_refuses_bad_values(norms, arguments, message):
     with pytest.raises(ValueError, match=message):
         hdet.FoundSchedule.refined(norms, 0.1, **arguments)

@@ -556,8 +556,9 @@ class Ensemble:
                 self.last_report = report = self._control(complete)
                 self._flight = _Flight(pending, report, watched, time.perf_counter() - started)
                 return report
-            can_probe = complete and all(now.can_probe for now in gathered) and self._wants_probe()
-            averaged = self._averager.average(seen, self._slow if complete else None, keep_points=can_probe)
+            slow = self._slow if complete and self._wants_probe() else None
+            can_probe = slow is not None and all(now.can_probe for now in gathered)
+            averaged = self._averager.average(seen, slow, keep_points=can_probe)
         self._converged_at = self._steps
         losses = self._evaluate(averaged.points) if averaged.points else None
         report = self._control(complete, losses)
@@ -588,12 +589,10 @@ class Ensemble:
         assert self._batches is not None
         failure: Exception | None = None
         losses = (math.nan,) * 4
-        started = time.perf_counter()
         try:
             losses = evaluate(self._models, self._probe.loss_fn, self._batches.take(), points, self._slow)
         except Exception as error:
             failure = error
-        self._probe_seconds = time.perf_counter() - started
         rows = self.replicas.all_gather([float(failure is not None), *losses])
         if failure is not None:
             raise failure

@@ -128,9 +128,11 @@ class OneCycleLR(lr_scheduler.OneCycleLR):
             last_epoch,
         )
         if spread > 0 or any(x is not None for x in (model, converge_every, probe, controller, replicas, monitor)):
-            ahead = forecast(self, optimizer, self.total_steps)  # before the learning rates fan out
+            # Before the learning rates fan out; without a probe nobody asks what is to come.
+            ahead = None if probe is None else forecast(self, optimizer, self.total_steps)
             self.ensemble = Ensemble(optimizer, converge_every=round_length, **settings)
-            self.ensemble.look_ahead(ahead)
+            if ahead is not None:
+                self.ensemble.look_ahead(ahead)
             if self.last_epoch:
                 self.ensemble.resume_at(self.last_epoch, self._last_lr)
 

@@ -100,7 +100,7 @@ class _Replicas:
     def __init__(
         self, workload: Workload, model: nn.Module, seed: int, steps: int, setting: Setting, ahead: Forecast
     ) -> None:
-        self._workload, self._model, self._seed, self._setting = workload, model, seed, setting
+        self._workload, self._model, self._setting = workload, model, setting
         self._steps, self._round_length = steps, max(1, steps // setting.rounds)
         self._parameters = [p for p in model.parameters() if p.requires_grad]
         (self._bucket,) = fill_buckets(self._parameters, 2**40, lambda t: t.device)

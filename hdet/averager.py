@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 
 from hdet.agreement import digest
 from hdet.buckets import Bucket, fill_buckets
 from hdet.errors import DivergedError
 from hdet.replicas import Replicas
+from hdet.weights import Weights
 
 # Multipliers (of splitmix64 and MurmurHash3) that tell positions in a fingerprint apart.
 _COLUMN, _ROW = 0x9E3779B97F4A7C15 - 2**64, 0xFF51AFD7ED558CCD - 2**64
@@ -159,8 +160,11 @@ class _Flight:
 class Pending:
     """An average whose snapshot has been sent and whose correction has not been applied."""
 
-    def __init__(self, flights: list[_Flight], replicas: Replicas, excluded: tuple[int, ...], sent: int = 0) -> None:
-        self._flights, self._replicas, self._excluded, self._sent = flights, replicas, excluded, sent
+    def __init__(
+        self, flights: list[_Flight], weights: Weights, replicas: Replicas, excluded: tuple[int, ...], sent: int = 0
+    ) -> None:
+        self._flights, self._weights, self._replicas = flights, weights, replicas
+        self._excluded, self._sent = excluded, sent
 
     @torch.no_grad()
     def finish(self) -> Averaged:
@@ -182,6 +186,8 @@ class Pending:
             if flight.count:
                 squares.append(torch.linalg.vector_norm(correction, dtype=torch.float64).square_())
             flight.bucket.add(correction)
+        if self._flights:
+            self._weights.written()
         self._flights = []
         return Averaged(_total(squares), self._excluded, self._sent)
 
@@ -197,17 +203,13 @@ class Averager:
     being reduced the next is packed. A replica with a non-finite value contributes nothing and receives the mean.
 
     Args:
-        models: modules whose parameters and buffers are averaged; tied ones once.
-        extra: further parameters, such as an optimizer's that no module owns.
+        weights: what is averaged; tied tensors once.
         replicas: the group.
         bucket_bytes: size of one bucket.
     """
 
-    def __init__(
-        self, models: Sequence[nn.Module], extra: Iterable[Tensor], replicas: Replicas, bucket_bytes: int
-    ) -> None:
-        self._models, self._extra = tuple(models), tuple(extra)
-        self._replicas, self._bucket_bytes = replicas, bucket_bytes
+    def __init__(self, weights: Weights, replicas: Replicas, bucket_bytes: int) -> None:
+        self._weights, self._replicas, self._bucket_bytes = weights, replicas, bucket_bytes
         self._plan: _Plan | None = None
         self._wires: dict[tuple[torch.device, torch.dtype, int], Tensor] = {}
 
@@ -258,6 +260,7 @@ class Averager:
             flying = started
         if flying:
             land(flying)
+        self._weights.written()
         return Averaged(_total(squares), excluded, sent, points)
 
     @torch.no_grad()
@@ -267,14 +270,14 @@ class Averager:
         Args, Raises: as :meth:`average`.
         """
         if self._replicas.size == 1:
-            return Pending([], self._replicas, ())
+            return Pending([], self._weights, self._replicas, ())
         trained, differing, excluded, sent = self._select(seen)
         flights = []
         for bucket in trained + differing:
             snapshot = bucket.pack()
             flights.append(self._launch(bucket, excluded, snapshot.clone(), snapshot))
             sent += snapshot.nbytes
-        return Pending(flights, self._replicas, excluded, sent)
+        return Pending(flights, self._weights, self._replicas, excluded, sent)
 
     def _launch(
         self, bucket: Bucket, excluded: tuple[int, ...], wire: Tensor, snapshot: Tensor | None = None
@@ -309,36 +312,30 @@ class Averager:
 
     def _current_plan(self) -> _Plan:
         """The plan, made anew if a tensor is another, lies elsewhere, or was frozen or released since."""
-        tensors = list(self._tensors())
+        kinds = list(self._weights.tensors())
         signature = (
-            [id(t) for t in tensors],
-            [t.data_ptr() for t in tensors],
-            [t.requires_grad for t in tensors],
+            [id(t) for t, _ in kinds],
+            [t.data_ptr() for t, _ in kinds],
+            [trained for _, trained in kinds],
         )
         if self._plan is None or self._plan.signature != signature:
-            self._plan = self._make_plan(tensors, signature)
+            self._plan = self._make_plan(kinds, signature)
         return self._plan
 
-    def _tensors(self) -> Iterator[Tensor]:
-        modules = [module for model in self._models for module in model.modules()]
-        parameters = (p for module in modules for p in module._parameters.values())
-        buffers = (b for module in modules for b in module._buffers.values())
-        return (t for t in (*parameters, *self._extra, *buffers) if t is not None)
-
-    def _make_plan(self, tensors: list[Tensor], signature: _Signature) -> _Plan:
+    def _make_plan(self, kinds: list[tuple[Tensor, bool]], signature: _Signature) -> _Plan:
         """Each tensor once, in the same order on every rank."""
         seen: set[object] = set()
         trained: list[Tensor] = []
         constant: list[Tensor] = []
-        for tensor in tensors:
+        for tensor, is_trained in kinds:
             # Two tensor objects over the same memory are one tensor; an empty one has no memory to share.
             key = (tensor.device, tensor.data_ptr(), tensor.dtype, tuple(tensor.shape), tensor.stride())
             if tensor.numel() == 0 or key in seen:
                 continue
             seen.add(key)
-            (trained if tensor.requires_grad else constant).append(tensor)
+            (trained if is_trained else constant).append(tensor)
         facts = [[(tuple(t.shape), t.stride(), str(t.dtype)) for t in kind] for kind in (trained, constant)]
-        return _Plan(signature, tensors, constant, self._fill(trained), digest(facts))
+        return _Plan(signature, [t for t, _ in kinds], constant, self._fill(trained), digest(facts))
 
     def _fill(self, tensors: list[Tensor]) -> list[Bucket]:
         return fill_buckets(tensors, self._bucket_bytes, self._replicas.device_for)

@@ -42,6 +42,7 @@ from hdet.report import Report
 from hdet.signal import TrainingLoss, check_loss, mean_losses
 from hdet.snapshot import Snapshot
 from hdet.spread import assignment
+from hdet.weights import Weights
 
 logger = logging.getLogger("hdet")
 
@@ -193,7 +194,8 @@ class Ensemble:
             self.look_ahead(forecast(schedule, optimizer, -(-self.config.total_steps // schedule_every)))
         owned = {p for m in models for p in m.parameters()}
         extra = [p for group in optimizer.param_groups for p in group["params"] if p not in owned] if models else []
-        self._averager = Averager(models, extra, self.replicas, int(self.config.bucket_mib * _MIB))
+        self._weights = Weights(models, extra)
+        self._averager = Averager(self._weights, self.replicas, int(self.config.bucket_mib * _MIB))
         self._group_names = tuple(str(g.get("name", f"group{i}")) for i, g in enumerate(optimizer.param_groups))
         self._models = models
         self._states = [ControllerState()] * (len(self._group_names) if per_group else 1)
@@ -590,7 +592,8 @@ class Ensemble:
         failure: Exception | None = None
         losses = (math.nan,) * 4
         try:
-            losses = evaluate(self._models, self._probe.loss_fn, self._batches.take(), points, self._slow)
+            batch = self._batches.take()
+            losses = evaluate(self._models, self._probe.loss_fn, batch, points, self._slow, self._weights)
         except Exception as error:
             failure = error
         rows = self.replicas.all_gather([float(failure is not None), *losses])

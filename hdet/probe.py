@@ -27,6 +27,7 @@ from torch.utils._pytree import tree_map
 
 from hdet.averager import Point, SlowAverage
 from hdet.controller import ProbeLosses
+from hdet.weights import Weights
 
 FORGOTTEN = 32
 """Steps after which an optimizer has forgotten a batch: ``0.9**32`` is 3%."""
@@ -81,7 +82,12 @@ class Probe:
 
 
 def evaluate(
-    models: Sequence[nn.Module], loss_fn: LossFunction, batch: Any, points: Sequence[Point], slow: SlowAverage
+    models: Sequence[nn.Module],
+    loss_fn: LossFunction,
+    batch: Any,
+    points: Sequence[Point],
+    slow: SlowAverage,
+    weights: Weights,
 ) -> tuple[float, float, float, float]:
     """One replica's ``(above, below, slow_above, slow_below)``. Not collective, if ``loss_fn`` is not.
 
@@ -102,10 +108,12 @@ def evaluate(
                     for i, (bucket, mean, displacement) in enumerate(points):
                         point = mean.add(displacement, alpha=sign) if own else slow.point(i, sign, mean)
                         bucket.write(point)
+                    weights.written()
                     losses.append(scalar(loss_fn(subject, batch)))
         finally:
             for bucket, mean, _ in points:
                 bucket.write(mean)
+            weights.written()
     above, below, slow_above, slow_below = losses
     return above, below, slow_above, slow_below
 

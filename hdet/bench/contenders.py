@@ -19,6 +19,7 @@ import hdet
 from hdet.averager import Averager, Inspection
 from hdet.bench.measure import OURS, Unavailable
 from hdet.replicas import Replicas
+from hdet.weights import Weights
 
 _NEVER = 2**62
 
@@ -75,7 +76,7 @@ class AverageOnly(Contender):
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__(model)
-        self._averager = Averager([model], [], Replicas(), 32 * 2**20)
+        self._averager = Averager(Weights([model]), Replicas(), 32 * 2**20)
 
     def prepare(self) -> None:
         mine = self._averager.inspect()

@@ -18,6 +18,7 @@ from hdet.found_schedule import Recorder
 from hdet.probe import FORGOTTEN, Batches, evaluate
 from hdet.snapshot import Snapshot
 from hdet.spread import multipliers
+from hdet.weights import Weights
 
 RHO = multipliers(4, 0.11)
 
@@ -197,7 +198,7 @@ def test_evaluate_uses_the_four_points_and_leaves_no_trace():
         return module(x).square().mean()
 
     state = torch.get_rng_state()
-    found = evaluate((model,), loss_fn, batch, [Point(bucket, mean, displacement)], slow)
+    found = evaluate((model,), loss_fn, batch, [Point(bucket, mean, displacement)], slow, Weights((model,)))
     assert len(set(found)) == 4
     for at, expected in zip(
         visited,
@@ -219,7 +220,7 @@ def test_a_loss_function_must_return_a_scalar(bad):
     slow = SlowAverage(0.8)
     slow.unpack(0, bucket, mean, 1)
     with pytest.raises(TypeError, match="Must be a scalar loss"):
-        evaluate((model,), lambda *_: bad, None, [Point(bucket, mean, torch.ones_like(mean))], slow)
+        evaluate((model,), lambda *_: bad, None, [Point(bucket, mean, torch.ones_like(mean))], slow, Weights((model,)))
     assert torch.equal(bucket.pack(), mean)
     assert model.training
 

@@ -276,7 +276,7 @@ def test_schedule_every_counts_epochs():
 
 def test_dropping_everything_frees_the_model():
     optimizer, schedule = scheduler()
-    model = weakref.ref(schedule.ensemble._averager._models[0])
+    model = weakref.ref(schedule.ensemble._models[0])
     del optimizer, schedule
     gc.collect()
     assert model() is None

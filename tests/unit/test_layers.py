@@ -14,7 +14,7 @@ LAYERS = [
     # pure: no torch
     "errors", "spread", "controller", "config", "report",
     # local: torch, no communication
-    "schedules", "forecast", "found_schedule", "ops", "signal", "buckets", "monitor", "tensorboard",
+    "schedules", "forecast", "found_schedule", "ops", "signal", "buckets", "weights", "monitor", "tensorboard",
     # communication
     "replicas", "agreement",
     # the two phases

@@ -33,6 +33,7 @@ from hdet.forecast import Forecast, forecast
 from hdet.lr_finder import find_lr
 from hdet.probe import evaluate, gathered
 from hdet.spread import assignment
+from hdet.weights import Weights
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -183,7 +184,12 @@ class _Replicas:
     def _probe(self, mean: Tensor, rho: float, part: Batch) -> tuple[float, float, float, float]:
         points = [Point(self._bucket, mean, (mean - self._start).mul_(rho - 1))]
         return evaluate(
-            (self._model,), lambda model, x: self._workload.loss(model(x.inputs), x.targets), part, points, self._slow
+            (self._model,),
+            lambda model, x: self._workload.loss(model(x.inputs), x.targets),
+            part,
+            points,
+            self._slow,
+            Weights((self._model,)),
         )
 
     def _training_losses(self, batch: Batch, mean: Tensor, rhos: Sequence[float]) -> tuple[float, ...]:

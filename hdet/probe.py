@@ -55,6 +55,8 @@ class Probe:
     ends. Without it the batches passed to ``scheduler.step(loss, batch=batch)`` are used again, each at least
     :data:`FORGOTTEN` steps later: while an optimizer's momentum still carries a batch's gradient, its loss asks for a
     larger learning rate. For rounds of less than some hundred steps pass ``batches``."""
+    held_out: bool = False
+    """Whether ``batches`` are data that the model does not train on: what hyperparameters that only regularise need."""
     decay: float = 0.8
     """In [0.5, 1): of the slow average, per round."""
     dtype: torch.dtype | None = None
@@ -65,6 +67,8 @@ class Probe:
     def __post_init__(self) -> None:
         if not callable(self.loss_fn):
             raise TypeError(f"Invalid probe={self.loss_fn!r}. Must be a function: probe(model, batch) -> scalar loss.")
+        if self.held_out and self.batches is None:
+            raise ValueError("Probe(held_out=True) needs batches=: those passed to step() are training data.")
         if not 0.5 <= self.decay < 1:
             raise ValueError(f"Invalid Probe.decay={self.decay}. Must be in [0.5, 1).")
         if self.dtype is not None and not self.dtype.is_floating_point:

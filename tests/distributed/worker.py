@@ -197,6 +197,7 @@ def learning_rates(rank, world):
         spread=0.25,
         converge_every=5,
         per_group=True,
+        design="independent",
         seed=7,
         monitor=reports.append,
     )

@@ -206,17 +206,20 @@ class Averager:
         weights: what is averaged; tied tensors once.
         replicas: the group.
         bucket_bytes: size of one bucket.
+        has_virtual: whether even a single process holds several replicas. Their mean is where its parameters are, but
+            it must be finite, and slow averages follow it.
     """
 
-    def __init__(self, weights: Weights, replicas: Replicas, bucket_bytes: int) -> None:
+    def __init__(self, weights: Weights, replicas: Replicas, bucket_bytes: int, *, has_virtual: bool = False) -> None:
         self._weights, self._replicas, self._bucket_bytes = weights, replicas, bucket_bytes
+        self._is_idle = replicas.size == 1 and not has_virtual
         self._plan: _Plan | None = None
         self._wires: dict[tuple[torch.device, torch.dtype, int], Tensor] = {}
 
     @torch.no_grad()
     def inspect(self) -> Inspection:
         """What the replicas tell one another before they average. Not collective."""
-        if self._replicas.size == 1:
+        if self._is_idle:
             return Inspection(0, True, 0)
         plan = self._current_plan()
         finite = all(bucket.is_finite() for bucket in plan.buckets)
@@ -237,7 +240,7 @@ class Averager:
         Raises:
             DivergedError: on every replica, with nothing changed, if none of them is finite.
         """
-        if self._replicas.size == 1:
+        if self._is_idle:
             return Averaged(0.0, (), 0)
         trained, differing, excluded, sent = self._select(seen)
         squares: list[Tensor] = []
@@ -269,7 +272,7 @@ class Averager:
 
         Args, Raises: as :meth:`average`.
         """
-        if self._replicas.size == 1:
+        if self._is_idle:
             return Pending([], self._weights, self._replicas, ())
         trained, differing, excluded, sent = self._select(seen)
         flights = []

@@ -204,7 +204,9 @@ class Ensemble:
         owned = {p for m in models for p in m.parameters()}
         extra = [p for group in optimizer.param_groups for p in group["params"] if p not in owned] if models else []
         self._weights = Weights(models, extra)
-        self._averager = Averager(self._weights, self.replicas, int(self.config.bucket_mib * _MIB))
+        self._averager = Averager(
+            self._weights, self.replicas, int(self.config.bucket_mib * _MIB), has_virtual=virtual_replicas > 1
+        )
         self._group_names = tuple(str(g.get("name", f"group{i}")) for i, g in enumerate(optimizer.param_groups))
         self._models = models
         self._hyperparameters = tuple(hyperparameters)

@@ -7,8 +7,6 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.distributed import ProcessGroup
-from torch.distributed.device_mesh import DeviceMesh
 from torch.optim import Optimizer, lr_scheduler
 
 from hdet.controller import Controller
@@ -17,6 +15,7 @@ from hdet.forecast import forecast
 from hdet.lr_finder import find_lr
 from hdet.monitor import MonitorLike
 from hdet.probe import LossFunction, Probe
+from hdet.replicas import ReplicasLike
 from hdet.report import Report
 from hdet.signal import check_loss
 
@@ -45,11 +44,14 @@ class OneCycleLR(lr_scheduler.OneCycleLR):
         controller: default ``TwoSlope()`` with a probe, ``Published()`` without; both in ``hdet.controller``.
         per_group: whether each parameter group has a gain of its own.
         rollback: with ``auto_lr``, whether a round that blew up is undone.
-        replicas: ``ProcessGroup`` or 1-D ``DeviceMesh``; default: the world.
+        replicas: a number of replicas, a ``ProcessGroup``, or a dimension of a ``DeviceMesh``; default: the world.
         seed: of the permutations.
         bucket_mib: size of a communication bucket in MiB.
         overlap_steps: steps behind which the all-reduce is hidden; 0 waits for it.
         monitor: where the reports go.
+        gradients: ``"shared"``, ``"grouped"`` or ``"local"``: over whom they are averaged.
+        outer_momentum: with local gradients, momentum on what a whole round has done.
+        outer_lr: with local gradients, the share of the way to the mean that is gone.
 
     Attributes:
         ensemble: the :class:`hdet.Ensemble`, or ``None`` where this is torch's OneCycleLR and nothing else.
@@ -84,11 +86,14 @@ class OneCycleLR(lr_scheduler.OneCycleLR):
         controller: Controller | None = None,
         per_group: bool = False,
         rollback: bool | str | torch.device = True,
-        replicas: ProcessGroup | DeviceMesh | None = None,
+        replicas: ReplicasLike = None,
         seed: int = 0,
         bucket_mib: float = 32.0,
         overlap_steps: int = 0,
         monitor: MonitorLike = None,
+        gradients: Literal["shared", "local", "grouped"] = "shared",
+        outer_momentum: float = 0.0,
+        outer_lr: float = 1.0,
     ) -> None:
         settings: dict[str, Any] = {
             "model": model,
@@ -103,6 +108,9 @@ class OneCycleLR(lr_scheduler.OneCycleLR):
             "bucket_mib": bucket_mib,
             "overlap_steps": overlap_steps,
             "monitor": monitor,
+            "gradients": gradients,
+            "outer_momentum": outer_momentum,
+            "outer_lr": outer_lr,
         }
         length = _length(total_steps, epochs, steps_per_epoch)
         settings["total_steps"] = length
@@ -127,7 +135,11 @@ class OneCycleLR(lr_scheduler.OneCycleLR):
             three_phase,
             last_epoch,
         )
-        if spread > 0 or any(x is not None for x in (model, converge_every, probe, controller, replicas, monitor)):
+        if (
+            spread > 0
+            or gradients != "shared"
+            or any(x is not None for x in (model, converge_every, probe, controller, replicas, monitor))
+        ):
             # Before the learning rates fan out; without a probe nobody asks what is to come.
             ahead = None if probe is None else forecast(self, optimizer, self.total_steps)
             self.ensemble = Ensemble(optimizer, converge_every=round_length, **settings)
@@ -194,7 +206,7 @@ def _find(
     optimizer: Optimizer,
     model: nn.Module | Iterable[nn.Module] | None,
     probe: LossFunction | Probe | None,
-    replicas: ProcessGroup | DeviceMesh | None,
+    replicas: ReplicasLike,
 ) -> float | list[float]:
     """``max_lr="auto"``: for each group, in the proportions of the optimizer's learning rates."""
     if model is None or not isinstance(probe, Probe) or probe.batches is None:

@@ -16,9 +16,9 @@ LAYERS = [
     # local: torch, no communication
     "schedules", "forecast", "found_schedule", "ops", "signal", "buckets", "weights", "monitor", "tensorboard",
     # communication
-    "replicas", "agreement",
+    "replicas", "agreement", "sharding",
     # the two phases
-    "averager", "probe", "snapshot", "lr_finder",
+    "averager", "gradients", "outer", "probe", "snapshot", "lr_finder",
     # the state machine
     "ensemble",
     # edge
@@ -38,7 +38,7 @@ LIFE_CYCLE = {
     "is_available",
     "is_nccl_available",
 }
-HARMLESS = {"Work", "ReduceOp", "ProcessGroup", "device_mesh", "tensor", "get_rank", "get_world_size"}
+HARMLESS = {"Work", "ReduceOp", "ProcessGroup", "device_mesh", "tensor", "get_rank", "get_world_size", "fsdp"}
 
 
 def files():

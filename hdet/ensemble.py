@@ -565,7 +565,10 @@ class Ensemble:
 
     def _agree(self) -> list[_Gathered]:
         """Make sure that all replicas are at the same point, and gather what each has to tell."""
-        facts = self._settings() | {"controller state": [tuple(state) for state in self._states]}
+        facts = self._settings() | {
+            "controller state": [tuple(state) for state in self._states],
+            "replicas=": self.replicas.kind,
+        }
         layout, *seen = self._averager.inspect()
         payload = (
             *self._signal.total(),

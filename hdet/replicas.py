@@ -61,6 +61,8 @@ class Replicas:
                 f"replicas= takes a 1-D DeviceMesh, got {group.ndim} dimensions {group.mesh_dim_names}. "
                 'Pass the dimension that replicates, for example replicas=mesh["replicate"].'
             )
+        self.kind = "the world" if group is None else type(group).__name__
+        """What was passed, which must be the same on every rank: with another kind a rank uses other process groups."""
         self.copies = isinstance(group, int)
         """Whether the members of a replica hold the same model each, as far as it is not sharded."""
         self._group = group if isinstance(group, dist.ProcessGroup) else None
@@ -201,6 +203,10 @@ def average_gradients(scope: GradientScope, bucket: dist.GradBucket) -> torch.fu
     buffer = bucket.buffer().div_(group.size())
     work = dist.all_reduce(buffer, group=group, async_op=True)
     return work.get_future().then(lambda done: done.value()[0])
+
+
+# DDP reads the annotations, and wants the classes themselves.
+average_gradients.__annotations__ |= {"bucket": dist.GradBucket, "return": torch.futures.Future[Tensor]}
 
 
 def ranks_of(group: dist.ProcessGroup) -> tuple[int, ...]:

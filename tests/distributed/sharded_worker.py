@@ -163,7 +163,10 @@ def converged_mean(rank, world):
                 )
                 for r in (0, 2)
             ],
-            "reports": [{k: v for k, v in vars(r).items() if k not in ("writer", "converge_ms", "converge_bytes")} for r in reports],
+            "reports": [
+                {k: v for k, v in vars(r).items() if k not in ("writer", "converge_ms", "converge_bytes")}
+                for r in reports
+            ],
         }
     return results
 

@@ -8,6 +8,8 @@ from hdet.controller import Controller, OneSlope, Published, TwoSlope
 from hdet.design import Design
 from hdet.spread import check_spread
 
+GRADIENTS = ("shared", "local", "grouped")
+
 
 @dataclass(frozen=True, kw_only=True)
 class EnsembleConfig:
@@ -50,6 +52,12 @@ class EnsembleConfig:
     """Size of a communication bucket in MiB, > 0."""
     overlap_steps: int = 0
     """``tau``: steps by which the average lags behind the round's end, in [0, T)."""
+    gradients: str = "shared"
+    """Over whom gradients are averaged: ``shared``, ``local`` or ``grouped``."""
+    outer_momentum: float = 0.0
+    """``mu``, in [0, 1): of the outer optimizer. Only with local gradients."""
+    outer_lr: float = 1.0
+    """``nu``, > 0: of the outer optimizer; 1 without momentum is the plain average."""
 
     def __post_init__(self) -> None:
         check_spread(self.spread)
@@ -96,11 +104,32 @@ class EnsembleConfig:
                 f"Invalid overlap_steps={self.overlap_steps}. Must be in [0, converge_every={self.converge_every}): an "
                 "average must land before the next is sent."
             )
+        if self.gradients not in GRADIENTS:
+            raise ValueError(f"Invalid gradients={self.gradients!r}. Must be one of {', '.join(GRADIENTS)}.")
+        if not 0 <= self.outer_momentum < 1:
+            raise ValueError(f"Invalid outer_momentum={self.outer_momentum}. Must be in [0, 1).")
+        if not 0 < self.outer_lr < float("inf"):
+            raise ValueError(f"Invalid outer_lr={self.outer_lr}. Must be > 0; 1 goes all the way to the average.")
+        if self.outer and self.gradients != "local":
+            raise ValueError(
+                f'outer_momentum={self.outer_momentum}, outer_lr={self.outer_lr} need gradients="local": where '
+                "gradients are shared, the optimizer's own momentum sees all of them already."
+            )
+        if self.outer and self.overlap_steps:
+            raise ValueError(
+                f"outer_momentum={self.outer_momentum}, outer_lr={self.outer_lr} exclude "
+                f"overlap_steps={self.overlap_steps} > 0: the outer optimizer needs the mean at the round's end."
+            )
         if self.auto_lr and self.spread == 0:
             raise ValueError(
                 "auto_lr=True needs spread > 0: with spread=0 all replicas train under the same learning rate and "
                 "their losses say nothing about it. Pass for example spread=1/9."
             )
+
+    @property
+    def outer(self) -> bool:
+        """Whether the outer optimizer does more than average."""
+        return self.outer_momentum > 0 or self.outer_lr != 1
 
     def _check_virtual_replicas(self) -> None:
         count = self.virtual_replicas
@@ -119,6 +148,11 @@ class EnsembleConfig:
             raise ValueError(
                 f"virtual_replicas={count} and hyperparameters= exclude one another: virtual replicas share one "
                 "optimizer, which takes its step at one value. Start real replicas with torchrun."
+            )
+        if self.gradients != "shared":
+            raise ValueError(
+                f"virtual_replicas={count} needs gradients='shared', not {self.gradients!r}: only under a shared "
+                "gradient do replicas lie on a line, on which they can be visited."
             )
         if self.overlap_steps:
             raise ValueError(f"virtual_replicas={count} and overlap_steps={self.overlap_steps} exclude one another.")

@@ -10,17 +10,14 @@ import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, Literal, NamedTuple, NoReturn
 
 import torch
 from torch import Tensor, nn
-from torch.distributed import ProcessGroup
-from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler, ReduceLROnPlateau
 
-from hdet.agreement import gather_agreed
+from hdet.agreement import digest, gather_agreed
 from hdet.averager import Averaged, Averager, Inspection, Pending, Point, SlowAverage
 from hdet.config import EnsembleConfig
 from hdet.controller import Controller, OneSlope, ProbeLosses, Published, Slopes, TwoSlope, slopes_of
@@ -28,17 +25,20 @@ from hdet.design import Design, Effect
 from hdet.fan_out import FanOut, copied
 from hdet.forecast import Forecast, forecast
 from hdet.found_schedule import FoundSchedule, Recorder
+from hdet.gradients import check_gradients, fingerprint_gradients, set_gradients, warn_of_gradients
 from hdet.hyperparameters import Hyperparameter, check_identified
 from hdet.monitor import Monitor, MonitorLike, as_monitors
+from hdet.outer import OuterMomentum
 from hdet.prior import Prior
 from hdet.probe import Batches, LossFunction, Probe, evaluate, gathered
 from hdet.recovery import CUT, Recovery
-from hdet.replicas import Replicas
+from hdet.replicas import Replicas, ReplicasLike
 from hdet.report import HyperparameterReport, Report
+from hdet.sharding import check_sharding
 from hdet.signal import TrainingLoss, check_loss, mean_losses
 from hdet.steering import Round, Steering, Told
 from hdet.virtual import VirtualReplicas
-from hdet.weights import Weights
+from hdet.weights import Weights, local
 
 logger = logging.getLogger("hdet")
 
@@ -57,7 +57,20 @@ class _Gathered(NamedTuple):
     monitored: bool
     can_probe: bool
     moved: bool
+    gradients: float
     seen: Inspection
+
+
+# By value that a rank tells: what a replica of several members tells. Their losses are added up, and their number with
+# them, which makes the replica's the mean of theirs.
+_MERGE: tuple[Callable[[list[float]], float], ...] = (
+    max,  # monitored
+    min,  # can_probe
+    max,  # moved
+    lambda marks: -1.0 if min(marks) < 0 else float(digest(marks)),  # gradients
+    min,  # finite
+    lambda hashes: float(digest(hashes)),  # constants
+)
 
 
 @dataclass
@@ -82,9 +95,9 @@ class Ensemble:
     unless ``auto_lr=True``. Every ``converge_every`` calls of :meth:`step` the replicas' parameters and buffers are
     averaged in place; all ranks are then bitwise equal, until the next step fans them out again.
 
-    Gradients are not touched: under ``DistributedDataParallel`` they are shared, and the replicas lie on one line
-    through the round's start, so that the average is the run at the base learning rate. Without it the same class is
-    Local SGD.
+    By default gradients are not touched: under ``DistributedDataParallel`` they are shared, and the replicas lie on one
+    line through the round's start, so that the average is the run at the base learning rate. With
+    ``gradients="local"`` the same class is Local SGD.
 
     Args:
         optimizer: whose ``param_groups[g]["lr"]`` are fanned out; float and tensor learning rates alike.
@@ -114,8 +127,11 @@ class Ensemble:
         rollback: with ``auto_lr``, whether a round that blew up is undone: the loss at twice the first round's, or no
             replica finite. Parameters, buffers and optimizer state go back to the last converge, and the gain falls to
             a third. It takes memory for one copy of them, at the device named instead of ``True`` (``"cpu"``).
-        replicas: ``ProcessGroup`` or 1-D ``DeviceMesh`` of the replicas; default: the world. Without an initialised
-            process group there is one replica, with multiplier 1.
+        replicas: who they are: a number of replicas (each of as many consecutive ranks), a ``ProcessGroup`` (every rank
+            in it is one), a 1-D ``DeviceMesh``, or one dimension of a mesh (``mesh["replicate"]``; the ranks along the
+            others are a replica's members, over which it is sharded). Default: every rank is one. Members share a
+            learning rate, and their losses are averaged. Without an initialised process group there is one replica,
+            with multiplier 1.
         seed: of the permutations. Must be the same on every rank, like every other setting; the first call of
             :meth:`step` checks that.
         bucket_mib: size of a communication bucket in MiB.
@@ -124,6 +140,12 @@ class Ensemble:
             That takes out all divergence up to ``kT`` and keeps what each replica has done since, so replicas are equal
             only after :meth:`converge`. It takes memory for two copies of the model in fp32 meanwhile.
         monitor: :class:`hdet.TensorBoard`, :class:`hdet.JsonLines`, a function of a :class:`hdet.Report`, or several.
+        gradients: over whom gradients are averaged: ``"shared"``, all ranks, as DDP and HSDP do it; ``"grouped"``, the
+            members of a replica; ``"local"``, nobody beyond a replica. The synchronisation is switched off for you, and
+            on again by the next ensemble built on the module with ``"shared"``; see :mod:`hdet.gradients`.
+        outer_momentum: ``mu``, in [0, 1): with local gradients, Nesterov momentum on what a whole round has done;
+            see :mod:`hdet.outer`. It takes memory for two copies of the parameters.
+        outer_lr: ``nu``, > 0: the share of the way to the mean that the outer optimizer goes.
 
     Raises:
         TypeError, ValueError: for a bad argument, before anything was changed. No argument causes communication: ranks
@@ -159,11 +181,14 @@ class Ensemble:
         prior: str | os.PathLike[str] | None = None,
         total_steps: int | None = None,
         rollback: bool | str | torch.device = True,
-        replicas: ProcessGroup | DeviceMesh | None = None,
+        replicas: ReplicasLike = None,
         seed: int = 0,
         bucket_mib: float = 32.0,
         overlap_steps: int = 0,
         monitor: MonitorLike = None,
+        gradients: Literal["shared", "local", "grouped"] = "shared",
+        outer_momentum: float = 0.0,
+        outer_lr: float = 1.0,
     ) -> None:
         if not isinstance(optimizer, Optimizer):
             raise TypeError(f"{type(optimizer).__name__} is not an Optimizer")
@@ -189,6 +214,9 @@ class Ensemble:
             bucket_mib=bucket_mib,
             overlap_steps=overlap_steps,
             monitor=monitor,
+            gradients=gradients,
+            outer_momentum=outer_momentum,
+            outer_lr=outer_lr,
         )
         if isinstance(schedule, (LRScheduler, ReduceLROnPlateau)):
             if schedule.optimizer is not optimizer:
@@ -230,6 +258,8 @@ class Ensemble:
         if self._probe is not None:
             self._batches = Batches(self._probe, self.config.converge_every)
             self._slow = SlowAverage(self._probe.decay, self._probe.dtype, self._probe.place)
+        self._outer = OuterMomentum(outer_momentum, outer_lr) if self.config.outer else None
+        self._told_gradients = False
         self._recovery: Recovery | None = None
         if self.config.rollback:
             device = None if isinstance(rollback, bool) else torch.device(rollback)
@@ -246,6 +276,7 @@ class Ensemble:
         self._flight: _Flight | None = None
         self.last_report: Report | None = None
         """The report of the latest converge."""
+        set_gradients(gradients, models, self.replicas)
         self._draw()
         self.fan_out()
 
@@ -402,6 +433,9 @@ class Ensemble:
         """The state as plain values, equal on every rank if the replicas have just converged. Makes no collective
         call; loads with ``torch.load(weights_only=True)``.
 
+        If the model is sharded and there is a probe or outer momentum, their averages are sharded too: the state is
+        then equal on the ranks that hold the same shard, and each shard must be saved, and loaded there again.
+
         The batches that a probe has kept are each replica's own, and not saved: it pauses after a resume until there
         are others."""
         state = self.own_state()
@@ -442,6 +476,8 @@ class Ensemble:
             "first_loss": self._recovery.first_loss if self._recovery else math.nan,
             "rollbacks": self._recovery.count if self._recovery else 0,
             "slow_average": [list(part) for part in self._slow.state()] if self._slow else [],
+            "outer": [list(part) for part in self._outer.state()] if self._outer else [],
+            "shard": list(self._shard),
             "found_schedule": [[step, list(lrs)] for step, lrs in self._recorder.knots],
             "round_losses": [list(total) for total in self._totals],
         }
@@ -455,6 +491,13 @@ class Ensemble:
             )
         self._steering.check_state(state)
 
+        if (state["slow_average"] or state.get("outer")) and tuple(state.get("shard", (0, 1))) != self._shard:
+            raise ValueError(
+                f"The saved state is of shard {state.get('shard', (0, 1))[0]} of {state.get('shard', (0, 1))[1]}, and "
+                f"this rank holds shard {self._shard[0]} of {self._shard[1]}. The averages of the probe and of the "
+                "outer momentum are sharded like the parameters: save the state of every shard, load each where it was."
+            )
+
     def load_own_state(self, state: Mapping[str, Any]) -> None:
         """Load what :meth:`own_state` saved."""
         self._steering.load(state)
@@ -463,6 +506,8 @@ class Ensemble:
         self._recorder.knots = [(step, tuple(lrs)) for step, lrs in state["found_schedule"]]
         if self._slow is not None:
             self._slow.load(state["slow_average"])
+        if self._outer is not None:
+            self._outer.load(state.get("outer", ()))
         self.resume_at(state["steps"], state["base_lr"])
         if state["replicas"] == self.size:
             self._totals = [(total, count) for total, count in state["round_losses"]]
@@ -564,6 +609,7 @@ class Ensemble:
                     settings[f"{section}.{name}"] = str(value) if isinstance(value, tuple) else value
         settings["hyperparameters"] = "; ".join(settings["hyperparameters"])
         settings["replicas"] = self.size
+        settings["members"] = self.replicas.members
         settings["schedule"] = type(self.schedule).__name__
         for name, lr in zip(self._group_names, self._fan_out.base, strict=True):
             settings[f"schedule_lr.{name}"] = float(lr)
@@ -571,32 +617,53 @@ class Ensemble:
 
     def _version(self) -> int:
         """A number that grows whenever a parameter is written in place."""
-        return sum(p._version for group in self.optimizer.param_groups for p in group["params"])
+        return sum(local(p)._version for group in self.optimizer.param_groups for p in group["params"])
 
     def _agree(self) -> list[_Gathered]:
         """Make sure that all replicas are at the same point, and gather what each has to tell."""
         steering = self._steering
-        facts = self._settings() | {"controller state": [tuple(state) for state in (*steering.rates, *steering.places)]}
+        facts = self._settings() | {
+            "controller state": [tuple(state) for state in (*steering.rates, *steering.places)],
+            "replicas=": self.replicas.kind,
+        }
         layout, *seen = self._averager.inspect()
         payload = (
             *(number for signal in self._signals for number in signal.total()),
             bool(self._monitors),
             self._batches is not None and self._batches.ready,
             self._version() != self._written,
+            self._mark_gradients(),
             *seen,
         )
-        rows = gather_agreed(self.replicas, self._steps, layout, facts, payload)
         own = 2 * len(self._signals)
-        return [
+        merge = (*[sum] * own, *_MERGE)
+        rows = gather_agreed(self.replicas, self._steps, layout, facts, payload, merge)
+        gathered = [
             _Gathered(
                 tuple((row[i], int(row[i + 1])) for i in range(0, own, 2)),
                 bool(row[own]),
                 bool(row[own + 1]),
                 bool(row[own + 2]),
-                Inspection(layout, bool(row[own + 3]), int(row[own + 4])),
+                row[own + 3],
+                Inspection(layout, bool(row[own + 4]), int(row[own + 5])),
             )
             for row in rows
         ]
+        if self._steps and not self._told_gradients:
+            self._told_gradients = True
+            warn_of_gradients(self.config.gradients, [now.gradients for now in gathered], self.replicas)
+        return gathered
+
+    @property
+    def _shard(self) -> tuple[int, int]:
+        """Which shard of the model this rank holds, of how many."""
+        return (0, 1) if self._weights.whole else (self.replicas.member, self.replicas.members)
+
+    def _mark_gradients(self) -> float:
+        """At the first converge, by what the replicas see whether gradients are shared; -1 for no mark."""
+        if self._told_gradients or not self._steps or not self._models or self.replicas.size == 1:
+            return -1.0
+        return fingerprint_gradients(p for group in self.optimizer.param_groups for p in group["params"])
 
     def _converge(self, gathered: list[_Gathered], complete: bool) -> Report:
         """Average, or send what will be averaged, and let the controller see the round if it is complete."""
@@ -623,6 +690,9 @@ class Ensemble:
             averaged = self._averager.average(seen, slow, keep_points=can_probe)
         self._converged_at = self._steps
         losses = self._evaluate(averaged.points) if averaged.points else None
+        if complete and self._outer is not None:
+            self._outer.step(self._averager.buckets())
+            self._weights.written()
         if not complete:
             self._restart_virtual()
         report = self._control(complete, losses)
@@ -646,33 +716,44 @@ class Ensemble:
 
     def _evaluate(self, points: Sequence[Point]) -> ProbeLosses:
         """Every replica's probe. Collective: one that fails tells the others before it raises."""
+        assert self._batches is not None
+        together = self.replicas.members > 1
         failure: Exception | None = None
         count = self.config.virtual_replicas
         losses = [(math.nan,) * 4] * count
         try:
-            with contextlib.ExitStack() as stack:
-                for h, place in zip(self._hyperparameters, self._steering.places, strict=True):
-                    stack.enter_context(h.neutral(place.position))
-                losses = [self._evaluate_one(points, k) for k in range(count)]
+            batches = [self._batches.take() for _ in range(count)]
         except Exception as error:
             failure = error
-        rows = self.replicas.all_gather([float(failure is not None), *(x for own in losses for x in own)])
+        # Members go through a sharded model's forward pass together, or not at all.
+        if not (any(row[0] for row in self.replicas.all_gather([failure is not None])) if together else failure):
+            try:
+                with contextlib.ExitStack() as stack:
+                    for h, place in zip(self._hyperparameters, self._steering.places, strict=True):
+                        stack.enter_context(h.neutral(place.position))
+                    losses = [self._evaluate_one(points, k, batch) for k, batch in enumerate(batches)]
+            except Exception as error:
+                failure = error
+        rows = self.replicas.all_gather([float(failure is not None), *(loss for own in losses for loss in own)])
         if failure is not None:
             raise failure
-        if failed := [rank for rank, row in enumerate(rows) if row[0]]:
-            raise RuntimeError(f"The probe's loss function failed on replica {', '.join(map(str, failed))}: see there.")
-        return gathered([row[1 + 4 * k : 5 + 4 * k] for row in rows for k in range(count)])
+        if failed := [self.replicas.name_of(i) for i, row in enumerate(rows) if row[0]]:
+            raise RuntimeError(f"The probe's loss function failed on {', '.join(failed)}: see there.")
+        means = [[sum(x) / len(x) for x in zip(*of, strict=True)][1:] for of in self.replicas.by_replica(rows)]
+        return gathered([mean[4 * k : 4 * k + 4] for mean in means for k in range(count)])
 
-    def _evaluate_one(self, points: Sequence[Point], k: int) -> tuple[float, float, float, float]:
+    def _evaluate_one(self, points: Sequence[Point], k: int, batch: Any) -> tuple[float, float, float, float]:
         assert self._probe is not None
         assert self._slow is not None
-        assert self._batches is not None
         if self._virtual is not None:
             with self._virtual.at(k):
                 for point in points:
                     point.bucket.pack(point.displacement)
                     point.displacement.sub_(point.mean)
-        return evaluate(self._models, self._probe.loss_fn, self._batches.take(), points, self._slow, self._weights)
+        together = self.replicas.members > 1
+        return evaluate(
+            self._models, self._probe.loss_fn, batch, points, self._slow, self._weights, to_the_end=together
+        )
 
     def _has_blown_up(self, gathered: Sequence[_Gathered]) -> bool:
         """Whether the round that just ended is to be undone."""
@@ -692,6 +773,8 @@ class Ensemble:
         self._steering.cut(CUT)
         if self._slow is not None:
             self._slow.restart()
+        if self._outer is not None:
+            self._outer.restart()
         if self.replicas.writer:
             self._recovery.tell(self._steps, report.mean_loss)
         averaged = Averaged(math.nan, (), 0)
@@ -709,11 +792,15 @@ class Ensemble:
             self._flight = None
 
     def _tell(self, report: Report, averaged: Averaged, watched: bool, seconds: float) -> Report:
-        distances = self.replicas.all_gather([averaged.squared_distance]) if watched else []
+        squares = self.replicas.all_gather([averaged.squared_distance]) if watched else []
+        copies = self.replicas.members if self._weights.whole else 1  # shards add up, copies say the same
         self._written = self._version()
         self.last_report = report = replace(
             report,
-            distance=tuple(math.sqrt(row[0]) for row in distances) or report.distance,
+            distance=tuple(
+                math.sqrt(sum(row[0] for row in rows) / copies) for rows in self.replicas.by_replica(squares)
+            )
+            or report.distance,
             excluded=averaged.excluded,
             converge_ms=seconds * 1e3,
             converge_bytes=averaged.bytes,
@@ -813,11 +900,14 @@ def check_arguments(
     prior: str | os.PathLike[str] | None,
     total_steps: int | None,
     rollback: bool | str | torch.device,
-    replicas: ProcessGroup | DeviceMesh | None,
+    replicas: ReplicasLike,
     seed: int,
     bucket_mib: float,
     overlap_steps: int,
     monitor: MonitorLike,
+    gradients: str = "shared",
+    outer_momentum: float = 0.0,
+    outer_lr: float = 1.0,
 ) -> tuple[EnsembleConfig, tuple[nn.Module, ...], Probe | None, tuple[Monitor, ...], Replicas]:
     """What an ensemble is made of, or the error that names the bad argument; changes nothing and sends nothing."""
     if converge_every is None and (spread > 0 or hyperparameters):
@@ -834,7 +924,7 @@ def check_arguments(
             )
     check_identified(
         hyperparameters,
-        gradients="shared",
+        gradients=gradients,
         probe=probe is not None,
         held_out=probe is not None and probe.held_out,
     )
@@ -857,18 +947,22 @@ def check_arguments(
         seed=seed,
         bucket_mib=bucket_mib,
         overlap_steps=overlap_steps,
+        gradients=gradients,
+        outer_momentum=outer_momentum,
+        outer_lr=outer_lr,
     )
     modules = () if model is None else (model,) if isinstance(model, nn.Module) else tuple(model)
     for module in modules:
         if not isinstance(module, nn.Module):
             raise TypeError(f"model= takes an nn.Module or several, got {type(module).__name__}.")
-        if any(isinstance(p, DTensor) for p in module.parameters()):
-            raise TypeError(
-                "model= has DTensor parameters (FSDP2 or tensor parallelism), which hdet cannot average yet."
-            )
     if (spread > 0 or hyperparameters) and not modules:
         raise ValueError(
             "To let replicas differ hdet needs model=: its parameters and buffers are averaged every "
             "converge_every steps."
         )
-    return config, modules, probe, as_monitors(monitor), Replicas(replicas)
+    if config.outer and not modules:
+        raise ValueError("outer_momentum and outer_lr need model=: they move its averaged parameters.")
+    group = Replicas(replicas)
+    check_sharding(modules, group)
+    check_gradients(gradients, modules, group)
+    return config, modules, probe, as_monitors(monitor), group

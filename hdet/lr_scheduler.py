@@ -8,8 +8,6 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.distributed import ProcessGroup
-from torch.distributed.device_mesh import DeviceMesh
 from torch.optim import Optimizer, lr_scheduler
 
 from hdet.controller import Controller, OneSlope
@@ -20,6 +18,7 @@ from hdet.hyperparameters import Hyperparameter, ParamGroupField
 from hdet.lr_finder import find_lr
 from hdet.monitor import MonitorLike
 from hdet.probe import LossFunction, Probe
+from hdet.replicas import ReplicasLike
 from hdet.report import Report
 from hdet.signal import check_loss
 
@@ -54,11 +53,14 @@ class OneCycleLR(lr_scheduler.OneCycleLR):
         virtual_replicas: replicas per process, one for each micro-batch of a step; see :meth:`each`.
         prior: a file of :meth:`hdet.Ensemble.save_prior` to start from.
         rollback: with ``auto_lr``, whether a round that blew up is undone.
-        replicas: ``ProcessGroup`` or 1-D ``DeviceMesh``; default: the world.
+        replicas: a number of replicas, a ``ProcessGroup``, or a dimension of a ``DeviceMesh``; default: the world.
         seed: of the permutations.
         bucket_mib: size of a communication bucket in MiB.
         overlap_steps: steps behind which the all-reduce is hidden; 0 waits for it.
         monitor: where the reports go.
+        gradients: ``"shared"``, ``"grouped"`` or ``"local"``: over whom they are averaged.
+        outer_momentum: with local gradients, momentum on what a whole round has done.
+        outer_lr: with local gradients, the share of the way to the mean that is gone.
 
     Attributes:
         ensemble: the :class:`hdet.Ensemble`, or ``None`` where this is torch's OneCycleLR and nothing else.
@@ -98,11 +100,14 @@ class OneCycleLR(lr_scheduler.OneCycleLR):
         virtual_replicas: int = 1,
         prior: str | os.PathLike[str] | None = None,
         rollback: bool | str | torch.device = True,
-        replicas: ProcessGroup | DeviceMesh | None = None,
+        replicas: ReplicasLike = None,
         seed: int = 0,
         bucket_mib: float = 32.0,
         overlap_steps: int = 0,
         monitor: MonitorLike = None,
+        gradients: Literal["shared", "local", "grouped"] = "shared",
+        outer_momentum: float = 0.0,
+        outer_lr: float = 1.0,
     ) -> None:
         settings: dict[str, Any] = {
             "model": model,
@@ -122,6 +127,9 @@ class OneCycleLR(lr_scheduler.OneCycleLR):
             "bucket_mib": bucket_mib,
             "overlap_steps": overlap_steps,
             "monitor": monitor,
+            "gradients": gradients,
+            "outer_momentum": outer_momentum,
+            "outer_lr": outer_lr,
         }
         length = _length(total_steps, epochs, steps_per_epoch)
         settings["total_steps"] = length
@@ -149,7 +157,7 @@ class OneCycleLR(lr_scheduler.OneCycleLR):
             last_epoch,
         )
         given = (model, converge_every, probe, controller, prior, replicas, monitor)
-        if spread > 0 or hyperparameters or any(x is not None for x in given):
+        if spread > 0 or hyperparameters or gradients != "shared" or any(x is not None for x in given):
             # Before the learning rates fan out; without a probe nobody asks what is to come.
             ahead = None if probe is None else forecast(self, optimizer, self.total_steps)
             self.ensemble = Ensemble(optimizer, converge_every=round_length, **settings)
@@ -222,7 +230,7 @@ def _find(
     optimizer: Optimizer,
     model: nn.Module | Iterable[nn.Module] | None,
     probe: LossFunction | Probe | None,
-    replicas: ProcessGroup | DeviceMesh | None,
+    replicas: ReplicasLike,
 ) -> float | list[float]:
     """``max_lr="auto"``: for each group, in the proportions of the optimizer's learning rates."""
     if model is None or not isinstance(probe, Probe) or probe.batches is None:

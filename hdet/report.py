@@ -1,4 +1,5 @@
-"""What one converge says. Plain Python values, the same on every rank but for ``writer`` and ``converge_ms``."""
+"""What one converge says. Plain Python values, the same on every rank but for ``writer``, ``converge_ms`` and, where
+replicas are sharded, ``converge_bytes``."""
 
 from __future__ import annotations
 

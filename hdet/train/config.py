@@ -166,6 +166,14 @@ class HdetConfig:
     """Size of a communication bucket in MiB."""
     overlap_steps: int = 0
     """Steps of the next round behind which a round's average is computed, in [0, ``converge_every``)."""
+    gradients: Literal["shared", "local", "grouped"] = "shared"
+    """Over whom gradients are averaged: ``shared``, all processes; ``grouped``, those of a replica; ``local``, nobody
+    beyond a replica: Local SGD. Only with ``shared`` is the optimizer's state the same in all replicas: else a
+    checkpoint has replica 0's, and all of them resume from it."""
+    outer_momentum: float = 0.0
+    """With local gradients, Nesterov momentum on what a whole round has done, in [0, 1)."""
+    outer_lr: float = 1.0
+    """With local gradients, the share of the way to the replicas' average that is gone, > 0."""
 
     def __post_init__(self) -> None:
         if self.spread == 0:
@@ -197,6 +205,12 @@ class TrainConfig:
     """Micro-batches per optimizer step."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """``auto``: one GPU per local rank if there are GPUs, else the CPU."""
+    strategy: Literal["ddp", "fsdp"] = "ddp"
+    """How the processes of a run share the work: ``ddp``, each holds the whole model; ``fsdp``, FSDP2: the processes of
+    a replica hold a shard of it each."""
+    replicas: int | None = None
+    """Number of replicas, a divisor of the number of processes; default: one per process. A replica's processes have
+    consecutive ranks and one learning rate."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """``bfloat16`` runs forward and backward under autocast; parameters stay float32."""
     compile: bool = False
@@ -224,6 +238,8 @@ class TrainConfig:
             _require(f"train.{name}", getattr(self, name), getattr(self, name) >= 1, ">= 1")
         for name in ("eval_every", "save_every"):
             _require(f"train.{name}", getattr(self, name), getattr(self, name) >= 0, ">= 0 steps")
+        if self.replicas is not None:
+            _require("train.replicas", self.replicas, self.replicas >= 1, ">= 1")
         if self.stop_at is not None:
             _require("train.stop_at", self.stop_at, self.stop_at >= 1, ">= 1")
 

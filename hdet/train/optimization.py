@@ -16,6 +16,7 @@ import hdet
 from hdet import schedules
 from hdet.monitor import Monitor
 from hdet.probe import LossFunction
+from hdet.replicas import ReplicasLike
 from hdet.train.config import Config, ConfigError, OptimizerConfig
 
 
@@ -54,6 +55,7 @@ class Schedule:
         model: what is averaged.
         monitors: where the ensemble's reports go.
         probe: for ``hdet.probe=true``.
+        replicas: who they are, for hdet.
 
     Raises:
         ConfigError: if the sections ``schedule`` or ``hdet`` do not make a schedule.
@@ -66,9 +68,10 @@ class Schedule:
         model: nn.Module,
         monitors: list[Monitor],
         probe: hdet.Probe | None = None,
+        replicas: ReplicasLike = None,
     ) -> None:
         try:
-            self._scheduler = _build(config, optimizer, model, monitors, probe)
+            self._scheduler = _build(config, optimizer, model, monitors, probe, replicas)
         except (TypeError, ValueError) as error:
             raise ConfigError(f"In the sections schedule and hdet: {error}") from error
         scheduler = self._scheduler
@@ -111,7 +114,12 @@ class Schedule:
 
 
 def _build(
-    config: Config, optimizer: Optimizer, model: nn.Module, monitors: list[Monitor], probe: hdet.Probe | None
+    config: Config,
+    optimizer: Optimizer,
+    model: nn.Module,
+    monitors: list[Monitor],
+    probe: hdet.Probe | None,
+    replicas: ReplicasLike,
 ) -> hdet.OneCycleLR | hdet.Ensemble | LambdaLR:
     total_steps, schedule, ours = config.train.total_steps, config.schedule, config.hdet
     settings: dict[str, Any] = {}
@@ -128,6 +136,10 @@ def _build(
             "seed": ours.seed,
             "bucket_mib": ours.bucket_mib,
             "overlap_steps": ours.overlap_steps,
+            "gradients": ours.gradients,
+            "outer_momentum": ours.outer_momentum,
+            "outer_lr": ours.outer_lr,
+            "replicas": replicas,
             "monitor": monitors,
         }
     elif ours.spread < 0:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import itertools
 import math
 import time
@@ -13,13 +12,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 
 import hdet
 from hdet import ops
 from hdet.replicas import Replicas
 from hdet.train import checkpoint, data, models
 from hdet.train.config import Config
+from hdet.train.ddp_strategy import DDPStrategy
+from hdet.train.fsdp_strategy import FSDPStrategy
 from hdet.train.log import RunLog
 from hdet.train.optimization import Schedule, build_optimizer, find_max_lr
 from hdet.train.processes import Process, StopRequest
@@ -37,7 +37,9 @@ class Trainer:
     """
 
     def __init__(self, config: Config, process: Process) -> None:
-        self.config, self.process, self.replicas = config, process, Replicas()
+        self.config, self.process, self._processes = config, process, Replicas()
+        self._strategy = (FSDPStrategy if config.train.strategy == "fsdp" else DDPStrategy)(config, process)
+        self.replicas = self._strategy.replicas
         self._settings = asdict(config)
         directory = Path(config.train.log_dir)
         self._checkpoint = directory / "checkpoint.pt"
@@ -49,26 +51,22 @@ class Trainer:
         self.data = data.load(config.task, config.model.block_size)
         torch.manual_seed(config.train.seed)
         self.model = models.build(config.model, config.task.name, self.data.classes).to(process.device)
+        self._parameters = sum(p.numel() for p in self.model.parameters())
         self._finding: hdet.LRFinding | None = None
         if config.optimizer.max_lr == "auto":
             max_lr = saved["max_lr"] if saved else self._find_lr()
             self.config = config = replace(config, optimizer=replace(config.optimizer, max_lr=max_lr))
+        self._ddp = self._strategy.wrap(self.model)
         self.optimizer = build_optimizer(config.optimizer, self.model, process.device)
         self.log = RunLog(directory, _flat(asdict(config)), writer=process.writer)
         probe = hdet.Probe(loss_fn=self._loss_of, batches=self._probe_batches()) if config.hdet.probe else None
-        self.schedule = Schedule(config, self.optimizer, self.model, self.log.monitors, probe)
+        self.schedule = Schedule(
+            config, self.optimizer, self._ddp, self.log.monitors, probe, self._strategy.replicas_argument
+        )
         if saved:
-            self.model.load_state_dict(saved["model"])
-            self.optimizer.load_state_dict(saved["optimizer"])
-            self.schedule.load_state_dict(saved["scheduler"])
+            self.schedule.load_state_dict(self._strategy.load(saved, self.model, self.optimizer))
         if config.train.compile:
             self.model.compile()
-        self._ddp: nn.Module = self.model
-        if process.world_size > 1:
-            devices = [process.device] if process.device.type == "cuda" else None
-            # These models have no buffers. One with batch norm needs broadcast_buffers=False, or rank 0's statistics
-            # would overwrite those of all others at each forward.
-            self._ddp = DistributedDataParallel(self.model, device_ids=devices)
         self._validated: dict[str, float] = {}
 
     def run(self) -> int:
@@ -88,7 +86,7 @@ class Trainer:
         losses = torch.zeros((), device=self.process.device)
         lr, since, validated_at = self.schedule.base_lr, self.step, -1
         self._warm_up()
-        with StopRequest(self.replicas) as stop:
+        with StopRequest(self._processes) as stop:
             while self.step < last and not stopped_by:
                 lr, gain = self.schedule.base_lr, next(iter(self.schedule.gains.values()))
                 losses += self._train_step()
@@ -128,7 +126,7 @@ class Trainer:
             if config.model.dropout:
                 torch.manual_seed(seed)  # so that a resumed run drops the same units
             batch = self.data.draw(config.train.batch_size, torch.Generator().manual_seed(seed))
-            with self._synchronised(micro_batch == config.train.accumulate - 1):
+            with self._strategy.synchronised(self._ddp, micro_batch == config.train.accumulate - 1):
                 loss = self._loss(batch) / config.train.accumulate
                 loss.backward()
             total += loss.detach()
@@ -186,24 +184,16 @@ class Trainer:
         bf16 = self.config.train.dtype == "bfloat16"
         return torch.autocast(self.process.device.type, torch.bfloat16, enabled=bf16)
 
-    @contextlib.contextmanager
-    def _synchronised(self, last: bool) -> Iterator[None]:
-        """Gradients are averaged in the last micro-batch's backward pass, not in those before it."""
-        if last or not isinstance(self._ddp, DistributedDataParallel):
-            yield
-        else:
-            with self._ddp.no_sync():
-                yield
-
     @torch.no_grad()
     def _validate(self) -> None:
-        """Converge, then measure loss and accuracy on the validation set; every replica takes every N-th batch."""
+        """Converge, then measure loss and accuracy on the validation set; every replica takes every N-th batch, and all
+        of its members the same: a sharded model needs them all."""
         self.schedule.converge()
         size = self.config.train.batch_size
         batches = self.data.validation_batches(size, self.config.train.eval_batches)
         self.model.eval()
         rows = []
-        for index in range(self.process.rank, batches, self.replicas.size):
+        for index in range(self.replicas.rank, batches, self.replicas.size):
             inputs, targets = self._to_device(self.data.validation(index, size, batches))
             with self._autocast():
                 logits = self.model(inputs)
@@ -219,7 +209,8 @@ class Trainer:
         rows += [torch.zeros(3, dtype=torch.float64, device=self.process.device)] * (
             -(-batches // self.replicas.size) - len(rows)
         )
-        gathered = self.replicas.all_gather(torch.stack(rows).flatten().tolist())
+        everyone = self.replicas.all_gather(torch.stack(rows).flatten().tolist())
+        gathered = [members[0] for members in self.replicas.by_replica(everyone)]
         # fsum is exact, so that the result does not depend on how many replicas shared the work.
         values = [value for row in gathered for value in row]
         loss, right, count = (math.fsum(values[column::3]) for column in range(3))
@@ -228,32 +219,31 @@ class Trainer:
 
     def _save(self) -> None:
         self.schedule.converge()
+        whole = self._strategy.state(self.model, self.optimizer, self.schedule.state_dict())
         if self.process.writer:
             state = {
+                **whole,
                 "step": self.step,
-                "model": self.model.state_dict(),
-                "optimizer": self.optimizer.state_dict(),
-                "scheduler": self.schedule.state_dict(),
                 "config": self._settings,
                 "max_lr": self.config.optimizer.max_lr,
             }
             checkpoint.save(self._checkpoint, state)
 
     def _mean(self, value: Tensor) -> float:
-        """Over the replicas. Collective."""
-        gathered = self.replicas.all_gather([value.item()])
+        """Over the processes. Collective."""
+        gathered = self._processes.all_gather([value.item()])
         return math.fsum(row[0] for row in gathered) / len(gathered)
 
     def _introduce(self) -> None:
         config, ensemble = self.config, self.schedule.ensemble
-        parameters = sum(p.numel() for p in self.model.parameters())
         how = "spread 0: the plain schedule"
         if ensemble is not None:
             how = f"spread {config.hdet.spread:.3g}, converging every {ensemble.config.converge_every} steps"
             how += ", learning rate by the paired probe" if config.hdet.probe else ""
+            how += f", {config.hdet.gradients} gradients" if config.hdet.gradients != "shared" else ""
         self.log.say(
-            f"{config.task.name}: {parameters / 1e6:.2f}M parameters, {self.replicas.size} "
-            f"replica{'s' * (self.replicas.size > 1)} on {self.process.device.type}, {how}"
+            f"{config.task.name}: {self._parameters / 1e6:.2f}M parameters, {self.replicas.size} "
+            f"replica{'s' * (self.replicas.size > 1)}{self._members()} on {self.process.device.type}, {how}"
         )
         self.log.say(str(ops.backend()))
         self.log.say(f"tensorboard --logdir {config.train.log_dir}")
@@ -263,6 +253,9 @@ class Trainer:
             self._tell_finding(self._finding)
         if self.step:
             self.log.say(f"Resumed after step {self.step}.")
+
+    def _members(self) -> str:
+        return f" of {self.replicas.members} processes each" if self.replicas.members > 1 else ""
 
     def _tell_finding(self, finding: hdet.LRFinding) -> None:
         picture = Path(self.config.train.log_dir) / "find_lr.png"
@@ -291,7 +284,7 @@ class Trainer:
                 "replicas": self.replicas.size,
                 "spread": 0.0 if ensemble is None else config.hdet.spread,
                 "converge_every": None if ensemble is None else ensemble.config.converge_every,
-                "parameters": sum(p.numel() for p in self.model.parameters()),
+                "parameters": self._parameters,
             }
         )
         log.say(

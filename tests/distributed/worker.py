@@ -925,7 +925,7 @@ def find_lr(rank, world):
 
 
 def explored(rank, world, count, group, steps=100):
-    """A run of ``4`` replicas in all, ``count`` of them virtual: its parameters after a last converge, and its gains."""
+    """A run of 4 replicas in all, ``count`` to a process: its parameters after a last converge, and its gains."""
     generator = torch.Generator().manual_seed(5)
     inputs = torch.randn(steps, 4, 8, 6, generator=generator, dtype=torch.float64)
     targets = torch.randint(0, 3, (steps, 4, 8), generator=generator)

@@ -17,9 +17,9 @@ LAYERS = [
     "schedules", "forecast", "found_schedule", "hyperparameters", "fan_out", "ops",
     "signal", "buckets", "weights", "monitor", "tensorboard",
     # communication
-    "replicas", "agreement",
+    "replicas", "agreement", "sharding",
     # the two phases
-    "averager", "probe", "snapshot", "recovery", "virtual", "lr_finder",
+    "averager", "gradients", "outer", "probe", "snapshot", "recovery", "virtual", "lr_finder",
     # the state machine
     "ensemble",
     # edge
@@ -39,7 +39,7 @@ LIFE_CYCLE = {
     "is_available",
     "is_nccl_available",
 }
-HARMLESS = {"Work", "ReduceOp", "ProcessGroup", "device_mesh", "tensor", "get_rank", "get_world_size"}
+HARMLESS = {"Work", "ReduceOp", "ProcessGroup", "device_mesh", "tensor", "get_rank", "get_world_size", "fsdp"}
 
 
 def files():

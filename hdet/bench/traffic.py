@@ -22,7 +22,7 @@ from hdet.train.models import GPT, loss_of
 
 # configs/char_lm_demo.yaml
 _MODEL = ModelConfig(n_layer=2, n_head=4, n_embd=64, block_size=32)
-_BATCH, _VOCABULARY, _ROUNDS = 8, 256, 2
+_BATCH, _VOCABULARY = 2, 256
 
 
 @dataclass
@@ -57,7 +57,7 @@ class _Counter(TorchDispatchMode):
 
 
 def measure(*, converge_every: int) -> Iterator[Comparison]:
-    """Train the demo's model for two rounds in every gradient mode, and count. Collective."""
+    """Train the demo's model for a round's length in every gradient mode, and count. Collective."""
     size = dist.get_world_size()
     half: dict[str, Any] = {"replicas": size // 2} if size % 2 == 0 and size > 2 else {}
     modes: dict[str, dict[str, Any]] = {"plain_ddp": {}, "shared": {"gradients": "shared"}}
@@ -66,9 +66,8 @@ def measure(*, converge_every: int) -> Iterator[Comparison]:
     modes["local"] = {"gradients": "local"}
     for name, settings in modes.items():
         counted, facts = _count(settings, converge_every)
-        steps = _ROUNDS * converge_every
-        facts |= {"processes": size, "mode": name, "converge_every": converge_every, "steps": steps}
-        facts |= {"across": counted.across / steps, "inside": counted.inside / steps}
+        facts |= {"processes": size, "mode": name, "converge_every": converge_every}
+        facts |= {"across": counted.across / converge_every, "inside": counted.inside / converge_every}
         facts["replicas"] = settings.get("replicas", size)
         yield Comparison("traffic", f"{size} processes, T={converge_every}, {name}", facts)
 
@@ -97,15 +96,15 @@ def _count(settings: dict[str, Any], converge_every: int) -> tuple[_Counted, dic
         report = scheduler.last_report
         return 0 if report is before or report is None else report.converge_bytes
 
-    # One round before: DDP sends its order of buckets in the first steps, and hdet its first agreement.
-    for _ in range(converge_every):
+    # In the first steps DDP sends its order of buckets, and hdet its first agreement.
+    for _ in range(2):
         step()
     meet()
     with _Counter(set(replicas.own_ranks)) as counter:
-        for _ in range(_ROUNDS * converge_every):
+        for _ in range(converge_every):
             converging += step()
     facts = {
         "parameters": sum(p.numel() for p in model.parameters()),
-        "reported": converging / (_ROUNDS * converge_every),
+        "reported": converging / converge_every,
     }
     return counter.counted, facts

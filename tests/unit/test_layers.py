@@ -29,9 +29,11 @@ PURE = {"errors", "spread", "design", "controller", "steering", "config", "prior
 ADAPTERS = {"tensorboard", "lr_scheduler", "integrations", "train", "bench"}
 MAY_USE_ADAPTERS = {"train": {"lr_scheduler", "tensorboard"}, "bench": {"lr_scheduler", "train"}}
 FRONT_DOOR_USERS = {"integrations", "train", "bench"}
-# Only the training program and the benchmark start and end process groups; training code never does.
+# Only the training program and the benchmark start and end process groups, and save sharded models; training code never
+# does.
 PROCESS_OWNERS = {"train", "bench"}
 LIFE_CYCLE = {
+    "checkpoint",
     "init_process_group",
     "destroy_process_group",
     "barrier",

@@ -42,7 +42,7 @@ from hdet.report import Report
 from hdet.signal import TrainingLoss, check_loss, mean_losses
 from hdet.snapshot import Snapshot
 from hdet.spread import assignment
-from hdet.weights import Weights
+from hdet.weights import weights_of
 
 logger = logging.getLogger("hdet")
 
@@ -194,7 +194,7 @@ class Ensemble:
             self.look_ahead(forecast(schedule, optimizer, -(-self.config.total_steps // schedule_every)))
         owned = {p for m in models for p in m.parameters()}
         extra = [p for group in optimizer.param_groups for p in group["params"] if p not in owned] if models else []
-        self._weights = Weights(models, extra)
+        self._weights = weights_of(models, extra)
         self._averager = Averager(self._weights, self.replicas, int(self.config.bucket_mib * _MIB))
         self._group_names = tuple(str(g.get("name", f"group{i}")) for i, g in enumerate(optimizer.param_groups))
         self._models = models
@@ -512,8 +512,8 @@ class Ensemble:
         )
 
     def _version(self) -> int:
-        """A number that grows whenever a parameter is written in place."""
-        return sum(p._version for group in self.optimizer.param_groups for p in group["params"])
+        """A number that grows whenever a trained tensor is written in place."""
+        return sum(tensor._version for tensor, trained in self._weights.tensors() if trained)
 
     def _agree(self) -> list[_Gathered]:
         """Make sure that all replicas are at the same point, and gather what each has to tell."""

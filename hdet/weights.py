@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
+from weakref import WeakKeyDictionary
 
 from torch import Tensor, nn
 
@@ -29,3 +30,18 @@ class Weights:
 
     def written(self) -> None:
         """Called after trained tensors were written, before the model runs on them."""
+
+
+_ELSEWHERE: WeakKeyDictionary[nn.Module, Weights] = WeakKeyDictionary()
+
+
+def keep_elsewhere(model: nn.Module, weights: Weights) -> None:
+    """For adapters: from now on ``weights`` are what ``model``'s weights are. They must not keep the model alive."""
+    _ELSEWHERE[model] = weights
+
+
+def weights_of(models: Sequence[nn.Module], extra: Iterable[Tensor] = ()) -> Weights:
+    """The weights of ``models``: where an adapter said they are, else the modules' own and ``extra``."""
+    if len(models) == 1 and (elsewhere := _ELSEWHERE.get(models[0])) is not None:
+        return elsewhere
+    return Weights(models, extra)

@@ -1,23 +1,22 @@
 """Run by torchrun: what the tests of test_deepspeed.py read, with the real DeepSpeed on 2 replicas x 2 shards."""
 
+import itertools
 import os
 import pickle
 import sys
 import traceback
 from pathlib import Path
 
+import deepspeed
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 
-os.environ.setdefault("DS_ACCELERATOR", "cpu")
-import deepspeed
-
-deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # else a C++ build of a minute
-
 import hdet
 from hdet.integrations.deepspeed import ReplicaGroups, attach, load_checkpoint, save_checkpoint, weights_of
+
+deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # else a C++ build of a minute
 
 OUT = Path(sys.argv[1])
 SCENARIOS = []
@@ -265,20 +264,21 @@ def skipped(rank, world):
 def resume(rank, world):
     results = {}
     groups = ReplicaGroups(2)
-    for stage, precision in [(0, "bf16"), (1, "fp32"), (1, "bf16"), (2, "bf16"), (3, "fp32"), (3, "bf16")]:
+    for stage, precision in [(0, "bf16"), (1, "bf16"), (2, "fp32"), (3, "bf16")]:
         directory = OUT / f"checkpoint{stage}{precision}"
-        engine, scheduler = attached(stage, precision, groups)
+        probing = {"auto_lr": True, "probe": hdet.Probe(loss_fn=probe_loss, batches=itertools.repeat(batch(rank, 50)))}
+        engine, scheduler = attached(stage, precision, groups, **probing)
         nothing = load_checkpoint(engine, directory)
-        train(engine, rank, range(4))
+        train(engine, rank // 2, range(4))
         save_checkpoint(engine, directory, client_state={"seen": 4})
-        train(engine, rank, range(4, 9))
+        train(engine, rank // 2, range(4, 9))
         whole = [t.tolist() for t in masters(engine)], [t.tolist() for t in full(engine).values()]
         rates, state = scheduler.get_last_lr(), scheduler.state_dict()
         engine.destroy()
 
-        engine, scheduler = attached(stage, precision, groups, seed=5 + rank)
+        engine, scheduler = attached(stage, precision, groups, seed=5 + rank, **probing)
         client_state = load_checkpoint(engine, directory)
-        train(engine, rank, range(4, 9))
+        train(engine, rank // 2, range(4, 9))
         results[stage, precision] = {
             "nothing": nothing,
             "client_state": client_state["seen"],
@@ -287,19 +287,25 @@ def resume(rank, world):
             "rates": rates == scheduler.get_last_lr(),
             "state": str(state) == str(scheduler.state_dict()),
             "steps": (engine.global_steps, scheduler.ensemble.steps),
-            "saved_lr": saved_rates(directory, stage, precision),
+            "saved_rates": saved_rates(directory),
+            "base_lr": state["hdet"]["found_schedule"],
+            "latest": (directory / "latest").read_text(),
+            "slow_average": len(state["hdet"]["slow_average"]),
         }
         engine.destroy()
     return results
 
 
-def saved_rates(directory, stage, precision):
+def probe_loss(model, data):
+    return loss_of(model, data, next(p.dtype for p in model.parameters()))
+
+
+def saved_rates(directory):
     """Learning rates in the optimizer states of both replicas' files."""
-    rates = set()
-    for path in sorted(directory.glob("replica*/*/*")):
-        if path.name.startswith(("zero", "bf16_zero", "mp_rank")):
-            optimizer = find(torch.load(path, weights_only=False), "param_groups")
-            rates |= {group["lr"] for groups in optimizer for group in groups}
+    rates = {}
+    for path in sorted(directory.glob("replica*/*/*.pt")):
+        for groups in find(torch.load(path, weights_only=False), "param_groups"):
+            rates[str(path.relative_to(directory))] = [group["lr"] for group in groups]
     return rates
 
 
@@ -315,31 +321,24 @@ def probe(rank, world):
     """The probe's points are written to the masters, and the loss function sees them through the module."""
     results = {}
     groups = ReplicaGroups(2)
-    for stage, precision in [(0, "bf16"), (1, "fp32"), (1, "bf16"), (3, "fp32"), (3, "bf16")]:
+    for stage, precision in [(0, "fp32"), (1, "fp32"), (3, "fp32"), (1, "bf16"), (3, "bf16")]:
         seen = []
 
-        def loss_fn(model, data):
-            loss = loss_of(model, data, torch.bfloat16 if precision == "bf16" else torch.float32)
+        def loss_fn(model, data, seen=seen):
+            loss = probe_loss(model, data)
             seen.append(loss.item())
             return loss
 
-        engine, scheduler = attached(
-            stage,
-            precision,
-            groups,
-            max_lr=1e-3,
-            total_steps=60,
-            auto_lr=True,
-            probe=hdet.Probe(loss_fn=loss_fn, batches=[batch(rank // 2, 100 + i) for i in range(3)]),
-        )
-        train(engine, rank // 2, range(30))  # members of a replica see the same batches, and report the same loss
-        report = scheduler.ensemble.last_report
+        batches = [batch(rank // 2, 100 + i) for i in range(3)]
+        settings = {"auto_lr": True, "probe": hdet.Probe(loss_fn=loss_fn, batches=batches)}
+        engine, scheduler = attached(stage, precision, groups, max_lr=1e-3, total_steps=60, **settings)
+        train(engine, rank // 2, range(24))  # members of a replica see the same batches, and report the same loss
         results[stage, precision] = {
             "seen": seen,
-            "points": len(set(seen[-4:])),
-            "gain": scheduler.ensemble.gains,
-            "probe": report.probe,
-            "equal": len({str([t.tolist() for t in full(engine).values()]) for _ in [0]}),
+            "probe": scheduler.ensemble.last_report.probe,
+            "gain": scheduler.ensemble.gains[0],
+            "rate": scheduler.get_last_lr()[0],
+            "first_weight": full(engine)["first.weight"].tolist(),
         }
         engine.destroy()
     return results

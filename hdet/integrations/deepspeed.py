@@ -37,7 +37,7 @@ from hdet.integrations.deepspeed_weights import weights_of
 from hdet.replicas import Replicas
 from hdet.weights import keep_elsewhere
 
-Scheduler = TypeVar("Scheduler", hdet.OneCycleLR, hdet.Ensemble)
+Scheduler = TypeVar("Scheduler")
 
 _EQUALISE_BYTES = 32 * 2**20
 
@@ -121,7 +121,7 @@ def attach(engine: Any, scheduler: Callable[..., Scheduler], *args: Any, **setti
     Args:
         engine: from ``deepspeed.initialize``: with ``mpu=ReplicaGroups(...)``, or without ``mpu`` at ZeRO stage 0,
             where every rank is a replica and gradients are shared by all.
-        scheduler: :class:`hdet.OneCycleLR` or :class:`hdet.Ensemble`.
+        scheduler: :class:`hdet.OneCycleLR` or :class:`hdet.Ensemble`; as a baseline, torch's own.
         args, settings: its arguments after the optimizer, but for ``model`` and ``replicas``, which are the engine's.
 
     Returns:
@@ -179,7 +179,7 @@ def _check(engine: Any, args: tuple[Any, ...], settings: dict[str, Any]) -> None
         )
 
 
-def _count_skipped_steps(engine: Any, scheduler: hdet.OneCycleLR | hdet.Ensemble) -> None:
+def _count_skipped_steps(engine: Any, scheduler: Any) -> None:
     """Step the scheduler also when the engine skips an update, because its gradients were not finite. The engine itself
     would not, on the ranks of that replica only: the replicas would never again be at the same step."""
     step = engine.step
@@ -223,7 +223,8 @@ def save_checkpoint(
         client_state: more to be saved, as in DeepSpeed.
     """
     scheduler = engine.lr_scheduler
-    scheduler.converge()
+    if isinstance(scheduler, (hdet.OneCycleLR, hdet.Ensemble)):
+        scheduler.converge()
     tag = tag or f"global_step{engine.global_steps}"
     own = _own_directory(engine, Path(directory))
     own.mkdir(parents=True, exist_ok=True)

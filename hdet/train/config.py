@@ -197,8 +197,16 @@ class TrainConfig:
     """Micro-batches per optimizer step."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """``auto``: one GPU per local rank if there are GPUs, else the CPU."""
+    strategy: Literal["ddp", "fsdp", "deepspeed"] = "ddp"
+    """How the processes of a run share the work."""
+    replicas: int | None = None
+    """Number of replicas; default: one per process."""
+    deepspeed_config: str | None = None
+    """DeepSpeed's JSON file, for ``strategy=deepspeed``: ``configs/deepspeed_zero1.json`` and so on. It has what
+    the run does not know; batch size, accumulation, clipping and precision are the run's."""
     dtype: Literal["float32", "bfloat16"] = "float32"
-    """``bfloat16`` runs forward and backward under autocast; parameters stay float32."""
+    """``bfloat16`` runs forward and backward under autocast; parameters stay float32. With ``strategy=deepspeed``
+    parameters are bfloat16, with float32 masters."""
     compile: bool = False
     """Whether to run the model through torch.compile."""
     seed: int = 0
@@ -224,6 +232,15 @@ class TrainConfig:
             _require(f"train.{name}", getattr(self, name), getattr(self, name) >= 1, ">= 1")
         for name in ("eval_every", "save_every"):
             _require(f"train.{name}", getattr(self, name), getattr(self, name) >= 0, ">= 0 steps")
+        if self.replicas is not None:
+            _require("train.replicas", self.replicas, self.replicas >= 1, ">= 1")
+        if self.deepspeed_config is not None:
+            _require(
+                "train.deepspeed_config",
+                self.deepspeed_config,
+                self.strategy == "deepspeed",
+                "left out: it is for train.strategy=deepspeed",
+            )
         if self.stop_at is not None:
             _require("train.stop_at", self.stop_at, self.stop_at >= 1, ">= 1")
 

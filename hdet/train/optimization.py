@@ -54,6 +54,8 @@ class Schedule:
         model: what is averaged.
         monitors: where the ensemble's reports go.
         probe: for ``hdet.probe=true``.
+        build: ``build(class, *args, **settings)`` makes a scheduler where not hdet alone has the say over optimizer and
+            model; default: on ``optimizer``.
 
     Raises:
         ConfigError: if the sections ``schedule`` or ``hdet`` do not make a schedule.
@@ -66,9 +68,10 @@ class Schedule:
         model: nn.Module,
         monitors: list[Monitor],
         probe: hdet.Probe | None = None,
+        build: Callable[..., Any] | None = None,
     ) -> None:
         try:
-            self._scheduler = _build(config, optimizer, model, monitors, probe)
+            self._scheduler = _build(config, optimizer, model, monitors, probe, build)
         except (TypeError, ValueError) as error:
             raise ConfigError(f"In the sections schedule and hdet: {error}") from error
         scheduler = self._scheduler
@@ -111,13 +114,17 @@ class Schedule:
 
 
 def _build(
-    config: Config, optimizer: Optimizer, model: nn.Module, monitors: list[Monitor], probe: hdet.Probe | None
+    config: Config,
+    optimizer: Optimizer,
+    model: nn.Module,
+    monitors: list[Monitor],
+    probe: hdet.Probe | None,
+    build: Callable[..., Any] | None,
 ) -> hdet.OneCycleLR | hdet.Ensemble | LambdaLR:
     total_steps, schedule, ours = config.train.total_steps, config.schedule, config.hdet
     settings: dict[str, Any] = {}
     if ours.spread > 0:
         settings = {
-            "model": model,
             "spread": ours.spread,
             "converge_every": ours.converge_every or max(1, total_steps // 100),
             "auto_lr": ours.auto_lr,
@@ -132,11 +139,16 @@ def _build(
         }
     elif ours.spread < 0:
         raise ValueError(f"Invalid spread={ours.spread}. Must be in [0, 1).")
+    if build is None:
+
+        def build(kind: Callable[..., Any], *args: Any, **settings: Any) -> Any:
+            return kind(optimizer, *args, **settings, **({"model": model} if settings.get("spread") else {}))
+
     if schedule.name == "one_cycle":
         if schedule.options:
             raise ValueError(f"Invalid options={schedule.options}. For one_cycle set the section's own fields.")
-        return hdet.OneCycleLR(
-            optimizer,
+        return build(
+            hdet.OneCycleLR,
             config.optimizer.known_max_lr,
             total_steps,
             pct_start=schedule.pct_start,
@@ -151,8 +163,8 @@ def _build(
         )
     factor = _factor(schedule.name, schedule.options, total_steps)
     if not settings:
-        return LambdaLR(optimizer, factor)
-    return hdet.Ensemble(optimizer, factor, total_steps=total_steps, **settings)
+        return build(LambdaLR, factor)
+    return build(hdet.Ensemble, factor, total_steps=total_steps, **settings)
 
 
 def _factor(name: str, options: dict[str, Any], total_steps: int) -> Callable[[int], float]:

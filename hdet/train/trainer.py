@@ -8,6 +8,7 @@ import math
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +18,11 @@ from torch.nn.parallel import DistributedDataParallel
 
 import hdet
 from hdet import ops
+from hdet.monitor import Monitor
 from hdet.replicas import Replicas
 from hdet.train import checkpoint, data, models
-from hdet.train.config import Config
+from hdet.train.config import Config, ConfigError
+from hdet.train.deepspeed_strategy import DeepSpeedStrategy
 from hdet.train.log import RunLog
 from hdet.train.optimization import Schedule, build_optimizer, find_max_lr
 from hdet.train.processes import Process, StopRequest
@@ -37,7 +40,12 @@ class Trainer:
     """
 
     def __init__(self, config: Config, process: Process) -> None:
-        self.config, self.process, self.replicas = config, process, Replicas()
+        self.config, self.process = config, process
+        self._deepspeed = DeepSpeedStrategy(config, process) if config.train.strategy == "deepspeed" else None
+        if config.train.strategy == "fsdp":
+            raise ConfigError("train.strategy=fsdp is not there yet.")
+        self._processes = Replicas()
+        self.replicas = self._processes if self._deepspeed is None else self._deepspeed.replicas
         self._settings = asdict(config)
         directory = Path(config.train.log_dir)
         self._checkpoint = directory / "checkpoint.pt"
@@ -49,22 +57,32 @@ class Trainer:
         self.data = data.load(config.task, config.model.block_size)
         torch.manual_seed(config.train.seed)
         self.model = models.build(config.model, config.task.name, self.data.classes).to(process.device)
+        self._parameters = sum(p.numel() for p in self.model.parameters())
         self._finding: hdet.LRFinding | None = None
         if config.optimizer.max_lr == "auto":
             max_lr = saved["max_lr"] if saved else self._find_lr()
             self.config = config = replace(config, optimizer=replace(config.optimizer, max_lr=max_lr))
         self.optimizer = build_optimizer(config.optimizer, self.model, process.device)
+        self._ddp: nn.Module = self.model
+        build = None
+        if self._deepspeed is not None:
+            self._ddp = self._deepspeed.start(self.model, self.optimizer)
+            self.optimizer, build = self._deepspeed.optimizer, self._deepspeed.build_scheduler
         self.log = RunLog(directory, _flat(asdict(config)), writer=process.writer)
         probe = hdet.Probe(loss_fn=self._loss_of, batches=self._probe_batches()) if config.hdet.probe else None
-        self.schedule = Schedule(config, self.optimizer, self.model, self.log.monitors, probe)
-        if saved:
+        # Every process of replica 0 would write the reports.
+        quiet: list[Monitor] = [hdet.monitor.Callback(lambda _: None)]
+        monitors = self.log.monitors if process.writer or self.replicas.rank else quiet
+        self.schedule = Schedule(config, self.optimizer, self.model, monitors, probe, build)
+        if saved and self._deepspeed is not None:
+            self._deepspeed.load(self.step)
+        elif saved:
             self.model.load_state_dict(saved["model"])
             self.optimizer.load_state_dict(saved["optimizer"])
             self.schedule.load_state_dict(saved["scheduler"])
         if config.train.compile:
             self.model.compile()
-        self._ddp: nn.Module = self.model
-        if process.world_size > 1:
+        if process.world_size > 1 and self._deepspeed is None:
             devices = [process.device] if process.device.type == "cuda" else None
             # These models have no buffers. One with batch norm needs broadcast_buffers=False, or rank 0's statistics
             # would overwrite those of all others at each forward.
@@ -88,7 +106,7 @@ class Trainer:
         losses = torch.zeros((), device=self.process.device)
         lr, since, validated_at = self.schedule.base_lr, self.step, -1
         self._warm_up()
-        with StopRequest(self.replicas) as stop:
+        with StopRequest(self._processes) as stop:
             while self.step < last and not stopped_by:
                 lr, gain = self.schedule.base_lr, next(iter(self.schedule.gains.values()))
                 losses += self._train_step()
@@ -122,14 +140,13 @@ class Trainer:
         """One optimizer step; returns this replica's loss, on its device."""
         config, process = self.config, self.process
         total = torch.zeros((), device=process.device)
-        self.model.train()
+        self._ddp.train()
+        if self._deepspeed is not None:
+            losses = [partial(self._loss_of_micro_batch, i) for i in range(config.train.accumulate)]
+            return self._deepspeed.train_step(losses, hears_losses=self.schedule.ensemble is not None)
         for micro_batch in range(config.train.accumulate):
-            seed = data.step_seed(config.train.seed, process.rank, self.step, micro_batch)
-            if config.model.dropout:
-                torch.manual_seed(seed)  # so that a resumed run drops the same units
-            batch = self.data.draw(config.train.batch_size, torch.Generator().manual_seed(seed))
             with self._synchronised(micro_batch == config.train.accumulate - 1):
-                loss = self._loss(batch) / config.train.accumulate
+                loss = self._loss_of_micro_batch(micro_batch) / config.train.accumulate
                 loss.backward()
             total += loss.detach()
         if config.optimizer.grad_clip:
@@ -139,11 +156,18 @@ class Trainer:
         self.schedule.step(total)
         return total
 
+    def _loss_of_micro_batch(self, micro_batch: int) -> Tensor:
+        config = self.config
+        seed = data.step_seed(config.train.seed, self.process.rank, self.step, micro_batch)
+        if config.model.dropout:
+            torch.manual_seed(seed)  # so that a resumed run drops the same units
+        return self._loss(self.data.draw(config.train.batch_size, torch.Generator().manual_seed(seed)))
+
     def _warm_up(self) -> None:
         """One backward pass that changes nothing. After its first, DistributedDataParallel regroups the gradients which
         it sends together, and so the order in which those of the replicas are added: without this, the first step of a
         resumed run would round differently from the same step of an uninterrupted one."""
-        if self._ddp is not self.model:
+        if isinstance(self._ddp, DistributedDataParallel):
             self.model.train()
             self._loss(self.data.validation(0, self.config.train.batch_size, 1)).backward()
             self.optimizer.zero_grad(set_to_none=True)
@@ -154,7 +178,7 @@ class Trainer:
     def _loss_of(self, model: nn.Module, batch: data.Batch) -> Tensor:
         inputs, targets = self._to_device(batch)
         with self._autocast():
-            return models.loss_of(model(inputs), targets)
+            return models.loss_of(model(inputs).float(), targets)
 
     def _draw(self, step: int, purpose: int | str) -> data.Batch:
         """This rank's training batch for a purpose beside training itself."""
@@ -177,13 +201,20 @@ class Trainer:
         self._find_seconds = time.monotonic() - started
         return self._finding.max_lr
 
+    @property
+    def _dtype(self) -> torch.dtype:
+        """Of the model's parameters."""
+        return next(self.model.parameters()).dtype
+
     def _to_device(self, batch: data.Batch) -> data.Batch:
+        if batch.inputs.is_floating_point():  # a model that is bfloat16 itself takes nothing else
+            batch = batch._replace(inputs=batch.inputs.to(self._dtype))
         if self.process.device.type == "cpu":
             return batch
         return data.Batch(*(t.pin_memory().to(self.process.device, non_blocking=True) for t in batch))
 
     def _autocast(self) -> torch.autocast:
-        bf16 = self.config.train.dtype == "bfloat16"
+        bf16 = self.config.train.dtype == "bfloat16" and self._dtype == torch.float32
         return torch.autocast(self.process.device.type, torch.bfloat16, enabled=bf16)
 
     @contextlib.contextmanager
@@ -201,9 +232,9 @@ class Trainer:
         self.schedule.converge()
         size = self.config.train.batch_size
         batches = self.data.validation_batches(size, self.config.train.eval_batches)
-        self.model.eval()
+        self._ddp.eval()
         rows = []
-        for index in range(self.process.rank, batches, self.replicas.size):
+        for index in range(self.replicas.rank, batches, self.replicas.size):  # members of a replica take the same
             inputs, targets = self._to_device(self.data.validation(index, size, batches))
             with self._autocast():
                 logits = self.model(inputs)
@@ -228,31 +259,35 @@ class Trainer:
 
     def _save(self) -> None:
         self.schedule.converge()
+        state: dict[str, Any] = {
+            "step": self.step,
+            "config": self._settings,
+            "max_lr": self.config.optimizer.max_lr,
+        }
+        if self._deepspeed is not None:
+            self._deepspeed.save(self.step)
+        elif self.process.writer:
+            state["model"] = self.model.state_dict()
+            state["optimizer"] = self.optimizer.state_dict()
+            state["scheduler"] = self.schedule.state_dict()
         if self.process.writer:
-            state = {
-                "step": self.step,
-                "model": self.model.state_dict(),
-                "optimizer": self.optimizer.state_dict(),
-                "scheduler": self.schedule.state_dict(),
-                "config": self._settings,
-                "max_lr": self.config.optimizer.max_lr,
-            }
             checkpoint.save(self._checkpoint, state)
+        if self._deepspeed is not None:
+            self._deepspeed.forget(self.step)
 
     def _mean(self, value: Tensor) -> float:
-        """Over the replicas. Collective."""
-        gathered = self.replicas.all_gather([value.item()])
+        """Over the processes. Collective."""
+        gathered = self._processes.all_gather([value.item()])
         return math.fsum(row[0] for row in gathered) / len(gathered)
 
     def _introduce(self) -> None:
         config, ensemble = self.config, self.schedule.ensemble
-        parameters = sum(p.numel() for p in self.model.parameters())
         how = "spread 0: the plain schedule"
         if ensemble is not None:
             how = f"spread {config.hdet.spread:.3g}, converging every {ensemble.config.converge_every} steps"
             how += ", learning rate by the paired probe" if config.hdet.probe else ""
         self.log.say(
-            f"{config.task.name}: {parameters / 1e6:.2f}M parameters, {self.replicas.size} "
+            f"{config.task.name}: {self._parameters / 1e6:.2f}M parameters, {self.replicas.size} "
             f"replica{'s' * (self.replicas.size > 1)} on {self.process.device.type}, {how}"
         )
         self.log.say(str(ops.backend()))
@@ -291,7 +326,7 @@ class Trainer:
                 "replicas": self.replicas.size,
                 "spread": 0.0 if ensemble is None else config.hdet.spread,
                 "converge_every": None if ensemble is None else ensemble.config.converge_every,
-                "parameters": sum(p.numel() for p in self.model.parameters()),
+                "parameters": self._parameters,
             }
         )
         log.say(

@@ -26,7 +26,7 @@ LAYERS = [
 ]  # fmt: skip
 PURE = {"errors", "spread", "controller", "config", "report", "schedules"}
 ADAPTERS = {"tensorboard", "lr_scheduler", "integrations", "train", "bench"}
-MAY_USE_ADAPTERS = {"train": {"lr_scheduler", "tensorboard"}, "bench": {"lr_scheduler", "train"}}
+MAY_USE_ADAPTERS = {"train": {"integrations", "lr_scheduler", "tensorboard"}, "bench": {"lr_scheduler", "train"}}
 FRONT_DOOR_USERS = {"integrations", "train", "bench"}
 # Only the training program and the benchmark start and end process groups; training code never does.
 PROCESS_OWNERS = {"train", "bench"}

@@ -170,6 +170,11 @@ def _check(engine: Any, args: tuple[Any, ...], settings: dict[str, Any]) -> None
             f"The engine's mpu is a {type(engine.mpu).__name__}: model parallelism under DeepSpeed is not supported. "
             "Pass mpu=ReplicaGroups(replicas) to deepspeed.initialize."
         )
+    if engine.mpu is None and engine.dp_world_size != dist.get_world_size():
+        raise ValueError(
+            f"The engine was made without mpu=, and has {engine.dp_world_size} of {dist.get_world_size()} ranks: "
+            "DeepSpeed goes on with the groups of an engine before. Set deepspeed.utils.groups.mpu = None between them."
+        )
     stage = engine.zero_optimization_stage()
     if engine.mpu is None and stage > 0 and settings.get("spread", 0) > 0:
         raise ValueError(

@@ -67,6 +67,7 @@ class DeepSpeedStrategy:
 
     def start(self, model: nn.Module, optimizer: Optimizer) -> nn.Module:
         """Put model and optimizer under an engine; returns what to call instead of the model. Collective."""
+        self._deepspeed.utils.groups.mpu = None  # DeepSpeed would go on with that of an engine before
         self.engine, *_ = self._deepspeed.initialize(
             model=model, optimizer=optimizer, config=self._settings, mpu=self._groups
         )

@@ -69,8 +69,9 @@ def config(stage, precision, **more):
     return settings | more
 
 
-def start(stage, precision, groups, seed=0, optimizer=torch.optim.AdamW, **more):
-    deepspeed.utils.groups.mpu = None  # an engine without groups would take those of the one before
+def start(stage, precision, groups, seed=0, optimizer=torch.optim.AdamW, forget=True, **more):
+    if forget:
+        deepspeed.utils.groups.mpu = None  # an engine without groups would take those of the one before
     model = net(seed)
     trained = [p for p in model.parameters() if p.requires_grad]
     inner = optimizer(trained, lr=0.01)
@@ -213,6 +214,10 @@ def guards(rank, world):
     engine = start(0, "fp32", groups)
     results["auto"] = message(attach, engine, hdet.OneCycleLR, "auto", total_steps=9, spread=0.3)
     results["model"] = message(attach, engine, hdet.OneCycleLR, max_lr=1, total_steps=9, model=engine.module)
+    results["engine"] = message(attach, engine.module, hdet.OneCycleLR, max_lr=1, total_steps=9)
+    engine.destroy()
+    engine = start(0, "fp32", None, forget=False)
+    results["left_over"] = message(attach, engine, hdet.OneCycleLR, max_lr=1, total_steps=9, spread=0.3)
     engine.destroy()
     return results
 

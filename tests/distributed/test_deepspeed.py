@@ -1,11 +1,15 @@
 """The real DeepSpeed on 4 processes: 2 replicas of 2 shards each. Read from the scenarios of deepspeed_worker.py."""
 
 import importlib.util
+import json
 import pickle
 from pathlib import Path
 
 import pytest
+import torch
 from conftest import torchrun
+
+from hdet.monitor import read_jsonl
 
 pytestmark = [
     pytest.mark.distributed,
@@ -13,6 +17,7 @@ pytestmark = [
     pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="DeepSpeed is not installed"),
 ]
 RANKS = range(4)
+ROOT = Path(__file__).parents[2]
 STAGES = [(stage, precision) for stage in (0, 1, 2, 3) for precision in ("fp32", "bf16")]
 every_stage = pytest.mark.parametrize("kind", [*STAGES, (1, "bf16+fp32")], ids=lambda kind: f"zero{kind[0]}-{kind[1]}")
 
@@ -83,6 +88,8 @@ def test_zero_over_the_whole_world_is_refused_with_the_way_out(results):
         assert "has a scheduler already" in result["twice"][0]
         assert "only the engine may" in result["auto"][0]
         assert "Do not pass model=" in result["model"][0]
+        assert "takes the engine" in result["engine"][0]
+        assert "deepspeed.utils.groups.mpu = None" in result["left_over"][0]
 
 
 def test_zero_0_without_groups_shares_gradients(results):
@@ -163,3 +170,78 @@ def test_members_of_a_replica_have_the_same_gain(results):
     for kind in ranks[0]:
         assert len({result[kind]["gain"] for result in ranks}) == 1
         assert ranks[0][kind]["rate"] == ranks[1][kind]["rate"] != ranks[2][kind]["rate"]
+
+
+# Runs one after the other in the same processes, which spares each of them the imports.
+SEVERAL = """
+import json, sys
+from hdet.train import processes
+from hdet.train.config import ConfigError, parse
+from hdet.train.trainer import Trainer
+process = processes.start("cpu")
+for arguments in sys.argv[1:]:
+    try:
+        Trainer(parse(json.loads(arguments)), process).run()
+    except ConfigError as error:
+        print("refused:", error, flush=True)
+processes.end()
+"""
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """Runs of the training program, by ZeRO stage: whole, and in two parts. And what it printed."""
+    root = tmp_path_factory.mktemp("program")
+    program = root / "several.py"
+    program.write_text(SEVERAL)
+    tiny = ["--model.n_layer=1", "--model.n_embd=16", "--model.block_size=16", "--model.dropout=0.1"]
+    tiny += ["--train.batch_size=4", "--train.total_steps=8", "--train.eval_every=4", "--train.eval_batches=5"]
+    tiny += ["--train.log_every=2", "--hdet.converge_every=2", "--hdet.spread=0.3", "--hdet.auto_lr=false"]
+    tiny += ["--train.strategy=deepspeed", "--train.accumulate=2"]
+    runs = []
+    for stage, dtype in [(1, "float32"), (3, "bfloat16")]:
+        common = [f"--train.deepspeed_config={ROOT}/configs/deepspeed_zero{stage}.json", f"--train.dtype={dtype}"]
+        grouped = [*tiny, *common, "--train.replicas=2"]
+        runs += [[*grouped, f"--train.log_dir={root}/whole{stage}"]]
+        runs += [
+            [*grouped, f"--train.log_dir={root}/parts{stage}", *more] for more in (["--train.stop_at=4"], ["--resume"])
+        ]
+    zero2 = [*tiny, f"--train.deepspeed_config={ROOT}/configs/deepspeed_zero2.json"]
+    runs += [[*zero2, "--hdet.spread=0", f"--train.log_dir={root}/plain"]]
+    runs += [
+        [*zero2, f"--train.log_dir={root}/refused"],
+        [*zero2, f"--train.log_dir={root}/refused", "--train.replicas=3"],
+    ]
+    with pytest.MonkeyPatch.context() as environment:
+        environment.setenv("DS_ACCELERATOR", "cpu")
+        run = torchrun(4, [str(program), *map(json.dumps, runs)], limit=240)
+    assert run.returncode == 0, run.stdout[-8000:]
+    return root, run.stdout
+
+
+@pytest.mark.parametrize("stage", [1, 3])
+def test_the_training_program_resumes_bit_for_bit(trained, stage):
+    root, output = trained
+    assert output.count("2 replicas on cpu, spread 0.3") == 6  # by one process of each run
+    ours, theirs = root / f"parts{stage}", root / f"whole{stage}"
+    curves = [[r | {"seconds": 0} for r in read_jsonl(run / "metrics.jsonl")] for run in (ours, theirs)]
+    assert curves[0] == curves[1]
+    assert [r["step"] for r in read_jsonl(theirs / "rounds.jsonl")] == [2, 4, 6, 8]
+    assert all(min(r["distance"]) > 0 for r in read_jsonl(theirs / "rounds.jsonl"))
+    files = sorted(path.relative_to(theirs) for path in theirs.glob("deepspeed/replica*/step8/*.pt"))
+    assert len(files) == {1: 2 * (1 + 2 + 2), 3: 2 * (2 + 2 + 2)}[stage]
+    assert not list(ours.glob("deepspeed/replica*/step4"))  # only the newest is kept
+    for file in files:
+        if "optim_states" in file.name:
+            states = [torch.load(run / file, weights_only=False)["optimizer_state_dict"] for run in (ours, theirs)]
+            masters = "fp32_flat_groups" if stage == 3 else "single_partition_of_fp32_groups"
+            for mine, whole in zip(*(state[masters] for state in states), strict=True):
+                torch.testing.assert_close(mine, whole, rtol=0, atol=0, equal_nan=True)
+
+
+def test_the_baseline_and_what_the_training_program_refuses(trained):
+    root, output = trained
+    assert json.loads((root / "plain" / "summary.json").read_text())["spread"] == 0
+    assert output.count("refused: ZeRO stage 2 cuts each replica's model into shards") == 4
+    assert output.count("refused: Invalid train.replicas=3") == 4
+    assert not (root / "refused").exists()

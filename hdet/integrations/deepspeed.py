@@ -267,9 +267,13 @@ def load_checkpoint(
             return None
         tag = latest.read_text(encoding="utf-8").strip()
     own = _own_directory(engine, Path(directory), tag)
-    _, client_state = engine.load_checkpoint(str(own), tag, **options)
-    state = torch.load(own / tag / _scheduler_file(engine), map_location="cpu", weights_only=True)
-    engine.lr_scheduler.load_state_dict(state)
+    ours = options.pop("load_lr_scheduler_states", True) and not options.get("load_module_only", False)
+    # DeepSpeed would load one rank's scheduler on all.
+    _, client_state = engine.load_checkpoint(str(own), tag, load_lr_scheduler_states=False, **options)
+    client_state.pop("lr_scheduler", None)
+    if ours:
+        state = torch.load(own / tag / _scheduler_file(engine), map_location="cpu", weights_only=True)
+        engine.lr_scheduler.load_state_dict(state)
     return client_state
 
 

@@ -286,7 +286,7 @@ def resume(rank, world):
         train(engine, rank // 2, range(4, 9))
         results[stage, precision] = {
             "nothing": nothing,
-            "client_state": client_state["seen"],
+            "client_state": (client_state["seen"], "lr_scheduler" in client_state),
             "masters": [t.tolist() for t in masters(engine)] == whole[0],
             "full": [t.tolist() for t in full(engine).values()] == whole[1],
             "rates": rates == scheduler.get_last_lr(),

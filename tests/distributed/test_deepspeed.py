@@ -134,7 +134,7 @@ def test_a_resumed_run_is_the_uninterrupted_run_bit_for_bit(results, kind):
     for result in results("resume"):
         result = result[kind]
         assert result["nothing"] is None  # nothing to load before the first save
-        assert result["client_state"] == 4
+        assert result["client_state"] == (4, False)
         assert result["masters"]
         assert result["full"]
         assert result["rates"]

@@ -5,6 +5,7 @@ from hdet import controller, ops, schedules
 from hdet.ensemble import Ensemble
 from hdet.errors import DivergedError, HdetError, ReplicaMismatchError
 from hdet.found_schedule import FoundSchedule
+from hdet.hyperparameters import Hyperparameter, module_attribute, param_group, scalar
 from hdet.lr_finder import LRFinding, find_lr
 from hdet.lr_scheduler import OneCycleLR
 from hdet.monitor import JsonLines, Monitor
@@ -19,6 +20,7 @@ __all__ = [
     "Ensemble",
     "FoundSchedule",
     "HdetError",
+    "Hyperparameter",
     "JsonLines",
     "LRFinding",
     "Monitor",
@@ -29,6 +31,9 @@ __all__ = [
     "TensorBoard",
     "controller",
     "find_lr",
+    "module_attribute",
     "ops",
+    "param_group",
+    "scalar",
     "schedules",
 ]

@@ -118,9 +118,9 @@ class Inspection(NamedTuple):
     layout: int
     """Hash of what will be averaged, equal on two ranks whose models match: shapes, dtypes, strides."""
     finite: bool
-    """Whether all trainable parameters are finite."""
+    """Whether all trainable parameters are finite, on every member of the replica once its members have been heard."""
     constants: int
-    """Hash of the bits of frozen parameters and buffers."""
+    """Hash of the bits of frozen parameters and buffers; the same."""
 
 
 @dataclass
@@ -206,21 +206,26 @@ class Averager:
         weights: what is averaged; tied tensors once.
         replicas: the group.
         bucket_bytes: size of one bucket.
+        has_virtual: whether even a single process holds several replicas. Their mean is where its parameters are, but
+            it must be finite, and slow averages follow it.
     """
 
-    def __init__(self, weights: Weights, replicas: Replicas, bucket_bytes: int) -> None:
+    def __init__(self, weights: Weights, replicas: Replicas, bucket_bytes: int, *, has_virtual: bool = False) -> None:
         self._weights, self._replicas, self._bucket_bytes = weights, replicas, bucket_bytes
+        self._is_idle = replicas.size == 1 and not has_virtual
         self._plan: _Plan | None = None
+        # Copies that several ranks of a replica hold are averaged over all ranks, so that they cannot drift apart.
+        self._everyone = replicas.members > 1 and replicas.copies and weights.whole
         self._wires: dict[tuple[torch.device, torch.dtype, int], Tensor] = {}
 
     @torch.no_grad()
     def inspect(self) -> Inspection:
         """What the replicas tell one another before they average. Not collective."""
-        if self._replicas.size == 1:
+        if self._is_idle:
             return Inspection(0, True, 0)
         plan = self._current_plan()
         finite = all(bucket.is_finite() for bucket in plan.buckets)
-        fingerprints = [_fingerprint(t) for t in plan.constant]
+        fingerprints = [fingerprint(t) for t in plan.constant]
         return Inspection(plan.layout, finite, digest(fingerprints))
 
     @torch.no_grad()
@@ -237,7 +242,7 @@ class Averager:
         Raises:
             DivergedError: on every replica, with nothing changed, if none of them is finite.
         """
-        if self._replicas.size == 1:
+        if self._is_idle:
             return Averaged(0.0, (), 0)
         trained, differing, excluded, sent = self._select(seen)
         squares: list[Tensor] = []
@@ -269,7 +274,7 @@ class Averager:
 
         Args, Raises: as :meth:`average`.
         """
-        if self._replicas.size == 1:
+        if self._is_idle:
             return Pending([], self._weights, self._replicas, ())
         trained, differing, excluded, sent = self._select(seen)
         flights = []
@@ -279,14 +284,20 @@ class Averager:
             sent += snapshot.nbytes
         return Pending(flights, self._weights, self._replicas, excluded, sent)
 
+    def buckets(self) -> list[Bucket]:
+        """Of the trainable parameters, as :meth:`inspect` found them."""
+        return [] if self._plan is None else self._plan.buckets
+
     def _launch(
         self, bucket: Bucket, excluded: tuple[int, ...], wire: Tensor, snapshot: Tensor | None = None
     ) -> _Flight:
         is_mean = bucket.dtype.is_floating_point
         if self._replicas.rank in excluded:
             wire.fill_(0 if is_mean else torch.iinfo(bucket.dtype).min)
-        work = self._replicas.all_reduce(wire, dist.ReduceOp.SUM if is_mean else dist.ReduceOp.MAX)
-        return _Flight(bucket, wire, work, self._replicas.size - len(excluded) if is_mean else 0, snapshot)
+        op = dist.ReduceOp.SUM if is_mean else dist.ReduceOp.MAX
+        work = self._replicas.all_reduce(wire, op, everyone=self._everyone)
+        count = (self._replicas.size - len(excluded)) * (self._replicas.members if self._everyone else 1)
+        return _Flight(bucket, wire, work, count if is_mean else 0, snapshot)
 
     def _land(self, flight: _Flight, slow: SlowAverage | None) -> Tensor:
         flight.arrive()
@@ -347,18 +358,24 @@ class Averager:
         assert plan is not None
         others: list[Bucket] = []
         sent = 0
-        excluded = {rank for rank, inspection in enumerate(seen) if not inspection.finite}
+        excluded = {replica for replica, inspection in enumerate(seen) if not inspection.finite}
         if len({inspection.constants for inspection in seen}) > 1:
-            mine = [x for t in plan.constant for x in (_fingerprint(t), int(_is_finite(t)))]
-            rows = self._replicas.all_gather(mine, dtype=torch.int64)
+            mine = [x for t in plan.constant for x in (fingerprint(t), int(_is_finite(t)))]
+            gather = self._replicas.all_gather if self._everyone else self._replicas.all_gather_peers
+            rows = gather(mine, dtype=torch.int64) if mine else []
+            members = self._replicas.members if self._everyone else 1
             sent = 8 * len(mine)
             differing: list[Tensor] = []
             for i, tensor in enumerate(plan.constant):
                 column = [(row[2 * i], row[2 * i + 1]) for row in rows]
                 if len({bits for bits, _ in column}) > 1:
                     differing.append(tensor)
-                    excluded |= {rank for rank, (_, finite) in enumerate(column) if not finite}
+                    excluded |= {i // members for i, (_, finite) in enumerate(column) if not finite}
             others = self._fill(differing)
+            if self._replicas.members > 1:  # each knows what its peers hold, and all must leave out the same replicas
+                flags = [float(replica in excluded) for replica in range(self._replicas.size)]
+                everyone = self._replicas.all_gather(flags)
+                excluded = {replica for row in everyone for replica, flag in enumerate(row) if flag}
         if len(excluded) == self._replicas.size:
             raise DivergedError(
                 f"All {self._replicas.size} replicas hold non-finite values: the learning rate is too high or the data "
@@ -377,7 +394,7 @@ def _is_finite(tensor: Tensor) -> bool:
     return bool(tensor.isfinite().all())
 
 
-def _fingerprint(tensor: Tensor) -> int:
+def fingerprint(tensor: Tensor) -> int:
     """A 64-bit hash of a tensor's bits, by value and position: changing any one element always changes it.
 
     ``sum_ij bits_ij * (c_j + r_i) mod 2**64`` over rows ``i`` and columns ``j``; every ``c_j + r_i`` is odd, and so

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from hdet.controller import Controller, Published, TwoSlope
+from hdet.controller import Controller, OneSlope, Published, TwoSlope
+from hdet.design import Design
 from hdet.spread import check_spread
+
+GRADIENTS = ("shared", "local", "grouped")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,7 +29,17 @@ class EnsembleConfig:
     controller: Controller = field(default_factory=Published)
     """How the gain moves."""
     per_group: bool = False
-    """Whether every parameter group has a gain and permutations of its own."""
+    """Whether every parameter group has a gain and levels of its own."""
+    hyperparameters: tuple[str, ...] = ()
+    """What else is explored, in words."""
+    hyperparameter_controller: OneSlope = field(default_factory=OneSlope)
+    """How its centres move."""
+    design: Design = "orthogonal"
+    """How levels are assigned to replicas when there are several factors."""
+    virtual_replicas: int = 1
+    """``K``: points of the spread that one device visits in turn."""
+    moves: bool = False
+    """Whether anything moves by what the losses say: learning rates or other hyperparameters."""
     total_steps: int | None = None
     """Length of the run in scheduler steps, for controllers that must know it."""
     probe: bool = False
@@ -39,6 +52,12 @@ class EnsembleConfig:
     """Size of a communication bucket in MiB, > 0."""
     overlap_steps: int = 0
     """``tau``: steps by which the average lags behind the round's end, in [0, T)."""
+    gradients: str = "shared"
+    """Over whom gradients are averaged: ``shared``, ``local`` or ``grouped``."""
+    outer_momentum: float = 0.0
+    """``mu``, in [0, 1): of the outer optimizer. Only with local gradients."""
+    outer_lr: float = 1.0
+    """``nu``, > 0: of the outer optimizer; 1 without momentum is the plain average."""
 
     def __post_init__(self) -> None:
         check_spread(self.spread)
@@ -60,8 +79,16 @@ class EnsembleConfig:
                 raise ValueError("controller=TwoSlope() must know how long the run is: pass total_steps.")
         if self.total_steps is not None and self.total_steps < 1:
             raise ValueError(f"Invalid total_steps={self.total_steps}. Must be >= 1.")
-        if self.probe and not self.auto_lr:
-            raise ValueError("probe= does nothing without auto_lr=True: pass both or neither.")
+        if self.probe and not self.moves:
+            raise ValueError("probe= does nothing without auto_lr=True or hyperparameters= that move.")
+        if not isinstance(self.hyperparameter_controller, OneSlope):
+            raise TypeError(
+                f"Invalid hyperparameter_controller={self.hyperparameter_controller!r}. Must be an instance of "
+                "hdet.controller.OneSlope."
+            )
+        if self.design not in ("orthogonal", "independent"):
+            raise ValueError(f"Invalid design={self.design!r}. Must be 'orthogonal' or 'independent'.")
+        self._check_virtual_replicas()
         if self.probe and self.overlap_steps:
             raise ValueError(
                 "probe= and overlap_steps > 0 exclude one another: the probe needs the mean at the round's end."
@@ -77,8 +104,55 @@ class EnsembleConfig:
                 f"Invalid overlap_steps={self.overlap_steps}. Must be in [0, converge_every={self.converge_every}): an "
                 "average must land before the next is sent."
             )
+        if self.gradients not in GRADIENTS:
+            raise ValueError(f"Invalid gradients={self.gradients!r}. Must be one of {', '.join(GRADIENTS)}.")
+        if not 0 <= self.outer_momentum < 1:
+            raise ValueError(f"Invalid outer_momentum={self.outer_momentum}. Must be in [0, 1).")
+        if not 0 < self.outer_lr < float("inf"):
+            raise ValueError(f"Invalid outer_lr={self.outer_lr}. Must be > 0; 1 goes all the way to the average.")
+        if self.outer and self.gradients != "local":
+            raise ValueError(
+                f'outer_momentum={self.outer_momentum}, outer_lr={self.outer_lr} need gradients="local": where '
+                "gradients are shared, the optimizer's own momentum sees all of them already."
+            )
+        if self.outer and self.overlap_steps:
+            raise ValueError(
+                f"outer_momentum={self.outer_momentum}, outer_lr={self.outer_lr} exclude "
+                f"overlap_steps={self.overlap_steps} > 0: the outer optimizer needs the mean at the round's end."
+            )
         if self.auto_lr and self.spread == 0:
             raise ValueError(
                 "auto_lr=True needs spread > 0: with spread=0 all replicas train under the same learning rate and "
                 "their losses say nothing about it. Pass for example spread=1/9."
             )
+
+    @property
+    def outer(self) -> bool:
+        """Whether the outer optimizer does more than average."""
+        return self.outer_momentum > 0 or self.outer_lr != 1
+
+    def _check_virtual_replicas(self) -> None:
+        count = self.virtual_replicas
+        if isinstance(count, bool) or not isinstance(count, int):
+            raise TypeError(f"Invalid virtual_replicas={count!r}. Must be a whole number.")
+        if count < 1:
+            raise ValueError(f"Invalid virtual_replicas={count}. Must be >= 1.")
+        if count == 1:
+            return
+        if self.spread == 0:
+            raise ValueError(
+                f"virtual_replicas={count} needs spread > 0: with spread=0 they are all at the same point. Pass for "
+                "example spread=1/9."
+            )
+        if self.hyperparameters:
+            raise ValueError(
+                f"virtual_replicas={count} and hyperparameters= exclude one another: virtual replicas share one "
+                "optimizer, which takes its step at one value. Start real replicas with torchrun."
+            )
+        if self.gradients != "shared":
+            raise ValueError(
+                f"virtual_replicas={count} needs gradients='shared', not {self.gradients!r}: only under a shared "
+                "gradient do replicas lie on a line, on which they can be visited."
+            )
+        if self.overlap_steps:
+            raise ValueError(f"virtual_replicas={count} and overlap_steps={self.overlap_steps} exclude one another.")

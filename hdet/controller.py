@@ -199,20 +199,16 @@ class TwoSlope:
         slopes = slopes_of(observation.probe, observation.multipliers, observation.lag)
         if slopes is None:
             return state._replace(gain=_clamped(math.log(state.gain) - self.step, self.bounds)), -math.inf
+        if math.isnan(slopes.raw) and observation.progress < self.ramp:
+            return state, None  # learning rates did not differ in this round, and the raw slope still counts
         evidence = self.evidence(slopes, observation.progress, observation.until, observation.final)
-        b, rounds = self.smoothing, state.rounds + 1
-        before = state.velocity / (1 - b**state.rounds) if state.rounds else 0.0
-        velocity = b * state.velocity + (1 - b) * evidence
-        variance = state.variance
-        if rounds > 1:
-            variance = _VARIANCE_MEMORY * variance + (1 - _VARIANCE_MEMORY) * (evidence - before) ** 2
-        moved = ControllerState(state.gain, velocity, rounds, variance)
-        if rounds < 3:
-            return moved, evidence
-        t = self._significance(moved)
-        q = math.copysign(min(1.0, max(0.0, (abs(t) - self.threshold) / self.slack)), t)
+        before = _Memory(state.velocity, state.rounds, state.variance)
+        memory, q = _weigh(before, evidence, self.smoothing, self.threshold, self.slack)
+        moved = ControllerState(state.gain, *memory)
         change = self.step * (self.down * q if q < 0 else observation.height * q)
-        return moved._replace(gain=_clamped(math.log(state.gain) + change, self.bounds)), evidence
+        if change:
+            moved = moved._replace(gain=_clamped(math.log(state.gain) + change, self.bounds))
+        return moved, evidence
 
     def evidence(self, slopes: Slopes, progress: float, until: float, final: float) -> float:
         """``x``: > 0 for "a larger learning rate would do better"."""
@@ -220,15 +216,91 @@ class TwoSlope:
         first, last = self.noise_weight
         late = min(1.0, max(0.0, progress - self.ramp) / max(until - self.ramp, 1e-9))
         weight = first * (last / first) ** late + 2 * final * late**2
-        return (1 - u) * slopes.raw + u * (slopes.debiased - weight * slopes.noise)
+        raw = 0.0 if u == 1 else (1 - u) * slopes.raw
+        return raw + u * (slopes.debiased - weight * slopes.noise)
 
-    def _significance(self, state: ControllerState) -> float:
-        """Mean evidence in standard errors of it."""
-        b, n = self.smoothing, state.rounds
-        mean = state.velocity / (1 - b**n)
-        deviation = math.sqrt(state.variance / (1 - _VARIANCE_MEMORY ** (n - 1)))
-        share = (1 - b) / (1 + b)  # variance of the average, in variances of one round
-        return mean / (deviation + 1e-12) / math.sqrt(share if n > 6 else max(1 / n, share))
+
+class Place(NamedTuple):
+    """Where the centre of a hyperparameter is, and what its controller remembers; the same on every rank."""
+
+    position: float = 0.0
+    """Of the centre, from its start, in the hyperparameter's space."""
+    velocity: float = 0.0
+    """Average of the evidence."""
+    rounds: int = 0
+    """Rounds observed so far."""
+    variance: float = 0.0
+    """Of the evidence from round to round, around its average."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class OneSlope:
+    r"""Moves the centre of a hyperparameter other than the learning rate down the slope of the probe's loss.
+
+    With ``effect`` the loss's rise from the centre to one spread above it, as a round tells it (:mod:`hdet.design`)::
+
+        t = mean(-effect) / standard error          over recent rounds, memory ``smoothing``
+        q = sign(t) clip((|t| - threshold) / slack, 0, 1)
+        position += step * spread * height * q
+
+    What it sees is the effect of a round. One that comes later, it cannot see.
+
+    Raises:
+        ValueError: for a value outside the range its field names.
+    """
+
+    step: float = 0.25
+    """> 0: how far the centre moves in a round, at most, in spreads."""
+    smoothing: float = 0.8
+    """In [0, 1): weight of the past in the average of the evidence."""
+    threshold: float = 1.0
+    """>= 0: standard errors from zero up to which nothing moves."""
+    slack: float = 2.0
+    """> 0: standard errors beyond ``threshold`` at which the step is whole."""
+
+    def __post_init__(self) -> None:
+        _require("step", self.step, self.step > 0, "finite and > 0")
+        _require("smoothing", self.smoothing, 0 <= self.smoothing < 1, "in [0, 1)")
+        _require("threshold", self.threshold, self.threshold >= 0, "finite and >= 0")
+        _require("slack", self.slack, self.slack > 0, "finite and > 0")
+
+    def update(self, place: Place, effect: float, *, spread: float, height: float = 1.0) -> Place:
+        """One round. The place does not change in one that said nothing: ``effect`` is NaN.
+
+        Args:
+            effect: in units of the loss.
+            spread: in the hyperparameter's space.
+            height: the schedule's, as a share of its peak: under a small learning rate little can be learned.
+        """
+        if not abs(effect) < _TOO_LARGE:
+            return place
+        before = _Memory(place.velocity, place.rounds, place.variance)
+        memory, q = _weigh(before, -effect, self.smoothing, self.threshold, self.slack)
+        return Place(place.position + self.step * spread * height * q, *memory)
+
+
+class _Memory(NamedTuple):
+    mean: float
+    rounds: int
+    variance: float
+
+
+def _weigh(memory: _Memory, evidence: float, smoothing: float, threshold: float, slack: float) -> tuple[_Memory, float]:
+    """Take in one round's evidence: ``(memory, q)``, with ``q`` in [-1, 1] how far what is remembered stands out of its
+    own noise. 0 in the first two rounds."""
+    b, rounds = smoothing, memory.rounds + 1
+    before = memory.mean / (1 - b**memory.rounds) if memory.rounds else 0.0
+    mean = b * memory.mean + (1 - b) * evidence
+    variance = memory.variance
+    if rounds > 1:
+        variance = _VARIANCE_MEMORY * variance + (1 - _VARIANCE_MEMORY) * (evidence - before) ** 2
+    after = _Memory(mean, rounds, variance)
+    if rounds < 3:
+        return after, 0.0
+    deviation = math.sqrt(variance / (1 - _VARIANCE_MEMORY ** (rounds - 1)))
+    share = (1 - b) / (1 + b)  # variance of the average, in variances of one round
+    t = mean / (1 - b**rounds) / (deviation + 1e-12) / math.sqrt(share if rounds > 6 else max(1 / rounds, share))
+    return after, math.copysign(min(1.0, max(0.0, (abs(t) - threshold) / slack)), t)
 
 
 _VARIANCE_MEMORY = 0.9
@@ -238,16 +310,18 @@ _TOO_LARGE = 1e100
 
 def slopes_of(probe: ProbeLosses, multipliers: tuple[float, ...], lag: float) -> Slopes | None:
     """The slopes that :class:`TwoSlope` weighs, from the replicas whose four losses are finite; ``None`` if fewer than
-    two are left, or only such as trained at the base learning rate."""
+    two are left, or only such as trained at the base learning rate while others did not. If all did, the raw slope is
+    NaN."""
     rows = [
         (rho - 1, *losses)
         for rho, *losses in zip(multipliers, *probe, strict=True)
         if all(abs(loss) < _TOO_LARGE for loss in losses)
     ]
     spread = math.fsum(abs(z) for z, *_ in rows)
-    if len(rows) < 2 or spread == 0:
+    if len(rows) < 2 or (spread == 0 and any(rho != 1 for rho in multipliers)):
         return None
-    raw = -math.fsum((above - below) * ((z > 0) - (z < 0)) / 2 for z, above, below, _, _ in rows) / spread
+    odd = math.fsum((above - below) * ((z > 0) - (z < 0)) / 2 for z, above, below, _, _ in rows)
+    raw = -odd / spread if spread else math.nan
     debiased = -math.fsum(high - low for _, _, _, high, low in rows) / len(rows) / (2 * lag)
     noise = math.fsum(above + below - high - low for _, above, below, high, low in rows) / len(rows) / 2
     return Slopes(raw, debiased, noise + lag * debiased)

@@ -2,71 +2,75 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import math
+import os
 import time
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import Any, NamedTuple, NoReturn
-from weakref import WeakKeyDictionary, ref
+from typing import Any, Literal, NamedTuple, NoReturn
 
 import torch
 from torch import Tensor, nn
-from torch.distributed import ProcessGroup
-from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler, ReduceLROnPlateau
-from torch.utils.hooks import RemovableHandle
 
-from hdet.agreement import gather_agreed
+from hdet.agreement import digest, gather_agreed
 from hdet.averager import Averaged, Averager, Inspection, Pending, Point, SlowAverage
 from hdet.config import EnsembleConfig
-from hdet.controller import (
-    Controller,
-    ControllerState,
-    Observation,
-    ProbeLosses,
-    Published,
-    Slopes,
-    TwoSlope,
-    slopes_of,
-)
+from hdet.controller import Controller, OneSlope, ProbeLosses, Published, Slopes, TwoSlope, slopes_of
+from hdet.design import Design, Effect
+from hdet.fan_out import FanOut, copied
 from hdet.forecast import Forecast, forecast
 from hdet.found_schedule import FoundSchedule, Recorder
+from hdet.gradients import check_gradients, fingerprint_gradients, set_gradients, warn_of_gradients
+from hdet.hyperparameters import Hyperparameter, check_identified
 from hdet.monitor import Monitor, MonitorLike, as_monitors
+from hdet.outer import OuterMomentum
+from hdet.prior import Prior
 from hdet.probe import Batches, LossFunction, Probe, evaluate, gathered
-from hdet.replicas import Replicas
-from hdet.report import Report
+from hdet.recovery import CUT, Recovery
+from hdet.replicas import Replicas, ReplicasLike
+from hdet.report import HyperparameterReport, Report
+from hdet.sharding import check_sharding
 from hdet.signal import TrainingLoss, check_loss, mean_losses
-from hdet.snapshot import Snapshot
-from hdet.spread import assignment
+from hdet.steering import Round, Steering, Told
+from hdet.virtual import VirtualReplicas
 from hdet.weights import weights_of
 
 logger = logging.getLogger("hdet")
 
 
+Loss = float | Tensor | Sequence[float | Tensor] | None
+
 _MIB = 2**20
-_STATE_VERSION = 2
-_MAX_ROLLBACKS = 8
-_BLOWN_UP = 2.0
-"""A round blew up if its mean loss is this many times the first round's."""
-_CUT = 3.0
-"""What a rollback divides the gain by."""
-_ENSEMBLES: WeakKeyDictionary[Optimizer, ref[Ensemble]] = WeakKeyDictionary()
-"""The ensemble that fans out an optimizer's learning rates: the last one built on it."""
+_STATE_VERSION = 3
 
 
 class _Gathered(NamedTuple):
     """What one replica tells the others when they agree."""
 
-    loss_sum: float
-    loss_count: int
+    totals: tuple[tuple[float, int], ...]
+    """Of its virtual replicas: sum of the losses since the last time, and their number."""
     monitored: bool
     can_probe: bool
     moved: bool
+    gradients: float
     seen: Inspection
+
+
+# By value that a rank tells: what a replica of several members tells. Their losses are added up, and their number with
+# them, which makes the replica's the mean of theirs.
+_MERGE: tuple[Callable[[list[float]], float], ...] = (
+    max,  # monitored
+    min,  # can_probe
+    max,  # moved
+    lambda marks: -1.0 if min(marks) < 0 else float(digest(marks)),  # gradients
+    min,  # finite
+    lambda hashes: float(digest(hashes)),  # constants
+)
 
 
 @dataclass
@@ -91,9 +95,9 @@ class Ensemble:
     unless ``auto_lr=True``. Every ``converge_every`` calls of :meth:`step` the replicas' parameters and buffers are
     averaged in place; all ranks are then bitwise equal, until the next step fans them out again.
 
-    Gradients are not touched: under ``DistributedDataParallel`` they are shared, and the replicas lie on one line
-    through the round's start, so that the average is the run at the base learning rate. Without it the same class is
-    Local SGD.
+    By default gradients are not touched: under ``DistributedDataParallel`` they are shared, and the replicas lie on one
+    line through the round's start, so that the average is the run at the base learning rate. With
+    ``gradients="local"`` the same class is Local SGD.
 
     Args:
         optimizer: whose ``param_groups[g]["lr"]`` are fanned out; float and tensor learning rates alike.
@@ -109,14 +113,25 @@ class Ensemble:
         probe: ``loss_fn(model, batch)``, or a :class:`hdet.Probe`: the paired probe, by which learning rates can be
             told apart in short rounds.
         controller: default ``hdet.controller.TwoSlope()`` with a probe, ``hdet.controller.Published()`` without.
-        per_group: whether each parameter group has a gain, and permutations, of its own; default one for all.
+        per_group: whether each parameter group has a gain, and multipliers, of its own; default one for all.
+        hyperparameters: what else the replicas differ in, made by :func:`hdet.param_group`,
+            :func:`hdet.module_attribute` and :func:`hdet.scalar`; each one's centre moves by what the probe says.
+        hyperparameter_controller: how; default ``hdet.controller.OneSlope()``.
+        design: with several factors (groups' learning rates, hyperparameters), how levels are assigned to replicas:
+            ``"orthogonal"``, so that one round tells their effects apart, or ``"independent"``, as in the paper.
+        virtual_replicas: ``K``: with gradient accumulation over K micro-batches, every process trains K replicas, one
+            per micro-batch; see :meth:`each`. With N processes there are ``N K``.
+        prior: gains and centres to start from: a file that :meth:`save_prior` wrote.
         total_steps: calls of :meth:`step` in the whole run. ``TwoSlope`` must know, and what is still to come of the
             schedule: a copy of it is run ahead in the constructor.
         rollback: with ``auto_lr``, whether a round that blew up is undone: the loss at twice the first round's, or no
             replica finite. Parameters, buffers and optimizer state go back to the last converge, and the gain falls to
             a third. It takes memory for one copy of them, at the device named instead of ``True`` (``"cpu"``).
-        replicas: ``ProcessGroup`` or 1-D ``DeviceMesh`` of the replicas; default: the world. Without an initialised
-            process group there is one replica, with multiplier 1.
+        replicas: who they are: a number of replicas (each of as many consecutive ranks), a ``ProcessGroup`` (every rank
+            in it is one), a 1-D ``DeviceMesh``, or one dimension of a mesh (``mesh["replicate"]``; the ranks along the
+            others are a replica's members, over which it is sharded). Default: every rank is one. Members share a
+            learning rate, and their losses are averaged. Without an initialised process group there is one replica,
+            with multiplier 1.
         seed: of the permutations. Must be the same on every rank, like every other setting; the first call of
             :meth:`step` checks that.
         bucket_mib: size of a communication bucket in MiB.
@@ -125,6 +140,12 @@ class Ensemble:
             That takes out all divergence up to ``kT`` and keeps what each replica has done since, so replicas are equal
             only after :meth:`converge`. It takes memory for two copies of the model in fp32 meanwhile.
         monitor: :class:`hdet.TensorBoard`, :class:`hdet.JsonLines`, a function of a :class:`hdet.Report`, or several.
+        gradients: over whom gradients are averaged: ``"shared"``, all ranks, as DDP and HSDP do it; ``"grouped"``, the
+            members of a replica; ``"local"``, nobody beyond a replica. The synchronisation is switched off for you, and
+            on again by the next ensemble built on the module with ``"shared"``; see :mod:`hdet.gradients`.
+        outer_momentum: ``mu``, in [0, 1): with local gradients, Nesterov momentum on what a whole round has done;
+            see :mod:`hdet.outer`. It takes memory for two copies of the parameters.
+        outer_lr: ``nu``, > 0: the share of the way to the mean that the outer optimizer goes.
 
     Raises:
         TypeError, ValueError: for a bad argument, before anything was changed. No argument causes communication: ranks
@@ -153,13 +174,21 @@ class Ensemble:
         probe: LossFunction | Probe | None = None,
         controller: Controller | None = None,
         per_group: bool = False,
+        hyperparameters: Sequence[Hyperparameter] = (),
+        hyperparameter_controller: OneSlope | None = None,
+        design: Design = "orthogonal",
+        virtual_replicas: int = 1,
+        prior: str | os.PathLike[str] | None = None,
         total_steps: int | None = None,
         rollback: bool | str | torch.device = True,
-        replicas: ProcessGroup | DeviceMesh | None = None,
+        replicas: ReplicasLike = None,
         seed: int = 0,
         bucket_mib: float = 32.0,
         overlap_steps: int = 0,
         monitor: MonitorLike = None,
+        gradients: Literal["shared", "local", "grouped"] = "shared",
+        outer_momentum: float = 0.0,
+        outer_lr: float = 1.0,
     ) -> None:
         if not isinstance(optimizer, Optimizer):
             raise TypeError(f"{type(optimizer).__name__} is not an Optimizer")
@@ -173,6 +202,11 @@ class Ensemble:
             probe=probe,
             controller=controller,
             per_group=per_group,
+            hyperparameters=hyperparameters,
+            hyperparameter_controller=hyperparameter_controller,
+            design=design,
+            virtual_replicas=virtual_replicas,
+            prior=prior,
             total_steps=total_steps,
             rollback=rollback,
             replicas=replicas,
@@ -180,6 +214,9 @@ class Ensemble:
             bucket_mib=bucket_mib,
             overlap_steps=overlap_steps,
             monitor=monitor,
+            gradients=gradients,
+            outer_momentum=outer_momentum,
+            outer_lr=outer_lr,
         )
         if isinstance(schedule, (LRScheduler, ReduceLROnPlateau)):
             if schedule.optimizer is not optimizer:
@@ -195,38 +232,51 @@ class Ensemble:
         owned = {p for m in models for p in m.parameters()}
         extra = [p for group in optimizer.param_groups for p in group["params"] if p not in owned] if models else []
         self._weights = weights_of(models, extra)
-        self._averager = Averager(self._weights, self.replicas, int(self.config.bucket_mib * _MIB))
+        self._averager = Averager(
+            self._weights, self.replicas, int(self.config.bucket_mib * _MIB), has_virtual=virtual_replicas > 1
+        )
         self._group_names = tuple(str(g.get("name", f"group{i}")) for i, g in enumerate(optimizer.param_groups))
         self._models = models
-        self._states = [ControllerState()] * (len(self._group_names) if per_group else 1)
+        self._hyperparameters = tuple(hyperparameters)
+        self._fan_out = FanOut(optimizer, self._hyperparameters)
+        self._steering = Steering(
+            self.config.controller,
+            self.config.hyperparameter_controller,
+            auto_lr=auto_lr,
+            rates=len(self._group_names) if per_group else 1,
+            names=[h.name for h in self._hyperparameters],
+            replicas=self.size,
+            spread=spread,
+            design=design,
+            seed=seed,
+        )
+        if prior is not None:
+            self._begin_from(Prior.load(prior))
+        self._virtual = VirtualReplicas(optimizer, virtual_replicas) if virtual_replicas > 1 else None
         self._slow: SlowAverage | None = None
         self._batches: Batches | None = None
-        if self._probe is not None and auto_lr:
+        if self._probe is not None:
             self._batches = Batches(self._probe, self.config.converge_every)
             self._slow = SlowAverage(self._probe.decay, self._probe.dtype, self._probe.place)
-        self._snapshot: Snapshot | None = None
+        self._outer = OuterMomentum(outer_momentum, outer_lr) if self.config.outer else None
+        self._told_gradients = False
+        self._recovery: Recovery | None = None
         if self.config.rollback:
             device = None if isinstance(rollback, bool) else torch.device(rollback)
-            self._snapshot = Snapshot(models, optimizer, device)
-        self._has_snapshot = False
+            self._recovery = Recovery(models, optimizer, device)
         self._recorder = Recorder(self._group_names)
-        self._first_loss = math.nan
-        self._rollbacks = 0
-        self._signal = TrainingLoss()
-        self._totals: list[tuple[float, int]] = [(0.0, 0)] * self.replicas.size
-        self._factors: list[float] = []
+        self._signals = [TrainingLoss() for _ in range(virtual_replicas)]
+        self._totals: list[tuple[float, int]] = [(0.0, 0)] * self.size
         self._is_fresh = True
         self._steps = 0
         self._converged_at = 0
         self._written = self._version()
         self._started = False
         self._told_no_loss = False
-        self._is_current = True
         self._flight: _Flight | None = None
         self.last_report: Report | None = None
         """The report of the latest converge."""
-        self._base: list[float | Tensor] = [group["lr"] for group in optimizer.param_groups]
-        self._attach()
+        set_gradients(gradients, models, self.replicas)
         self._draw()
         self.fan_out()
 
@@ -243,16 +293,33 @@ class Ensemble:
         return self._steps // self.config.converge_every
 
     @property
+    def size(self) -> int:
+        """Number of replicas, real times virtual."""
+        return self.replicas.size * self.config.virtual_replicas
+
+    @property
     def gains(self) -> tuple[float, ...]:
         """The gain of every parameter group."""
-        return tuple(self._state_of(g).gain for g in range(len(self._group_names)))
+        return tuple(self._steering.rates[self._rate_of(g)].gain for g in range(len(self._group_names)))
+
+    @property
+    def centres(self) -> dict[str, float]:
+        """The centre of every hyperparameter but the learning rate; where it has several places, at the first."""
+        pairs = zip(self._hyperparameters, self._steering.places, strict=True)
+        return {h.name: h.value(place.position) for h, place in pairs}
 
     def multipliers(self, group: int = 0) -> tuple[float, ...]:
-        """Every replica's multiplier ``rho_pi(r)`` for one parameter group, in the round in progress."""
-        return self._assignment(group, self.round)
+        """Every replica's multiplier ``rho`` for one parameter group, in the round in progress."""
+        return self._steering.multipliers(self._rate_of(group), self.round)
 
-    def _state_of(self, group: int) -> ControllerState:
-        return self._states[group if self.config.per_group else 0]
+    def _rate_of(self, group: int) -> int:
+        return group if self.config.per_group else 0
+
+    def save_prior(self, path: str | os.PathLike[str]) -> None:
+        """Write the gains of the parameter groups, in their order, and the centres of the other hyperparameters as
+        they are now into a small YAML file, from which another run can start: ``prior=path``."""
+        if self.replicas.writer:
+            Prior(dict(zip(self._group_names, self.gains, strict=True)), self.centres).save(path)
 
     def found_schedule(self) -> FoundSchedule:
         """The base learning rates of the run so far, schedule x gain: to be saved, and replayed without replicas.
@@ -263,23 +330,41 @@ class Ensemble:
 
     def get_last_lr(self) -> list[float | Tensor]:
         """This replica's learning rates, by group."""
-        return [_copy(group["lr"]) for group in self.optimizer.param_groups]
+        return [copied(group["lr"]) for group in self.optimizer.param_groups]
 
     def get_base_lr(self) -> list[float | Tensor]:
         """The schedule's learning rates before gain and multiplier, by group: the same on every rank."""
-        return [_copy(lr) for lr in self._base]
+        return [copied(lr) for lr in self._fan_out.base]
 
     # ----------------------------------------------------------------------------------------------------- the loop
 
-    def step(self, loss: float | Tensor | None = None, *, batch: Any = None) -> None:
+    def each(self, micro_batches: Iterable[Any]) -> Iterator[Any]:
+        """With ``virtual_replicas=K``, iterate over the K micro-batches of a step::
+
+            for micro_batch in scheduler.each(micro_batches):
+                loss = loss_fn(model, micro_batch) / K
+                loss.backward()
+            optimizer.step()
+            scheduler.step(loss)
+
+        Each is yielded with the parameters at its virtual replica's point; afterwards they are back. Without virtual
+        replicas the micro-batches are passed on as they are.
+
+        Raises:
+            ValueError: if there are not exactly K.
+        """
+        return iter(micro_batches) if self._virtual is None else self._virtual.visit(micro_batches)
+
+    def step(self, loss: Loss = None, *, batch: Any = None) -> None:
         """Call after every ``optimizer.step()``.
 
         Collective at the end of each round and on the very first call (which checks that the replicas agree); between
         them it neither communicates nor waits for the device.
 
         Args:
-            loss: this replica's training loss of the step: a float or a scalar tensor, detached here. Without it the
-                replicas still fan out and converge, and the controller rests. A non-finite loss is ignored.
+            loss: this replica's training loss of the step: a float or a scalar tensor, detached here. With virtual
+                replicas it may be a list of theirs. Without it the replicas still fan out and converge, and the
+                published controller rests. A non-finite loss is ignored.
             batch: the batch of the step, for a probe without ``batches`` of its own; see :class:`hdet.Probe`.
 
         Raises:
@@ -288,7 +373,7 @@ class Ensemble:
             DivergedError: on every replica, if none has finite parameters.
         """
         self.end_step(loss, batch)
-        self._write_lr(self._base)  # chainable schedulers compute the next rate from the one they find
+        self._fan_out.undo()
         self._step_schedule()
         self.fan_out()
 
@@ -308,16 +393,18 @@ class Ensemble:
         self._land()
         return self._converge(gathered, complete=False)
 
-    def end_step(self, loss: float | Tensor | None, batch: Any = None) -> None:
+    def end_step(self, loss: Loss, batch: Any = None) -> None:
         """First part of :meth:`step`, for adapters around a scheduler of their own: observe, and converge if the round
         is over."""
-        checked = None if loss is None else check_loss(loss)
-        if not self._is_current or len(self.optimizer.param_groups) != len(self._base):
+        checked = None if loss is None else self._checked(loss)
+        fan_out = self._fan_out
+        if not fan_out.is_current or len(self.optimizer.param_groups) != len(fan_out.base):
             self._refuse()
         if not self._started:
             self._start()
         if checked is not None:
-            self._signal.add(checked)
+            for signal, own in zip(self._signals, checked, strict=True):
+                signal.add(own)
         elif self.config.auto_lr and not self._told_no_loss:
             self._told_no_loss = True
             if self.replicas.writer:
@@ -334,15 +421,7 @@ class Ensemble:
 
     def fan_out(self) -> None:
         """Last part of :meth:`step`: read the schedule's learning rates and write this replica's."""
-        base, factors = self._base, self._factors
-        for i, group in enumerate(self.optimizer.param_groups):
-            lr = group["lr"]
-            if type(lr) is not float and isinstance(lr, Tensor):
-                base[i] = lr.clone()
-                lr.mul_(factors[i])  # in place: compiled optimizers and CUDA graphs hold on to the tensor
-            else:
-                base[i] = lr
-                group["lr"] = lr * factors[i]
+        self._fan_out.apply()
         if self._is_fresh:
             self._is_fresh = False
             if self._steps % self.config.converge_every == 0:
@@ -353,6 +432,9 @@ class Ensemble:
     def state_dict(self) -> dict[str, Any]:
         """The state as plain values, equal on every rank if the replicas have just converged. Makes no collective
         call; loads with ``torch.load(weights_only=True)``.
+
+        If the model is sharded and there is a probe or outer momentum, their averages are sharded too: the state is
+        then equal on the ranks that hold the same shard, and each shard must be saved, and loaded there again.
 
         The batches that a probe has kept are each replica's own, and not saved: it pauses after a resume until there
         are others."""
@@ -388,12 +470,14 @@ class Ensemble:
         return {
             "version": _STATE_VERSION,
             "steps": self._steps,
-            "replicas": self.replicas.size,
+            "replicas": self.size,
             "base_lr": self.get_base_lr(),
-            "controller": [list(state) for state in self._states],
-            "first_loss": self._first_loss,
-            "rollbacks": self._rollbacks,
+            **self._steering.state(),
+            "first_loss": self._recovery.first_loss if self._recovery else math.nan,
+            "rollbacks": self._recovery.count if self._recovery else 0,
             "slow_average": [list(part) for part in self._slow.state()] if self._slow else [],
+            "outer": [list(part) for part in self._outer.state()] if self._outer else [],
+            "shard": list(self._shard),
             "found_schedule": [[step, list(lrs)] for step, lrs in self._recorder.knots],
             "round_losses": [list(total) for total in self._totals],
         }
@@ -405,21 +489,27 @@ class Ensemble:
                 f"Cannot load an hdet state of version {state.get('version')!r}; this hdet reads version "
                 f"{_STATE_VERSION}."
             )
-        if len(state["controller"]) != len(self._states):
+        self._steering.check_state(state)
+
+        if (state["slow_average"] or state.get("outer")) and tuple(state.get("shard", (0, 1))) != self._shard:
             raise ValueError(
-                f"The saved state has {len(state['controller'])} gains, this run {len(self._states)}: another number "
-                "of parameter groups, or another per_group=."
+                f"The saved state is of shard {state.get('shard', (0, 1))[0]} of {state.get('shard', (0, 1))[1]}, and "
+                f"this rank holds shard {self._shard[0]} of {self._shard[1]}. The averages of the probe and of the "
+                "outer momentum are sharded like the parameters: save the state of every shard, load each where it was."
             )
 
     def load_own_state(self, state: Mapping[str, Any]) -> None:
         """Load what :meth:`own_state` saved."""
-        self._states = [ControllerState(*values) for values in state["controller"]]
-        self._first_loss, self._rollbacks = state["first_loss"], state["rollbacks"]
+        self._steering.load(state)
+        if self._recovery is not None:
+            self._recovery.first_loss, self._recovery.count = state["first_loss"], state["rollbacks"]
         self._recorder.knots = [(step, tuple(lrs)) for step, lrs in state["found_schedule"]]
         if self._slow is not None:
             self._slow.load(state["slow_average"])
+        if self._outer is not None:
+            self._outer.load(state.get("outer", ()))
         self.resume_at(state["steps"], state["base_lr"])
-        if state["replicas"] == self.replicas.size:
+        if state["replicas"] == self.size:
             self._totals = [(total, count) for total, count in state["round_losses"]]
 
     def resume_at(self, steps: int, base_lr: Sequence[float | Tensor]) -> None:
@@ -429,10 +519,11 @@ class Ensemble:
             self._batches.forget()
         self._steps = self._converged_at = steps
         self._written = self._version()
-        self._signal.reset()
-        self._totals = [(0.0, 0)] * self.replicas.size
+        for signal in self._signals:
+            signal.reset()
+        self._totals = [(0.0, 0)] * self.size
         self._draw()
-        self._write_lr(base_lr)
+        self._fan_out.undo(base_lr)
         self.fan_out()
 
     # --------------------------------------------------------------------------------------------------- inner parts
@@ -445,40 +536,62 @@ class Ensemble:
         elif self.schedule is not None and self._steps % self._schedule_every == 0:
             self.schedule.step()
 
+    def _checked(self, loss: Any) -> list[float | Tensor]:
+        """The losses of this process's replicas."""
+        count = self.config.virtual_replicas
+        if isinstance(loss, (list, tuple)) and count > 1:
+            if len(loss) != count:
+                raise ValueError(f"scheduler.step() got {len(loss)} losses for virtual_replicas={count}.")
+            return [check_loss(one) for one in loss]
+        if count > 1 and isinstance(self.config.controller, Published) and self.config.auto_lr:
+            raise TypeError(
+                f"Without a probe the controller needs the loss of each of virtual_replicas={count}: pass "
+                "scheduler.step([loss_0, loss_1, ...])."
+            )
+        return [check_loss(loss)] * count
+
     def _draw(self) -> None:
-        """This replica's factors on the schedule, which change once per round."""
+        """What this replica trains under, which changes once per round."""
         self._is_fresh = True  # the next fan_out() is the first under these
-        self._factors = [gain * self.multipliers(g)[self.replicas.rank] for g, gain in enumerate(self.gains)]
+        gains, places, own = self.gains, self._steering.places, self.replicas.rank
+        held = [
+            (place.position, levels[own]) for place, levels in zip(places, self._steering.held(self.round), strict=True)
+        ]
+        if self._virtual is None:
+            self._fan_out.draw([gain * self.multipliers(g)[own] for g, gain in enumerate(gains)], held)
+        else:  # their mean is what the one optimizer takes its steps at
+            self._fan_out.draw(gains, held)
+            self._restart_virtual()
+
+    def _restart_virtual(self) -> None:
+        """Virtual replicas are one again, at the parameters as they are."""
+        if self._virtual is not None:
+            count = self._virtual.count
+            first = self.replicas.rank * count
+            self._virtual.restart([self.multipliers(g)[first : first + count] for g in range(len(self._group_names))])
 
     def _record(self, step: int) -> None:
         """Remember the base learning rates of the update after ``step`` others."""
-        self._recorder.add(step, [float(lr) * gain for lr, gain in zip(self._base, self.gains, strict=True)])
+        base = self._fan_out.base
+        self._recorder.add(step, [float(lr) * gain for lr, gain in zip(base, self.gains, strict=True)])
 
-    def _write_lr(self, rates: Sequence[float | Tensor]) -> None:
-        for group, lr in zip(self.optimizer.param_groups, rates, strict=True):
-            if isinstance(group["lr"], Tensor):
-                group["lr"].fill_(lr)
-            else:
-                group["lr"] = lr
-
-    def _assignment(self, group: int, round: int) -> tuple[float, ...]:
-        name = f"lr/{group if self.config.per_group else 0}"
-        return assignment(
-            self.replicas.size, self.config.spread, seed=self.config.seed, round=round, hyperparameter=name
-        )
-
-    def _save_base_lr(self, _: Optimizer, state_dict: dict[str, Any]) -> None:
-        """An optimizer's saved state holds the base learning rates: rank 0's own would load as everybody's."""
-        for group, base in zip(state_dict["param_groups"], self._base, strict=True):
-            group["lr"] = _copy(base)
+    def _begin_from(self, prior: Prior) -> None:
+        prior.check(self._group_names, [h.name for h in self._hyperparameters], per_group=self.config.per_group)
+        steering = self._steering
+        gains = [prior.gains[name] for name in self._group_names]
+        steering.rates = [state._replace(gain=gain) for state, gain in zip(steering.rates, gains, strict=False)]
+        steering.places = [
+            place._replace(position=h.position_of(prior.hyperparameters[h.name]))
+            for h, place in zip(self._hyperparameters, steering.places, strict=True)
+        ]
 
     def _refuse(self) -> NoReturn:
         """Say why this ensemble cannot step any more."""
-        if not self._is_current:
+        if not self._fan_out.is_current:
             raise RuntimeError("Another hdet scheduler was built on this optimizer since; step that one.")
         raise ValueError(
-            f"The optimizer has {len(self.optimizer.param_groups)} parameter groups and had {len(self._base)} when "
-            "hdet was built. Build the scheduler after the last add_param_group()."
+            f"The optimizer has {len(self.optimizer.param_groups)} parameter groups and had "
+            f"{len(self._fan_out.base)} when hdet was built. Build the scheduler after the last add_param_group()."
         )
 
     def _start(self) -> None:
@@ -490,26 +603,17 @@ class Ensemble:
     def _settings(self) -> dict[str, Any]:
         """The run's settings as plain values, for error messages and for TensorBoard's hparams."""
         settings = asdict(self.config)
-        for name, value in settings.pop("controller").items():
-            settings[f"controller.{name}"] = str(value) if isinstance(value, tuple) else value
-        settings["replicas"] = self.replicas.size
+        for section in ("controller", "hyperparameter_controller"):
+            for name, value in settings.pop(section).items():
+                if section == "controller" or self._hyperparameters:
+                    settings[f"{section}.{name}"] = str(value) if isinstance(value, tuple) else value
+        settings["hyperparameters"] = "; ".join(settings["hyperparameters"])
+        settings["replicas"] = self.size
+        settings["members"] = self.replicas.members
         settings["schedule"] = type(self.schedule).__name__
-        for name, lr in zip(self._group_names, self._base, strict=True):
+        for name, lr in zip(self._group_names, self._fan_out.base, strict=True):
             settings[f"schedule_lr.{name}"] = float(lr)
         return settings
-
-    def _attach(self) -> None:
-        """Keep the optimizer's saved state free of this replica's multipliers, and its loaded state under them."""
-        attached = _ENSEMBLES.get(self.optimizer)
-        if attached is not None and (previous := attached()) is not None:
-            previous._is_current = False
-            for hook in previous._hooks:
-                hook.remove()
-        _ENSEMBLES[self.optimizer] = ref(self)
-        self._hooks: tuple[RemovableHandle, ...] = (
-            self.optimizer.register_state_dict_post_hook(self._save_base_lr),
-            self.optimizer.register_load_state_dict_post_hook(lambda _: self.fan_out()),
-        )
 
     def _version(self) -> int:
         """A number that grows whenever a trained tensor is written in place."""
@@ -517,35 +621,58 @@ class Ensemble:
 
     def _agree(self) -> list[_Gathered]:
         """Make sure that all replicas are at the same point, and gather what each has to tell."""
-        facts = self._settings() | {"controller state": [tuple(state) for state in self._states]}
+        steering = self._steering
+        facts = self._settings() | {
+            "controller state": [tuple(state) for state in (*steering.rates, *steering.places)],
+            "replicas=": self.replicas.kind,
+        }
         layout, *seen = self._averager.inspect()
         payload = (
-            *self._signal.total(),
+            *(number for signal in self._signals for number in signal.total()),
             bool(self._monitors),
             self._batches is not None and self._batches.ready,
             self._version() != self._written,
+            self._mark_gradients(),
             *seen,
         )
-        rows = gather_agreed(self.replicas, self._steps, layout, facts, payload)
-        return [
+        own = 2 * len(self._signals)
+        merge = (*[sum] * own, *_MERGE)
+        rows = gather_agreed(self.replicas, self._steps, layout, facts, payload, merge)
+        gathered = [
             _Gathered(
-                total,
-                int(count),
-                bool(monitored),
-                bool(can_probe),
-                bool(moved),
-                Inspection(layout, bool(finite), int(constants)),
+                tuple((row[i], int(row[i + 1])) for i in range(0, own, 2)),
+                bool(row[own]),
+                bool(row[own + 1]),
+                bool(row[own + 2]),
+                row[own + 3],
+                Inspection(layout, bool(row[own + 4]), int(row[own + 5])),
             )
-            for total, count, monitored, can_probe, moved, finite, constants in rows
+            for row in rows
         ]
+        if self._steps and not self._told_gradients:
+            self._told_gradients = True
+            warn_of_gradients(self.config.gradients, [now.gradients for now in gathered], self.replicas)
+        return gathered
+
+    @property
+    def _shard(self) -> tuple[int, int]:
+        """Which shard of the model this rank holds, of how many."""
+        return (0, 1) if self._weights.whole else (self.replicas.member, self.replicas.members)
+
+    def _mark_gradients(self) -> float:
+        """At the first converge, by what the replicas see whether gradients are shared; -1 for no mark."""
+        if self._told_gradients or not self._steps or not self._models or self.replicas.size == 1:
+            return -1.0
+        return fingerprint_gradients(p for group in self.optimizer.param_groups for p in group["params"])
 
     def _converge(self, gathered: list[_Gathered], complete: bool) -> Report:
         """Average, or send what will be averaged, and let the controller see the round if it is complete."""
         started = time.perf_counter()
-        self._signal.reset()
+        for signal in self._signals:
+            signal.reset()
+        since = [totals for now in gathered for totals in now.totals]
         self._totals = [
-            (total + now.loss_sum, count + now.loss_count)
-            for (total, count), now in zip(self._totals, gathered, strict=True)
+            (total + more, count + number) for (total, count), (more, number) in zip(self._totals, since, strict=True)
         ]
         # A monitor passed on one rank only must not leave the others out of the gather.
         watched = any(now.monitored for now in gathered)
@@ -563,10 +690,14 @@ class Ensemble:
             averaged = self._averager.average(seen, slow, keep_points=can_probe)
         self._converged_at = self._steps
         losses = self._evaluate(averaged.points) if averaged.points else None
+        if complete and self._outer is not None:
+            self._outer.step(self._averager.buckets())
+            self._weights.written()
+        if not complete:
+            self._restart_virtual()
         report = self._control(complete, losses)
-        if complete and self._snapshot is not None and self._may_move():
-            self._snapshot.take()
-            self._has_snapshot = True
+        if complete and self._recovery is not None and self._may_move():
+            self._recovery.keep()
         return self._tell(report, averaged, watched, time.perf_counter() - started)
 
     @property
@@ -574,11 +705,10 @@ class Ensemble:
         return self._steps / self.config.total_steps if self.config.total_steps else math.nan
 
     def _wants_probe(self) -> bool:
-        return (
-            self._slow is not None
-            and self.replicas.size > 1
-            and self.config.controller.wants_probe(self._progress, self._until)
-        )
+        if self._slow is None or self.size == 1:
+            return False
+        wanted = self.config.auto_lr and self.config.controller.wants_probe(self._progress, self._until)
+        return wanted or any(h.move for h in self._hyperparameters)
 
     def _may_move(self) -> bool:
         """Whether the controller may still move the gain: while it may, it can also take it back."""
@@ -586,52 +716,67 @@ class Ensemble:
 
     def _evaluate(self, points: Sequence[Point]) -> ProbeLosses:
         """Every replica's probe. Collective: one that fails tells the others before it raises."""
-        assert self._probe is not None
-        assert self._slow is not None
         assert self._batches is not None
+        together = self.replicas.members > 1
         failure: Exception | None = None
-        losses = (math.nan,) * 4
+        count = self.config.virtual_replicas
+        losses = [(math.nan,) * 4] * count
         try:
-            batch = self._batches.take()
-            losses = evaluate(self._models, self._probe.loss_fn, batch, points, self._slow, self._weights)
+            batches = [self._batches.take() for _ in range(count)]
         except Exception as error:
             failure = error
-        rows = self.replicas.all_gather([float(failure is not None), *losses])
+        # Members go through a sharded model's forward pass together, or not at all.
+        if not (any(row[0] for row in self.replicas.all_gather([failure is not None])) if together else failure):
+            try:
+                with contextlib.ExitStack() as stack:
+                    for h, place in zip(self._hyperparameters, self._steering.places, strict=True):
+                        stack.enter_context(h.neutral(place.position))
+                    losses = [self._evaluate_one(points, k, batch) for k, batch in enumerate(batches)]
+            except Exception as error:
+                failure = error
+        rows = self.replicas.all_gather([float(failure is not None), *(loss for own in losses for loss in own)])
         if failure is not None:
             raise failure
-        if failed := [rank for rank, row in enumerate(rows) if row[0]]:
-            raise RuntimeError(f"The probe's loss function failed on replica {', '.join(map(str, failed))}: see there.")
-        return gathered([row[1:] for row in rows])
+        if failed := [self.replicas.name_of(i) for i, row in enumerate(rows) if row[0]]:
+            raise RuntimeError(f"The probe's loss function failed on {', '.join(failed)}: see there.")
+        means = [[sum(x) / len(x) for x in zip(*of, strict=True)][1:] for of in self.replicas.by_replica(rows)]
+        return gathered([mean[4 * k : 4 * k + 4] for mean in means for k in range(count)])
+
+    def _evaluate_one(self, points: Sequence[Point], k: int, batch: Any) -> tuple[float, float, float, float]:
+        assert self._probe is not None
+        assert self._slow is not None
+        if self._virtual is not None:
+            with self._virtual.at(k):
+                for point in points:
+                    point.bucket.pack(point.displacement)
+                    point.displacement.sub_(point.mean)
+        together = self.replicas.members > 1
+        return evaluate(
+            self._models, self._probe.loss_fn, batch, points, self._slow, self._weights, to_the_end=together
+        )
 
     def _has_blown_up(self, gathered: Sequence[_Gathered]) -> bool:
-        """Whether the round that just ended is to be undone: its losses lie far above the first round's, or no replica
-        is finite."""
-        if self._snapshot is None or not self._has_snapshot or self._rollbacks >= _MAX_ROLLBACKS:
+        """Whether the round that just ended is to be undone."""
+        if self._recovery is None:
             return False
-        if not any(now.seen.finite for now in gathered):
-            return True
-        losses = mean_losses(self._totals)
-        if not self._may_move() or not any(count for _, count in self._totals):
-            return False
-        finite = [loss for loss in losses if math.isfinite(loss)]
-        return not finite or math.fsum(finite) / len(finite) > _BLOWN_UP * abs(self._first_loss)
+        losses = mean_losses(self._totals) if any(count for _, count in self._totals) else ()
+        finite = [now.seen.finite for now in gathered]
+        return self._recovery.is_needed(finite, losses, watches_losses=self._may_move())
 
     def _roll_back(self, watched: bool, started: float) -> Report:
         """Undo the round: the model and the optimizer as they last converged, under a smaller gain."""
-        assert self._snapshot is not None
-        self._snapshot.restore()
-        self._rollbacks += 1
+        assert self._recovery is not None
+        self._recovery.go_back()
         self._converged_at = self._steps
         report = self._control(False)
-        self._totals = [(0.0, 0)] * self.replicas.size
-        self._states = [ControllerState(gain=state.gain / _CUT) for state in self._states]
+        self._totals = [(0.0, 0)] * self.size
+        self._steering.cut(CUT)
         if self._slow is not None:
             self._slow.restart()
+        if self._outer is not None:
+            self._outer.restart()
         if self.replicas.writer:
-            logger.warning(
-                f"Step {self._steps}: the run blew up (mean loss {report.mean_loss:.4g}). Back to the last converged "
-                f"state, with learning rates divided by {_CUT:.3g} (rollback {self._rollbacks} of {_MAX_ROLLBACKS})."
-            )
+            self._recovery.tell(self._steps, report.mean_loss)
         averaged = Averaged(math.nan, (), 0)
         report = replace(report, next_gain=self.gains, rolled_back=True)
         return self._tell(report, averaged, watched, time.perf_counter() - started)
@@ -647,11 +792,15 @@ class Ensemble:
             self._flight = None
 
     def _tell(self, report: Report, averaged: Averaged, watched: bool, seconds: float) -> Report:
-        distances = self.replicas.all_gather([averaged.squared_distance]) if watched else []
+        squares = self.replicas.all_gather([averaged.squared_distance]) if watched else []
+        copies = self.replicas.members if self._weights.whole else 1  # shards add up, copies say the same
         self._written = self._version()
         self.last_report = report = replace(
             report,
-            distance=tuple(math.sqrt(row[0]) for row in distances) or report.distance,
+            distance=tuple(
+                math.sqrt(sum(row[0] for row in rows) / copies) for rows in self.replicas.by_replica(squares)
+            )
+            or report.distance,
             excluded=averaged.excluded,
             converge_ms=seconds * 1e3,
             converge_bytes=averaged.bytes,
@@ -660,49 +809,48 @@ class Ensemble:
             monitor.report(report)
         return report
 
-    def _control(self, complete: bool, losses_of_probe: ProbeLosses | None = None) -> Report:
-        """The report of a converge but for the average itself; if it ends the round, the controller moves."""
+    def _control(self, complete: bool, probe: ProbeLosses | None = None) -> Report:
+        """The report of a converge but for the average itself; if it ends the round, the controllers move."""
         round = (self._steps - 1) // self.config.converge_every
         losses = mean_losses(self._totals)
         finite = [loss for loss in losses if math.isfinite(loss)]
-        schedule = [float(lr) for lr in self._base]
-        gains = self.gains
-        multipliers = [self._assignment(g, round) for g in range(len(schedule))]
-        slopes = [math.nan] * len(self._states)
+        schedule = [float(lr) for lr in self._fan_out.base]
+        gains, steering = self.gains, self._steering
+        rates = [self._rate_of(g) for g in range(len(schedule))]
+        multipliers = [steering.multipliers(i, round) for i in rates]
+        held, places = steering.held(round), steering.places
+        told = Told((math.nan,) * len(steering.rates), (Effect(math.nan, math.nan),) * len(places))
+        lag = self._probe.lag if self._probe else 1.0
         if complete:
             peak, final = (self._forecast.peak, self._forecast.final) if self._forecast else (0.0, 0.0)
-            height = min(1.0, schedule[0] / peak) if peak else 1.0
-            lag = self._probe.lag if self._probe else 1.0
-            for g, state in enumerate(self._states):
-                seen = Observation(
-                    losses,
-                    multipliers[g],
-                    schedule[g],
-                    self._progress,
-                    height,
-                    self._until,
-                    final,
-                    losses_of_probe,
-                    lag,
-                )
-                moved, slope = self.config.controller.update(state, seen)
-                slopes[g] = math.nan if slope is None else slope
-                if self.config.auto_lr:
-                    self._states[g] = moved
-            self._totals = [(0.0, 0)] * self.replicas.size
-            if math.isnan(self._first_loss) and finite:
-                self._first_loss = math.fsum(finite) / len(finite)
-        if not self.config.per_group:
-            slopes = slopes * len(schedule)
-        probed = None
-        if losses_of_probe is not None and self._probe is not None:
-            probed = slopes_of(losses_of_probe, multipliers[0], self._probe.lag)
+            seen = Round(
+                losses=losses,
+                schedule=tuple(schedule),
+                progress=self._progress,
+                height=min(1.0, schedule[0] / peak) if peak else 1.0,
+                until=self._until,
+                final=final,
+                lag=lag,
+                probe=probe,
+            )
+            spreads = [
+                (h.reach(place.position), h.move) for h, place in zip(self._hyperparameters, places, strict=True)
+            ]
+            told = steering.observe(round, seen, spreads)
+            steering.places = [
+                place._replace(position=h.clamped(place.position))
+                for h, place in zip(self._hyperparameters, steering.places, strict=True)
+            ]
+            self._totals = [(0.0, 0)] * self.size
+            if self._recovery is not None:
+                self._recovery.observe(losses)
+        probed = None if probe is None else slopes_of(probe, multipliers[0], lag)
         base = tuple(lr * gain for lr, gain in zip(schedule, gains, strict=True))
         return Report(
             step=self._steps,
             round=round,
             complete=complete,
-            replicas=self.replicas.size,
+            replicas=self.size,
             groups=self._group_names,
             schedule_lr=tuple(schedule),
             gain=gains,
@@ -710,9 +858,22 @@ class Ensemble:
             replica_lr=tuple(tuple(lr * rho for rho in rhos) for lr, rhos in zip(base, multipliers, strict=True)),
             losses=losses,
             mean_loss=math.fsum(finite) / len(finite) if finite else math.nan,
-            hypergradient=tuple(slopes),
-            velocity=tuple(self._state_of(g).velocity for g in range(len(schedule))),
+            hypergradient=tuple(told.hypergradient[i] for i in rates),
+            velocity=tuple(steering.rates[i].velocity for i in rates),
             next_gain=self.gains,
+            hyperparameters=tuple(
+                HyperparameterReport(
+                    name=h.name,
+                    centre=h.value(place.position),
+                    values=tuple(h.value(place.position, level) for level in levels),
+                    effect=effect.value,
+                    error=effect.error,
+                    next_centre=h.value(after.position),
+                )
+                for h, place, levels, effect, after in zip(
+                    self._hyperparameters, places, held, told.effects, steering.places, strict=True
+                )
+            ),
             distance=(math.nan,) * self.replicas.size,
             excluded=(),
             probe=Slopes(*(math.nan,) * 3) if probed is None else probed,
@@ -732,21 +893,43 @@ def check_arguments(
     probe: LossFunction | Probe | None,
     controller: Controller | None,
     per_group: bool,
+    hyperparameters: Sequence[Hyperparameter],
+    hyperparameter_controller: OneSlope | None,
+    design: Design,
+    virtual_replicas: int,
+    prior: str | os.PathLike[str] | None,
     total_steps: int | None,
     rollback: bool | str | torch.device,
-    replicas: ProcessGroup | DeviceMesh | None,
+    replicas: ReplicasLike,
     seed: int,
     bucket_mib: float,
     overlap_steps: int,
     monitor: MonitorLike,
+    gradients: str = "shared",
+    outer_momentum: float = 0.0,
+    outer_lr: float = 1.0,
 ) -> tuple[EnsembleConfig, tuple[nn.Module, ...], Probe | None, tuple[Monitor, ...], Replicas]:
     """What an ensemble is made of, or the error that names the bad argument; changes nothing and sends nothing."""
-    if converge_every is None and spread > 0:
+    if converge_every is None and (spread > 0 or hyperparameters):
         raise ValueError("Pass converge_every, the round's length in steps (total steps / 100 is a good start).")
     if probe is not None and not isinstance(probe, Probe):
         probe = Probe(loss_fn=probe)
     if controller is None:
         controller = Published() if probe is None else TwoSlope()
+    for h in hyperparameters:
+        if not isinstance(h, Hyperparameter):
+            raise TypeError(
+                f"Invalid hyperparameters={h!r}. Must be made by hdet.param_group, hdet.module_attribute or "
+                "hdet.scalar."
+            )
+    check_identified(
+        hyperparameters,
+        gradients=gradients,
+        probe=probe is not None,
+        held_out=probe is not None and probe.held_out,
+    )
+    if prior is not None:
+        Prior.load(prior)
     config = EnsembleConfig(
         spread=spread,
         converge_every=1 if converge_every is None else converge_every,
@@ -755,23 +938,31 @@ def check_arguments(
         per_group=per_group,
         total_steps=total_steps,
         probe=probe is not None,
+        hyperparameters=tuple(map(repr, hyperparameters)),
+        hyperparameter_controller=OneSlope() if hyperparameter_controller is None else hyperparameter_controller,
+        design=design,
+        virtual_replicas=virtual_replicas,
+        moves=auto_lr or any(h.move for h in hyperparameters),
         rollback=auto_lr and rollback is not False and not overlap_steps,
         seed=seed,
         bucket_mib=bucket_mib,
         overlap_steps=overlap_steps,
+        gradients=gradients,
+        outer_momentum=outer_momentum,
+        outer_lr=outer_lr,
     )
     modules = () if model is None else (model,) if isinstance(model, nn.Module) else tuple(model)
     for module in modules:
         if not isinstance(module, nn.Module):
             raise TypeError(f"model= takes an nn.Module or several, got {type(module).__name__}.")
-        if any(isinstance(p, DTensor) for p in module.parameters()):
-            raise TypeError(
-                "model= has DTensor parameters (FSDP2 or tensor parallelism), which hdet cannot average yet."
-            )
-    if spread > 0 and not modules:
-        raise ValueError("spread > 0 needs model=: its parameters and buffers are averaged every converge_every steps.")
-    return config, modules, probe, as_monitors(monitor), Replicas(replicas)
-
-
-def _copy(lr: Any) -> Any:
-    return lr.clone() if isinstance(lr, Tensor) else lr
+    if (spread > 0 or hyperparameters) and not modules:
+        raise ValueError(
+            "To let replicas differ hdet needs model=: its parameters and buffers are averaged every "
+            "converge_every steps."
+        )
+    if config.outer and not modules:
+        raise ValueError("outer_momentum and outer_lr need model=: they move its averaged parameters.")
+    group = Replicas(replicas)
+    check_sharding(modules, group)
+    check_gradients(gradients, modules, group)
+    return config, modules, probe, as_monitors(monitor), group

@@ -16,14 +16,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed import ProcessGroup
-from torch.distributed.device_mesh import DeviceMesh
 from torch.optim import Optimizer
 
 from hdet.errors import HdetError
 from hdet.probe import LossFunction, cycle, evaluation, preserved_rng, scalar, unwrapped
-from hdet.replicas import Replicas
+from hdet.replicas import Replicas, ReplicasLike
 from hdet.snapshot import Snapshot
+from hdet.weights import is_sharded
 
 _COARSE, _FINE = 10.0, 10 ** (1 / 3)
 _ALMOST = 0.97
@@ -69,7 +68,7 @@ def find_lr(
     high: float = 10.0,
     steps: int = 40,
     max_grad_norm: float | None = None,
-    replicas: ProcessGroup | DeviceMesh | None = None,
+    replicas: ReplicasLike = None,
 ) -> LRFinding:
     """Try learning rates in ``[low, high]`` and suggest a ``max_lr`` for OneCycleLR. Collective.
 
@@ -91,7 +90,7 @@ def find_lr(
         replicas: as for :class:`hdet.Ensemble`.
 
     Raises:
-        ValueError: for a bad range, or an empty ``batches``.
+        ValueError: for a bad range, an empty ``batches``, or a sharded model.
         HdetError: on every rank, if no candidate lowers the loss.
 
     Examples:
@@ -109,7 +108,13 @@ def find_lr(
     if steps < 4:
         raise ValueError(f"Invalid {steps=}. Must be at least 4.")
     models = tuple(unwrapped(m) for m in ((model,) if isinstance(model, nn.Module) else model))
-    search = _Search(models, optimizer, loss_fn, cycle(batches), steps, max_grad_norm, Replicas(replicas))
+    group = Replicas(replicas)
+    if group.members > 1 or is_sharded(models):
+        raise ValueError(
+            "find_lr trains one whole model per rank, and here a replica is several ranks. Find max_lr with the "
+            "unsharded model, or a smaller one, and replicas=None."
+        )
+    search = _Search(models, optimizer, loss_fn, cycle(batches), steps, max_grad_norm, group)
     coarse = _ladder(low, high, _COARSE)
     search.measure(coarse)
     best = search.best()

@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import os
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.distributed import ProcessGroup
-from torch.distributed.device_mesh import DeviceMesh
 from torch.optim import Optimizer, lr_scheduler
 
-from hdet.controller import Controller
-from hdet.ensemble import Ensemble, check_arguments
+from hdet.controller import Controller, OneSlope
+from hdet.design import Design
+from hdet.ensemble import Ensemble, Loss, check_arguments
 from hdet.forecast import forecast
+from hdet.hyperparameters import Hyperparameter, ParamGroupField
 from hdet.lr_finder import find_lr
 from hdet.monitor import MonitorLike
 from hdet.probe import LossFunction, Probe
+from hdet.replicas import ReplicasLike
 from hdet.report import Report
 from hdet.signal import check_loss
 
@@ -44,12 +46,21 @@ class OneCycleLR(lr_scheduler.OneCycleLR):
         probe: ``loss_fn(model, batch)``: makes ``auto_lr`` worth trusting; pass the batch to :meth:`step` then.
         controller: default ``TwoSlope()`` with a probe, ``Published()`` without; both in ``hdet.controller``.
         per_group: whether each parameter group has a gain of its own.
+        hyperparameters: what else the replicas differ in: :func:`hdet.param_group`, :func:`hdet.module_attribute`,
+            :func:`hdet.scalar`.
+        hyperparameter_controller: how their centres move; default ``hdet.controller.OneSlope()``.
+        design: ``"orthogonal"`` or ``"independent"``: how several factors' levels are assigned to replicas.
+        virtual_replicas: replicas per process, one for each micro-batch of a step; see :meth:`each`.
+        prior: a file of :meth:`hdet.Ensemble.save_prior` to start from.
         rollback: with ``auto_lr``, whether a round that blew up is undone.
-        replicas: ``ProcessGroup`` or 1-D ``DeviceMesh``; default: the world.
+        replicas: a number of replicas, a ``ProcessGroup``, or a dimension of a ``DeviceMesh``; default: the world.
         seed: of the permutations.
         bucket_mib: size of a communication bucket in MiB.
         overlap_steps: steps behind which the all-reduce is hidden; 0 waits for it.
         monitor: where the reports go.
+        gradients: ``"shared"``, ``"grouped"`` or ``"local"``: over whom they are averaged.
+        outer_momentum: with local gradients, momentum on what a whole round has done.
+        outer_lr: with local gradients, the share of the way to the mean that is gone.
 
     Attributes:
         ensemble: the :class:`hdet.Ensemble`, or ``None`` where this is torch's OneCycleLR and nothing else.
@@ -83,12 +94,20 @@ class OneCycleLR(lr_scheduler.OneCycleLR):
         probe: LossFunction | Probe | None = None,
         controller: Controller | None = None,
         per_group: bool = False,
+        hyperparameters: Sequence[Hyperparameter] = (),
+        hyperparameter_controller: OneSlope | None = None,
+        design: Design = "orthogonal",
+        virtual_replicas: int = 1,
+        prior: str | os.PathLike[str] | None = None,
         rollback: bool | str | torch.device = True,
-        replicas: ProcessGroup | DeviceMesh | None = None,
+        replicas: ReplicasLike = None,
         seed: int = 0,
         bucket_mib: float = 32.0,
         overlap_steps: int = 0,
         monitor: MonitorLike = None,
+        gradients: Literal["shared", "local", "grouped"] = "shared",
+        outer_momentum: float = 0.0,
+        outer_lr: float = 1.0,
     ) -> None:
         settings: dict[str, Any] = {
             "model": model,
@@ -97,18 +116,28 @@ class OneCycleLR(lr_scheduler.OneCycleLR):
             "probe": probe,
             "controller": controller,
             "per_group": per_group,
+            "hyperparameters": hyperparameters,
+            "hyperparameter_controller": hyperparameter_controller,
+            "design": design,
+            "virtual_replicas": virtual_replicas,
+            "prior": prior,
             "rollback": rollback,
             "replicas": replicas,
             "seed": seed,
             "bucket_mib": bucket_mib,
             "overlap_steps": overlap_steps,
             "monitor": monitor,
+            "gradients": gradients,
+            "outer_momentum": outer_momentum,
+            "outer_lr": outer_lr,
         }
         length = _length(total_steps, epochs, steps_per_epoch)
         settings["total_steps"] = length
         round_length = max(1, length // 100) if converge_every is None else converge_every
         # Before torch's constructor changes the optimizer.
         check_arguments(converge_every=round_length, **settings)
+        if cycle_momentum and any(isinstance(h, ParamGroupField) and h.is_momentum for h in hyperparameters):
+            raise ValueError("cycle_momentum=True sets the momentum in every step. To explore it, pass False.")
         if max_lr == "auto":
             max_lr = _find(optimizer, model, probe, replicas)
         super().__init__(
@@ -127,7 +156,8 @@ class OneCycleLR(lr_scheduler.OneCycleLR):
             three_phase,
             last_epoch,
         )
-        if spread > 0 or any(x is not None for x in (model, converge_every, probe, controller, replicas, monitor)):
+        given = (model, converge_every, probe, controller, prior, replicas, monitor)
+        if spread > 0 or hyperparameters or gradients != "shared" or any(x is not None for x in given):
             # Before the learning rates fan out; without a probe nobody asks what is to come.
             ahead = None if probe is None else forecast(self, optimizer, self.total_steps)
             self.ensemble = Ensemble(optimizer, converge_every=round_length, **settings)
@@ -137,24 +167,30 @@ class OneCycleLR(lr_scheduler.OneCycleLR):
                 self.ensemble.resume_at(self.last_epoch, self._last_lr)
 
     def step(  # type: ignore[override]
-        self, loss: float | Tensor | None = None, *, batch: Any = None, epoch: int | None = None
+        self, loss: Loss = None, *, batch: Any = None, epoch: int | None = None
     ) -> None:
         """Call after every ``optimizer.step()``; see :meth:`hdet.Ensemble.step`.
 
         Args:
-            loss: this replica's training loss of the step, a float or a scalar tensor.
+            loss: this replica's training loss of the step, a float or a scalar tensor; with virtual replicas it may be
+                a list of theirs.
             batch: with a probe, the batch of the step.
             epoch: torch's deprecated way to set the schedule's step; rounds go on counting calls.
         """
         ensemble = self.ensemble
         if ensemble is None:
-            if loss is not None:
-                check_loss(loss)
+            for one in loss if isinstance(loss, (list, tuple)) else (loss,):
+                if one is not None:
+                    check_loss(one)
             _step_schedule(self, epoch)
         else:
             ensemble.end_step(loss, batch)
             _step_schedule(self, epoch)
             ensemble.fan_out()
+
+    def each(self, micro_batches: Iterable[Any]) -> Iterator[Any]:
+        """The micro-batches of a step, one for each virtual replica; see :meth:`hdet.Ensemble.each`."""
+        return iter(micro_batches) if self.ensemble is None else self.ensemble.each(micro_batches)
 
     def converge(self) -> Report | None:
         """Average the replicas now; see :meth:`hdet.Ensemble.converge`. Without an ensemble there is nothing to do."""
@@ -194,7 +230,7 @@ def _find(
     optimizer: Optimizer,
     model: nn.Module | Iterable[nn.Module] | None,
     probe: LossFunction | Probe | None,
-    replicas: ProcessGroup | DeviceMesh | None,
+    replicas: ReplicasLike,
 ) -> float | list[float]:
     """``max_lr="auto"``: for each group, in the proportions of the optimizer's learning rates."""
     if model is None or not isinstance(probe, Probe) or probe.batches is None:

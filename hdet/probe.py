@@ -49,12 +49,16 @@ class Probe:
     """
 
     loss_fn: LossFunction
-    """``loss_fn(model, batch)``: the mean loss of a batch under the settings to be compared, as a scalar."""
+    """``loss_fn(model, batch)``: the mean loss of a batch under the settings to be compared, as a scalar. A replica of
+    several members takes the mean of theirs, each on a batch of its own. An error raises on every rank; where the
+    model is sharded, one that strikes some members only must come after the forward pass, or the others wait in it."""
     batches: Iterable[Any] | None = None
     """One is taken per round: a data loader of this replica's own, over training or held-out data; begun again when it
     ends. Without it the batches passed to ``scheduler.step(loss, batch=batch)`` are used again, each at least
     :data:`FORGOTTEN` steps later: while an optimizer's momentum still carries a batch's gradient, its loss asks for a
     larger learning rate. For rounds of less than some hundred steps pass ``batches``."""
+    held_out: bool = False
+    """Whether ``batches`` are data that the model does not train on: what hyperparameters that only regularise need."""
     decay: float = 0.8
     """In [0.5, 1): of the slow average, per round."""
     dtype: torch.dtype | None = None
@@ -65,6 +69,8 @@ class Probe:
     def __post_init__(self) -> None:
         if not callable(self.loss_fn):
             raise TypeError(f"Invalid probe={self.loss_fn!r}. Must be a function: probe(model, batch) -> scalar loss.")
+        if self.held_out and self.batches is None:
+            raise ValueError("Probe(held_out=True) needs batches=: those passed to step() are training data.")
         if not 0.5 <= self.decay < 1:
             raise ValueError(f"Invalid Probe.decay={self.decay}. Must be in [0.5, 1).")
         if self.dtype is not None and not self.dtype.is_floating_point:
@@ -88,12 +94,20 @@ def evaluate(
     points: Sequence[Point],
     slow: SlowAverage,
     weights: Weights,
+    *,
+    to_the_end: bool = False,
 ) -> tuple[float, float, float, float]:
-    """One replica's ``(above, below, slow_above, slow_below)``. Not collective, if ``loss_fn`` is not.
+    """One rank's ``(above, below, slow_above, slow_below)``. Collective among a replica's members, if ``loss_fn`` is:
+    a sharded model's forward pass is, and all of them must then call the model equally often.
 
     The models are in eval mode meanwhile, without autograd; their parameters, training flags and torch's random number
     generators are afterwards as they were, whatever ``loss_fn`` raises. Buffers are the model's own affair: torch's do
     not change in eval mode.
+
+    Args:
+        to_the_end: evaluate all four points before raising, even if one fails, for the sake of members that take part
+            in the others. That keeps them together if ``loss_fn`` fails after the model's forward pass. If it fails in
+            it, or before it, on some members only, the rest wait there until their process group's timeout.
 
     Raises:
         TypeError, ValueError: if ``loss_fn`` does not return a scalar.
@@ -101,6 +115,7 @@ def evaluate(
     bare = tuple(unwrapped(model) for model in models)
     subject = bare[0] if len(bare) == 1 else bare
     losses = []
+    failures: list[Exception] = []
     with evaluation(bare):
         try:
             for own in (True, False):
@@ -109,11 +124,18 @@ def evaluate(
                         point = mean.add(displacement, alpha=sign) if own else slow.point(i, sign, mean)
                         bucket.write(point)
                     weights.written()
-                    losses.append(scalar(loss_fn(subject, batch)))
+                    try:
+                        losses.append(scalar(loss_fn(subject, batch)))
+                    except Exception as error:
+                        if not to_the_end:
+                            raise
+                        failures.append(error)
         finally:
             for bucket, mean, _ in points:
                 bucket.write(mean)
             weights.written()
+    if failures:
+        raise failures[0]
     above, below, slow_above, slow_below = losses
     return above, below, slow_above, slow_below
 

@@ -1,10 +1,29 @@
-"""What one converge says. Plain Python values, the same on every rank but for ``writer`` and ``converge_ms``."""
+"""What one converge says. Plain Python values, the same on every rank but for ``writer``, ``converge_ms`` and, where
+replicas are sharded, ``converge_bytes``."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
 from hdet.controller import Slopes
+
+
+@dataclass(frozen=True, kw_only=True)
+class HyperparameterReport:
+    """One hyperparameter beside the learning rate, in one converge."""
+
+    name: str
+    """As passed, or the default."""
+    centre: float
+    """Its centre in the round."""
+    values: tuple[float, ...]
+    """[r] each replica's value."""
+    effect: float
+    """By how much the probe's loss rises from the centre to one spread above it; NaN where nothing was said."""
+    error: float
+    """Standard error of ``effect``; NaN with no more replicas than factors."""
+    next_centre: float
+    """The centre from here on."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,6 +64,8 @@ class Report:
     """[g] the controller's momentum after this round."""
     next_gain: tuple[float, ...]
     """[g] the gain from here on."""
+    hyperparameters: tuple[HyperparameterReport, ...] = ()
+    """What else was explored."""
     distance: tuple[float, ...]
     """[r] Euclidean distance of the replica's parameters from their mean, before averaging."""
     excluded: tuple[int, ...]

@@ -10,14 +10,14 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from hdet.weights import weights_of
+from hdet.weights import local, weights_of
 
 
 class Snapshot:
     """Parameters, buffers and optimizer state at one moment.
 
     :meth:`take` and :meth:`restore` copy in place: no tensor of the model is replaced, and from the second
-    :meth:`take` on none is allocated.
+    :meth:`take` on none is allocated. Of DTensors each rank keeps its own shard; FSDP2 modules must be resharded.
 
     Args:
         models: whose parameters and buffers are kept.
@@ -57,7 +57,7 @@ class Snapshot:
             for key, kept in kept_state.items():
                 now = state.get(key)
                 if isinstance(kept, Tensor) and isinstance(now, Tensor) and now.shape == kept.shape:
-                    now.copy_(kept)
+                    local(now).copy_(local(kept))
                 else:
                     state[key] = kept.to(p.device, copy=True) if isinstance(kept, Tensor) else copy.deepcopy(kept)
 
@@ -66,7 +66,8 @@ class Snapshot:
             return copy.deepcopy(value)
         before = self._state.get(p, {}).get(key)
         if isinstance(before, Tensor) and before.shape == value.shape and before.dtype == value.dtype:
-            return before.copy_(value)
+            local(before).copy_(local(value))
+            return before
         return value.to(self._device or value.device, copy=True)
 
     def _live(self) -> Iterable[Tensor]:
@@ -75,4 +76,4 @@ class Snapshot:
         for tensor in (*(tensor for tensor, _ in self._weights.tensors()), *groups):
             if id(tensor) not in seen:
                 seen.add(id(tensor))
-                yield tensor.detach()
+                yield local(tensor).detach()

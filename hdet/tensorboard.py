@@ -35,6 +35,8 @@ class TensorBoard(WriterMonitor):
     ``hdet/replica_loss/replica0``    the same of each replica
     ``hdet/hypergradient/<g>``        > 0 where a larger learning rate did better
     ``hdet/velocity/<g>``             the controller's momentum
+    ``hdet/hyperparameter/<h>``       the centre of another hyperparameter from this converge on
+    ``hdet/hyperparameter/<h>/effect`` the probe's loss one spread above its centre, less that at the centre
     ``hdet/probe/raw``                with a probe, what it said: the raw slope; likewise ``debiased`` and ``noise``
     ``hdet/rolled_back``              with rollback, 1 where the round was undone, else 0
     ``hdet/distance/replica0``        each replica's distance from their mean before averaging; ``hdet/distance``: mean
@@ -186,6 +188,10 @@ def _scalars(report: Report, limit: int) -> Iterator[tuple[str, float]]:
     if report.complete:
         yield "hdet/loss", report.mean_loss
         yield from _per_replica("hdet/replica_loss", report.losses, together)
+    for h in report.hyperparameters:
+        yield f"hdet/hyperparameter/{h.name}", h.next_centre
+        yield f"hdet/hyperparameter/{h.name}/effect", h.effect
+        yield from _per_replica(f"hdet/hyperparameter/{h.name}", h.values, together)
     for name, value in report.probe._asdict().items():
         yield f"hdet/probe/{name}", value
     finite = [distance for distance in report.distance if math.isfinite(distance)]

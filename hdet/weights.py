@@ -6,10 +6,12 @@ from collections.abc import Iterable, Iterator, Sequence
 from weakref import WeakKeyDictionary
 
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
 
 
 class Weights:
-    """The parameters and buffers of modules, as plain tensors that share their memory.
+    """The parameters and buffers of modules, as plain tensors that share their memory: of a DTensor, this rank's shard.
 
     Where a framework keeps the weights elsewhere (fp32 masters, shards), a subclass says where.
 
@@ -18,18 +20,47 @@ class Weights:
         extra: further parameters, such as an optimizer's that no module owns.
     """
 
+    whole: bool = False
+    """Whether this rank holds all of every tensor. False for a subclass that does not say otherwise: the wrong answer
+    would average shards of different parameters."""
+
     def __init__(self, models: Sequence[nn.Module], extra: Iterable[Tensor] = ()) -> None:
         self._models, self._extra = tuple(models), tuple(extra)
+        parts = is_sharded(self._models) or any(isinstance(t, DTensor) for t in self._extra)
+        self.whole = type(self) is Weights and not parts
 
     def tensors(self) -> Iterator[tuple[Tensor, bool]]:
         """Every tensor and whether it is trained, in the same order on every rank. One that is tied may come twice."""
+        reshard(self._models)
         modules = [module for model in self._models for module in model.modules()]
         parameters = (p for module in modules for p in module._parameters.values())
         buffers = (b for module in modules for b in module._buffers.values())
-        return ((t, t.requires_grad) for t in (*parameters, *self._extra, *buffers) if t is not None)
+        return ((local(t), t.requires_grad) for t in (*parameters, *self._extra, *buffers) if t is not None)
 
     def written(self) -> None:
         """Called after trained tensors were written, before the model runs on them."""
+        reshard(self._models)
+
+
+def local(tensor: Tensor) -> Tensor:
+    """This rank's shard of a DTensor, which shares its memory; any other tensor as it is."""
+    # to_local() would make another object each time, under autograd.
+    return tensor._local_tensor if isinstance(tensor, DTensor) else tensor
+
+
+def reshard(models: Iterable[nn.Module]) -> None:
+    """Let FSDP2 modules drop what they have gathered. A root module keeps its parameters whole after a forward pass
+    that no backward pass follows: they would hide the shards, and outlive a change of them."""
+    for model in models:
+        for module in model.modules():
+            if isinstance(module, FSDPModule):
+                module.reshard()
+
+
+def is_sharded(models: Iterable[nn.Module]) -> bool:
+    """Whether a model has DTensor parameters or buffers."""
+    reshard(models := tuple(models))
+    return any(isinstance(t, DTensor) for model in models for t in (*model.parameters(), *model.buffers()))
 
 
 _ELSEWHERE: WeakKeyDictionary[nn.Module, Weights] = WeakKeyDictionary()

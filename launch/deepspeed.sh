@@ -8,4 +8,4 @@ setup train,deepspeed
 cd "$HDET_ROOT"
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
 exec torchrun --standalone --nproc-per-node="$(processes 4)" -m hdet.train --train.strategy deepspeed --train.replicas 2 \
-    --train.deepspeed_config configs/deepspeed_zero1.json "$@"
+    --hdet.gradients local --train.deepspeed_config configs/deepspeed_zero1.json "$@"

@@ -133,10 +133,10 @@ def attach(engine: Any, scheduler: Callable[..., Scheduler], *args: Any, **setti
     """
     _check(engine, args, settings)
     groups = engine.mpu
-    if groups is not None:
+    if groups is not None and settings.get("spread", 0) > 0:
         settings["replicas"] = groups.mesh["replicate"]
     if settings.get("spread", 0) > 0:
-        settings["model"] = engine.module
+        settings |= {"model": engine.module, "gradients": "shared" if groups is None else "local"}
         weights = weights_of(engine)
         keep_elsewhere(engine.module, weights)
         if groups is not None:  # DeepSpeed makes parameters equal inside a replica, and not buffers
@@ -160,6 +160,14 @@ def _check(engine: Any, args: tuple[Any, ...], settings: dict[str, Any]) -> None
             'max_lr="auto" steps the optimizer itself, which with DeepSpeed only the engine may. Run hdet.find_lr on '
             "the bare model before deepspeed.initialize, and pass what it finds."
         )
+    has = "local" if engine.mpu is not None else "shared"
+    if settings.get("gradients", has) != has:
+        raise ValueError(
+            f"Invalid gradients={settings['gradients']!r}. Under DeepSpeed they are {has!r} here: with ReplicaGroups "
+            "they are averaged inside a replica only, and without, at ZeRO stage 0, over all ranks."
+        )
+    if settings.get("virtual_replicas", 1) != 1:
+        raise ValueError("virtual_replicas= is not supported under DeepSpeed: it steps the optimizer itself.")
     if engine.lr_scheduler is not None:
         raise ValueError(
             f"The engine has a scheduler already, {type(engine.lr_scheduler).__name__}. Leave out lr_scheduler= and "

@@ -150,6 +150,7 @@ class _Whole(_Masters):
     """ZeRO 0 in bf16 or fp16: a master of every parameter on every rank."""
 
     masters, copies = "fp32_groups", "fp16_groups"
+    whole = True
 
     def _trained(self) -> Iterable[Tensor]:
         return itertools.chain.from_iterable(self._optimizer.fp32_groups)
@@ -165,6 +166,7 @@ class _WholeFlat(_Masters):
     """The same under DeepSpeed's fused optimizers: one flat master for each parameter group."""
 
     masters, copies = "fp32_groups_flat", "fp16_groups"
+    whole = True
 
     @torch.no_grad()
     def written(self) -> None:

@@ -166,6 +166,14 @@ class HdetConfig:
     """Size of a communication bucket in MiB."""
     overlap_steps: int = 0
     """Steps of the next round behind which a round's average is computed, in [0, ``converge_every``)."""
+    gradients: Literal["shared", "local", "grouped"] = "shared"
+    """Over whom gradients are averaged: ``shared``, all processes; ``grouped``, those of a replica; ``local``, nobody
+    beyond a replica: Local SGD. Only with ``shared`` is the optimizer's state the same in all replicas: else a
+    checkpoint has replica 0's, and all of them resume from it."""
+    outer_momentum: float = 0.0
+    """With local gradients, Nesterov momentum on what a whole round has done, in [0, 1)."""
+    outer_lr: float = 1.0
+    """With local gradients, the share of the way to the replicas' average that is gone, > 0."""
 
     def __post_init__(self) -> None:
         if self.spread == 0:
@@ -198,9 +206,11 @@ class TrainConfig:
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """``auto``: one GPU per local rank if there are GPUs, else the CPU."""
     strategy: Literal["ddp", "fsdp", "deepspeed"] = "ddp"
-    """How the processes of a run share the work."""
+    """How the processes of a run share the work: ``ddp``, each holds the whole model; ``fsdp``, FSDP2: the processes of
+    a replica hold a shard of it each; ``deepspeed``, as ``deepspeed_config`` says."""
     replicas: int | None = None
-    """Number of replicas; default: one per process."""
+    """Number of replicas, a divisor of the number of processes; default: one per process. A replica's processes have
+    consecutive ranks and one learning rate."""
     deepspeed_config: str | None = None
     """DeepSpeed's JSON file, for ``strategy=deepspeed``: ``configs/deepspeed_zero1.json`` and so on. It has what
     the run does not know; batch size, accumulation, clipping and precision are the run's."""

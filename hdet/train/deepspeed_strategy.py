@@ -14,12 +14,13 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from hdet.replicas import Replicas
+from hdet.replicas import ReplicasLike
 from hdet.train.config import Config, ConfigError
+from hdet.train.ddp_strategy import DDPStrategy
 from hdet.train.processes import Process
 
 
-class DeepSpeedStrategy:
+class DeepSpeedStrategy(DDPStrategy):
     """Makes the engine, steps it, and saves it.
 
     Precision, accumulation, clipping and batch size come from the run's configuration; the JSON has the rest.
@@ -45,25 +46,28 @@ class DeepSpeedStrategy:
         logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
         self._deepspeed, self._integration = deepspeed, integration
         self._settings = _read(config)
+        self._groups: Any = None
+        super().__init__(config, process)
+        self._directory = Path(config.train.log_dir) / "deepspeed"
+
+    def _replicas_argument(self) -> ReplicasLike:
         stage = self._settings.get("zero_optimization", {}).get("stage", 0)
-        replicas = config.train.replicas
-        if config.hdet.spread == 0:
-            replicas = None  # the baseline: all processes share their gradients
-        elif replicas is None and stage and process.world_size > 1:
+        count, world = self._config.train.replicas, self._process.world_size
+        if self._config.hdet.spread == 0:
+            return None  # the baseline: all processes share their gradients
+        if count is None and stage and world > 1:
             raise ConfigError(
                 f"ZeRO stage {stage} cuts each replica's model into shards, and with one replica per process there is "
-                f"nothing to cut: pass --train.replicas N, a divisor of the {process.world_size} processes."
+                f"nothing to cut: pass --train.replicas N, a divisor of the {world} processes."
             )
-        elif replicas is not None and process.world_size % replicas:
-            raise ConfigError(
-                f"Invalid train.replicas={replicas}. Must be a divisor of the number of processes, "
-                f"{process.world_size}."
-            )
-        self._groups = None if replicas is None else integration.ReplicaGroups(replicas)
-        self.replicas = Replicas(None if self._groups is None else self._groups.mesh["replicate"])
-        """The replicas as this rank sees them."""
-        self._directory = Path(config.train.log_dir) / "deepspeed"
-        self._writer = process.writer
+        if count is None:
+            return None
+        self._groups = self._integration.ReplicaGroups(count)
+        return self._groups.mesh["replicate"]
+
+    def wrap(self, model: nn.Module) -> nn.Module:
+        """The model itself: :meth:`start` needs the optimizer too."""
+        return model
 
     def start(self, model: nn.Module, optimizer: Optimizer) -> nn.Module:
         """Put model and optimizer under an engine; returns what to call instead of the model. Collective."""
@@ -101,20 +105,22 @@ class DeepSpeedStrategy:
             self.engine.step(lr_kwargs={"loss": total.clone()} if hears_losses else None)
         return total
 
-    def save(self, step: int) -> None:
-        """Write what is too large or too rank-dependent for the run's ``checkpoint.pt``. Collective."""
-        self._integration.save_checkpoint(self.engine, self._directory, f"step{step}")
+    def state(self, model: nn.Module, optimizer: Optimizer, scheduler: dict[str, Any]) -> dict[str, Any]:
+        """Nothing: it is too large, and too much of it depends on the rank; DeepSpeed writes it beside. Collective."""
+        self._integration.save_checkpoint(self.engine, self._directory, f"step{self.engine.global_steps}")
+        return {}
 
     def forget(self, step: int) -> None:
         """Remove the checkpoints that are not ``step``'s, once ``checkpoint.pt`` names that one."""
-        if self._writer:
+        if self._process.writer:
             for path in self._directory.glob("replica*/step*"):
                 if path.name != f"step{step}":
                     shutil.rmtree(path)
 
-    def load(self, step: int) -> None:
-        """Restore :meth:`save`'s state of ``step``. Collective."""
-        self._integration.load_checkpoint(self.engine, self._directory, f"step{step}")
+    def load(self, state: dict[str, Any], model: nn.Module, optimizer: Optimizer) -> dict[str, Any]:
+        """Restore what :meth:`state` wrote; returns the scheduler's state. Collective."""
+        self._integration.load_checkpoint(self.engine, self._directory, f"step{state['step']}")
+        return self.engine.lr_scheduler.state_dict()
 
 
 def _read(config: Config) -> dict[str, Any]:

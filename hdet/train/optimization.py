@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterable
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ import hdet
 from hdet import schedules
 from hdet.monitor import Monitor
 from hdet.probe import LossFunction
+from hdet.replicas import ReplicasLike
 from hdet.train.config import Config, ConfigError, OptimizerConfig
 
 
@@ -54,8 +56,9 @@ class Schedule:
         model: what is averaged.
         monitors: where the ensemble's reports go.
         probe: for ``hdet.probe=true``.
-        build: ``build(class, *args, **settings)`` makes a scheduler where not hdet alone has the say over optimizer and
-            model; default: on ``optimizer``.
+        replicas: who they are, for hdet.
+        build: ``build(class, *args, **settings)`` makes a scheduler where hdet is not told optimizer, model and
+            replicas, but finds them itself; default: on ``optimizer``.
 
     Raises:
         ConfigError: if the sections ``schedule`` or ``hdet`` do not make a schedule.
@@ -68,10 +71,11 @@ class Schedule:
         model: nn.Module,
         monitors: list[Monitor],
         probe: hdet.Probe | None = None,
+        replicas: ReplicasLike = None,
         build: Callable[..., Any] | None = None,
     ) -> None:
         try:
-            self._scheduler = _build(config, optimizer, model, monitors, probe, build)
+            self._scheduler = _build(config, optimizer, model, monitors, probe, replicas, build)
         except (TypeError, ValueError) as error:
             raise ConfigError(f"In the sections schedule and hdet: {error}") from error
         scheduler = self._scheduler
@@ -119,6 +123,7 @@ def _build(
     model: nn.Module,
     monitors: list[Monitor],
     probe: hdet.Probe | None,
+    replicas: ReplicasLike,
     build: Callable[..., Any] | None,
 ) -> hdet.OneCycleLR | hdet.Ensemble | LambdaLR:
     total_steps, schedule, ours = config.train.total_steps, config.schedule, config.hdet
@@ -135,15 +140,15 @@ def _build(
             "seed": ours.seed,
             "bucket_mib": ours.bucket_mib,
             "overlap_steps": ours.overlap_steps,
+            "gradients": ours.gradients,
+            "outer_momentum": ours.outer_momentum,
+            "outer_lr": ours.outer_lr,
             "monitor": monitors,
         }
     elif ours.spread < 0:
         raise ValueError(f"Invalid spread={ours.spread}. Must be in [0, 1).")
     if build is None:
-
-        def build(kind: Callable[..., Any], *args: Any, **settings: Any) -> Any:
-            return kind(optimizer, *args, **settings, **({"model": model} if settings.get("spread") else {}))
-
+        build = partial(_build_on, optimizer, {"model": model, "replicas": replicas} if settings else {})
     if schedule.name == "one_cycle":
         if schedule.options:
             raise ValueError(f"Invalid options={schedule.options}. For one_cycle set the section's own fields.")
@@ -165,6 +170,12 @@ def _build(
     if not settings:
         return build(LambdaLR, factor)
     return build(hdet.Ensemble, factor, total_steps=total_steps, **settings)
+
+
+def _build_on(
+    optimizer: Optimizer, known: dict[str, Any], kind: Callable[..., Any], *args: Any, **settings: Any
+) -> Any:
+    return kind(optimizer, *args, **known, **settings)
 
 
 def _factor(name: str, options: dict[str, Any], total_steps: int) -> Callable[[int], float]:

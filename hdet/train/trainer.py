@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import itertools
 import math
 import time
@@ -14,18 +13,24 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 
 import hdet
 from hdet import ops
-from hdet.monitor import Monitor
 from hdet.replicas import Replicas
 from hdet.train import checkpoint, data, models
-from hdet.train.config import Config, ConfigError
+from hdet.train.config import Config
+from hdet.train.ddp_strategy import DDPStrategy
 from hdet.train.deepspeed_strategy import DeepSpeedStrategy
+from hdet.train.fsdp_strategy import FSDPStrategy
 from hdet.train.log import RunLog
 from hdet.train.optimization import Schedule, build_optimizer, find_max_lr
 from hdet.train.processes import Process, StopRequest
+
+_STRATEGIES: dict[str, type[DDPStrategy]] = {
+    "ddp": DDPStrategy,
+    "fsdp": FSDPStrategy,
+    "deepspeed": DeepSpeedStrategy,
+}
 
 
 class Trainer:
@@ -40,12 +45,9 @@ class Trainer:
     """
 
     def __init__(self, config: Config, process: Process) -> None:
-        self.config, self.process = config, process
-        self._deepspeed = DeepSpeedStrategy(config, process) if config.train.strategy == "deepspeed" else None
-        if config.train.strategy == "fsdp":
-            raise ConfigError("train.strategy=fsdp is not there yet.")
-        self._processes = Replicas()
-        self.replicas = self._processes if self._deepspeed is None else self._deepspeed.replicas
+        self.config, self.process, self._processes = config, process, Replicas()
+        self._strategy = _STRATEGIES[config.train.strategy](config, process)
+        self.replicas = self._strategy.replicas
         self._settings = asdict(config)
         directory = Path(config.train.log_dir)
         self._checkpoint = directory / "checkpoint.pt"
@@ -62,31 +64,22 @@ class Trainer:
         if config.optimizer.max_lr == "auto":
             max_lr = saved["max_lr"] if saved else self._find_lr()
             self.config = config = replace(config, optimizer=replace(config.optimizer, max_lr=max_lr))
+        self._ddp = self._strategy.wrap(self.model)
         self.optimizer = build_optimizer(config.optimizer, self.model, process.device)
-        self._ddp: nn.Module = self.model
+        self._deepspeed = self._strategy if isinstance(self._strategy, DeepSpeedStrategy) else None
         build = None
         if self._deepspeed is not None:
             self._ddp = self._deepspeed.start(self.model, self.optimizer)
             self.optimizer, build = self._deepspeed.optimizer, self._deepspeed.build_scheduler
         self.log = RunLog(directory, _flat(asdict(config)), writer=process.writer)
         probe = hdet.Probe(loss_fn=self._loss_of, batches=self._probe_batches()) if config.hdet.probe else None
-        # Every process of replica 0 would write the reports.
-        quiet: list[Monitor] = [hdet.monitor.Callback(lambda _: None)]
-        monitors = self.log.monitors if process.writer or self.replicas.rank else quiet
-        self.schedule = Schedule(config, self.optimizer, self.model, monitors, probe, build)
-        if saved and self._deepspeed is not None:
-            self._deepspeed.load(self.step)
-        elif saved:
-            self.model.load_state_dict(saved["model"])
-            self.optimizer.load_state_dict(saved["optimizer"])
-            self.schedule.load_state_dict(saved["scheduler"])
+        self.schedule = Schedule(
+            config, self.optimizer, self._ddp, self.log.monitors, probe, self._strategy.replicas_argument, build
+        )
+        if saved:
+            self.schedule.load_state_dict(self._strategy.load(saved, self.model, self.optimizer))
         if config.train.compile:
             self.model.compile()
-        if process.world_size > 1 and self._deepspeed is None:
-            devices = [process.device] if process.device.type == "cuda" else None
-            # These models have no buffers. One with batch norm needs broadcast_buffers=False, or rank 0's statistics
-            # would overwrite those of all others at each forward.
-            self._ddp = DistributedDataParallel(self.model, device_ids=devices)
         self._validated: dict[str, float] = {}
 
     def run(self) -> int:
@@ -145,7 +138,7 @@ class Trainer:
             losses = [partial(self._loss_of_micro_batch, i) for i in range(config.train.accumulate)]
             return self._deepspeed.train_step(losses, hears_losses=self.schedule.ensemble is not None)
         for micro_batch in range(config.train.accumulate):
-            with self._synchronised(micro_batch == config.train.accumulate - 1):
+            with self._strategy.synchronised(self._ddp, micro_batch == config.train.accumulate - 1):
                 loss = self._loss_of_micro_batch(micro_batch) / config.train.accumulate
                 loss.backward()
             total += loss.detach()
@@ -167,7 +160,7 @@ class Trainer:
         """One backward pass that changes nothing. After its first, DistributedDataParallel regroups the gradients which
         it sends together, and so the order in which those of the replicas are added: without this, the first step of a
         resumed run would round differently from the same step of an uninterrupted one."""
-        if isinstance(self._ddp, DistributedDataParallel):
+        if self._ddp is not self.model and self._deepspeed is None:
             self.model.train()
             self._loss(self.data.validation(0, self.config.train.batch_size, 1)).backward()
             self.optimizer.zero_grad(set_to_none=True)
@@ -217,24 +210,16 @@ class Trainer:
         bf16 = self.config.train.dtype == "bfloat16" and self._dtype == torch.float32
         return torch.autocast(self.process.device.type, torch.bfloat16, enabled=bf16)
 
-    @contextlib.contextmanager
-    def _synchronised(self, last: bool) -> Iterator[None]:
-        """Gradients are averaged in the last micro-batch's backward pass, not in those before it."""
-        if last or not isinstance(self._ddp, DistributedDataParallel):
-            yield
-        else:
-            with self._ddp.no_sync():
-                yield
-
     @torch.no_grad()
     def _validate(self) -> None:
-        """Converge, then measure loss and accuracy on the validation set; every replica takes every N-th batch."""
+        """Converge, then measure loss and accuracy on the validation set; every replica takes every N-th batch, and all
+        of its members the same: a sharded model needs them all."""
         self.schedule.converge()
         size = self.config.train.batch_size
         batches = self.data.validation_batches(size, self.config.train.eval_batches)
         self._ddp.eval()
         rows = []
-        for index in range(self.replicas.rank, batches, self.replicas.size):  # members of a replica take the same
+        for index in range(self.replicas.rank, batches, self.replicas.size):
             inputs, targets = self._to_device(self.data.validation(index, size, batches))
             with self._autocast():
                 logits = self.model(inputs)
@@ -250,7 +235,8 @@ class Trainer:
         rows += [torch.zeros(3, dtype=torch.float64, device=self.process.device)] * (
             -(-batches // self.replicas.size) - len(rows)
         )
-        gathered = self.replicas.all_gather(torch.stack(rows).flatten().tolist())
+        everyone = self.replicas.all_gather(torch.stack(rows).flatten().tolist())
+        gathered = [members[0] for members in self.replicas.by_replica(everyone)]
         # fsum is exact, so that the result does not depend on how many replicas shared the work.
         values = [value for row in gathered for value in row]
         loss, right, count = (math.fsum(values[column::3]) for column in range(3))
@@ -259,18 +245,14 @@ class Trainer:
 
     def _save(self) -> None:
         self.schedule.converge()
-        state: dict[str, Any] = {
-            "step": self.step,
-            "config": self._settings,
-            "max_lr": self.config.optimizer.max_lr,
-        }
-        if self._deepspeed is not None:
-            self._deepspeed.save(self.step)
-        elif self.process.writer:
-            state["model"] = self.model.state_dict()
-            state["optimizer"] = self.optimizer.state_dict()
-            state["scheduler"] = self.schedule.state_dict()
+        whole = self._strategy.state(self.model, self.optimizer, self.schedule.state_dict())
         if self.process.writer:
+            state = {
+                **whole,
+                "step": self.step,
+                "config": self._settings,
+                "max_lr": self.config.optimizer.max_lr,
+            }
             checkpoint.save(self._checkpoint, state)
         if self._deepspeed is not None:
             self._deepspeed.forget(self.step)
@@ -286,9 +268,10 @@ class Trainer:
         if ensemble is not None:
             how = f"spread {config.hdet.spread:.3g}, converging every {ensemble.config.converge_every} steps"
             how += ", learning rate by the paired probe" if config.hdet.probe else ""
+            how += f", {config.hdet.gradients} gradients" if config.hdet.gradients != "shared" else ""
         self.log.say(
             f"{config.task.name}: {self._parameters / 1e6:.2f}M parameters, {self.replicas.size} "
-            f"replica{'s' * (self.replicas.size > 1)} on {self.process.device.type}, {how}"
+            f"replica{'s' * (self.replicas.size > 1)}{self._members()} on {self.process.device.type}, {how}"
         )
         self.log.say(str(ops.backend()))
         self.log.say(f"tensorboard --logdir {config.train.log_dir}")
@@ -298,6 +281,9 @@ class Trainer:
             self._tell_finding(self._finding)
         if self.step:
             self.log.say(f"Resumed after step {self.step}.")
+
+    def _members(self) -> str:
+        return f" of {self.replicas.members} processes each" if self.replicas.members > 1 else ""
 
     def _tell_finding(self, finding: hdet.LRFinding) -> None:
         picture = Path(self.config.train.log_dir) / "find_lr.png"

@@ -35,10 +35,10 @@ def torchrun(processes: int, arguments: list[str], limit: int = LIMIT) -> subpro
 
 
 class Launch:
-    """Scenarios of ``worker.py`` run once per number of processes; every test reads its own scenario's results."""
+    """Scenarios of a worker file run once per number of processes; every test reads its own scenario's results."""
 
-    def __init__(self, directory: Path) -> None:
-        self._directory = directory
+    def __init__(self, directory: Path, worker: str) -> None:
+        self._directory, self._worker = directory, worker
         self._done: dict[int, Path] = {}
 
     def results(self, processes: int, scenario: str) -> list[dict]:
@@ -46,7 +46,7 @@ class Launch:
         if processes not in self._done:
             out = self._directory / str(processes)
             out.mkdir()
-            run = torchrun(processes, [str(HERE / "worker.py"), str(out)])
+            run = torchrun(processes, [str(HERE / self._worker), str(out)])
             (out / "output.txt").write_text(run.stdout)
             self._done[processes] = out
         out = self._done[processes]
@@ -60,4 +60,9 @@ class Launch:
 
 @pytest.fixture(scope="session")
 def launch(tmp_path_factory) -> Launch:
-    return Launch(tmp_path_factory.mktemp("launch"))
+    return Launch(tmp_path_factory.mktemp("launch"), "worker.py")
+
+
+@pytest.fixture(scope="session")
+def launch_sharded(tmp_path_factory) -> Launch:
+    return Launch(tmp_path_factory.mktemp("sharded"), "sharded_worker.py")

@@ -227,7 +227,7 @@ def losses(rank, world):
     """What the engine passes to step(): the loss, nothing, and its batch size after a TypeError inside."""
     results = {}
     engine, scheduler = attached(0, "fp32", ReplicaGroups(2), auto_lr=True)
-    results["given"] = train(engine, rank // 2, range(3))
+    results["given"] = train(engine, rank, range(3))
     results["seen"] = scheduler.ensemble.last_report.losses
     train(engine, rank, range(3), with_loss=False)
     results["without"] = (scheduler.ensemble.steps, scheduler.ensemble.last_report.complete)
@@ -274,16 +274,16 @@ def resume(rank, world):
         probing = {"auto_lr": True, "probe": hdet.Probe(loss_fn=probe_loss, batches=itertools.repeat(batch(rank, 50)))}
         engine, scheduler = attached(stage, precision, groups, **probing)
         nothing = load_checkpoint(engine, directory)
-        train(engine, rank // 2, range(4))
+        train(engine, rank, range(4))
         save_checkpoint(engine, directory, client_state={"seen": 4})
-        train(engine, rank // 2, range(4, 9))
+        train(engine, rank, range(4, 9))
         whole = [t.tolist() for t in masters(engine)], [t.tolist() for t in full(engine).values()]
         rates, state = scheduler.get_last_lr(), scheduler.state_dict()
         engine.destroy()
 
         engine, scheduler = attached(stage, precision, groups, seed=5 + rank, **probing)
         client_state = load_checkpoint(engine, directory)
-        train(engine, rank // 2, range(4, 9))
+        train(engine, rank, range(4, 9))
         results[stage, precision] = {
             "nothing": nothing,
             "client_state": (client_state["seen"], "lr_scheduler" in client_state),
@@ -334,10 +334,10 @@ def probe(rank, world):
             seen.append(loss.item())
             return loss
 
-        batches = [batch(rank // 2, 100 + i) for i in range(3)]
+        batches = [batch(rank, 100 + i) for i in range(3)]
         settings = {"auto_lr": True, "probe": hdet.Probe(loss_fn=loss_fn, batches=batches)}
         engine, scheduler = attached(stage, precision, groups, max_lr=1e-3, total_steps=60, **settings)
-        train(engine, rank // 2, range(24))  # members of a replica see the same batches, and report the same loss
+        train(engine, rank, range(24))
         results[stage, precision] = {
             "seen": seen,
             "probe": scheduler.ensemble.last_report.probe,

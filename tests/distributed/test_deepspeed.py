@@ -102,9 +102,10 @@ def test_zero_0_without_groups_shares_gradients(results):
 
 def test_the_loss_reaches_the_scheduler_through_the_engine(results):
     ranks = results("losses")
-    assert ranks[0]["given"] == ranks[1]["given"] != ranks[2]["given"]
+    given = [sum(result["given"]) / 3 for result in ranks]
+    assert len(set(given)) == 4
     for result in ranks:
-        means = [sum(ranks[rank]["given"]) / 3 for rank in (0, 2)]
+        means = [(given[0] + given[1]) / 2, (given[2] + given[3]) / 2]  # of a replica's members
         assert result["seen"] == pytest.approx(means)
         assert result["without"] == (6, True)  # engine.step() without lr_kwargs fans out and converges all the same
 
@@ -198,6 +199,7 @@ def trained(tmp_path_factory):
     tiny += ["--train.batch_size=4", "--train.total_steps=8", "--train.eval_every=4", "--train.eval_batches=5"]
     tiny += ["--train.log_every=2", "--hdet.converge_every=2", "--hdet.spread=0.3", "--hdet.auto_lr=false"]
     tiny += ["--train.strategy=deepspeed", "--train.accumulate=2"]
+    tiny += ["--hdet.gradients=local"]
     runs = []
     for stage, dtype in [(1, "float32"), (3, "bfloat16")]:
         common = [f"--train.deepspeed_config={ROOT}/configs/deepspeed_zero{stage}.json", f"--train.dtype={dtype}"]
@@ -222,7 +224,7 @@ def trained(tmp_path_factory):
 @pytest.mark.parametrize("stage", [1, 3])
 def test_the_training_program_resumes_bit_for_bit(trained, stage):
     root, output = trained
-    assert output.count("2 replicas on cpu, spread 0.3") == 6  # by one process of each run
+    assert output.count("2 replicas of 2 processes each on cpu, spread 0.3") == 6  # by one process of each run
     ours, theirs = root / f"parts{stage}", root / f"whole{stage}"
     curves = [[r | {"seconds": 0} for r in read_jsonl(run / "metrics.jsonl")] for run in (ours, theirs)]
     assert curves[0] == curves[1]

@@ -197,6 +197,7 @@ def learning_rates(rank, world):
         spread=0.25,
         converge_every=5,
         per_group=True,
+        design="independent",
         seed=7,
         monitor=reports.append,
     )
@@ -920,6 +921,144 @@ def find_lr(rank, world):
         and all(torch.equal(a, b) for a, b in zip(before[1], after[1], strict=True))
         and same_state
         and before[2]["param_groups"] == after[2]["param_groups"],
+    }
+
+
+def explored(rank, world, count, group, steps=100):
+    """A run of 4 replicas in all, ``count`` to a process: its parameters after a last converge, and its gains."""
+    generator = torch.Generator().manual_seed(5)
+    inputs = torch.randn(steps, 4, 8, 6, generator=generator, dtype=torch.float64)
+    targets = torch.randint(0, 3, (steps, 4, 8), generator=generator)
+
+    def loss_fn(model, batch):
+        return F.cross_entropy(model(inputs[batch]), targets[batch])
+
+    torch.manual_seed(3)
+    size = dist.get_world_size(group)
+    own = range(dist.get_rank(group) * count, dist.get_rank(group) * count + count)
+    model = nn.Sequential(nn.Linear(6, 12), nn.Tanh(), nn.Linear(12, 3)).double()
+    model = DDP(model, process_group=group) if size > 1 else model
+    optimizer = torch.optim.Adam(model.parameters())
+    reports = []
+    scheduler = hdet.OneCycleLR(
+        optimizer,
+        0.05,
+        steps,
+        model=model,
+        spread=0.3,
+        converge_every=10,
+        auto_lr=True,
+        probe=hdet.Probe(loss_fn=loss_fn, batches=[(step, r) for step in range(7, steps, 10) for r in own]),
+        virtual_replicas=count,
+        replicas=group,
+        monitor=reports.append,
+    )
+    for step in range(steps):
+        losses = []
+        for batch in scheduler.each([(step, r) for r in own]):
+            last = len(losses) == count - 1
+            with contextlib.nullcontext() if size == 1 or last else model.no_sync():
+                loss = loss_fn(model, batch)
+                (loss / count).backward()
+            losses.append(loss.item())
+        optimizer.step()
+        optimizer.zero_grad()
+        scheduler.step(losses)
+    scheduler.converge()
+    return {
+        "parameters": torch.cat([p.detach().flatten() for p in model.parameters()]),
+        "gains": [report.next_gain[0] for report in reports],
+        "losses": [report.losses for report in reports],
+        "slopes": [tuple(report.probe) for report in reports],
+        "size": scheduler.ensemble.size,
+    }
+
+
+@scenario
+def virtual(rank, world):
+    alone = [dist.new_group([r]) for r in range(world)]
+    pairs = [dist.new_group([r, r + 1]) for r in range(0, world - 1, 2)]
+    runs = {"virtual": explored(rank, world, 4, alone[rank])}
+    if world != 3:
+        runs["pairs"] = explored(rank, world, 2, pairs[rank // 2])
+    if world == 4:
+        runs["real"] = explored(rank, world, 1, dist.group.WORLD)
+    return runs
+
+
+@scenario
+def hyperparameters(rank, world):
+    """Weight decay, dropout and a scalar of the user's, in local mode, with a probe on held-out data."""
+    generator = torch.Generator().manual_seed(rank)
+    model = nn.Sequential(nn.Linear(6, 16), nn.ReLU(), nn.Dropout(0.3), nn.Linear(16, 3))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.01, weight_decay=0.1, betas=(0.9, 0.99))
+    smoothing = hdet.scalar("label_smoothing", 0.1, spread=0.05, bounds=(0, 0.5), neutral=0.0)
+    weights = torch.randn(6, 3, generator=torch.Generator().manual_seed(9))
+    probed, held, reports = [], [], []
+
+    def draw(size):
+        x = torch.randn(size, 6, generator=generator)
+        return x, (x @ weights + torch.randn(size, 3, generator=generator)).argmax(-1)
+
+    def loss_fn(model, batch):
+        probed.append((float(smoothing), model[2].training, optimizer.param_groups[0]["weight_decay"]))
+        return F.cross_entropy(model(batch[0]), batch[1])
+
+    def held_out():
+        while True:
+            yield draw(64)
+
+    def build():
+        return hdet.OneCycleLR(
+            optimizer,
+            0.01,
+            200,
+            cycle_momentum=False,
+            model=model,
+            spread=0.2,
+            converge_every=10,
+            auto_lr=True,
+            gradients="local",
+            probe=hdet.Probe(loss_fn=loss_fn, batches=held_out(), held_out=True),
+            hyperparameters=[
+                hdet.param_group("weight_decay", spread=0.5),
+                hdet.module_attribute(model, nn.Dropout, "p", spread=0.1),
+                smoothing,
+            ],
+            monitor=reports.append,
+        )
+
+    scheduler = build()
+    for step in range(200):
+        x, y = draw(16)
+        smoothed = float(smoothing)
+        if step % 10 == 0:
+            group = optimizer.param_groups[0]
+            held.append((group["lr"], group["weight_decay"], model[2].p, smoothed))
+        loss = F.cross_entropy(model(x), y, label_smoothing=smoothed)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        scheduler.step(loss)
+        if step == 99:
+            state = copy.deepcopy((optimizer.state_dict(), scheduler.state_dict()))
+            centres = scheduler.ensemble.centres
+            values = (optimizer.param_groups[0]["weight_decay"], model[2].p, float(smoothing))
+    after = scheduler.ensemble.centres
+    again = build()
+    optimizer.load_state_dict(state[0])
+    again.load_state_dict(state[1])
+    return {
+        "held": held,
+        "reports": [dataclasses.asdict(h) for report in reports[:20] for h in report.hyperparameters],
+        "replica_lr": [report.replica_lr[0] for report in reports[:20]],
+        "probed": probed,
+        "saved_weight_decay": state[0]["param_groups"][0]["weight_decay"],
+        "centres": centres,
+        "after": after,
+        "values": values,
+        "resumed_centres": again.ensemble.centres,
+        "resumed_values": (optimizer.param_groups[0]["weight_decay"], model[2].p, float(smoothing)),
     }
 
 

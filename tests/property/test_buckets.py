@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hdet import ops
-from hdet.averager import _fingerprint
+from hdet.averager import fingerprint
 from hdet.buckets import fill_buckets, wire_dtype
 from hdet.ops import _reference
 
@@ -57,23 +57,23 @@ def test_pack_and_unpack_touch_every_element_once(tensors, bucket_bytes):
 
 @settings(max_examples=300, deadline=None)
 @given(tensor(), st.data())
-def test_a_fingerprint_sees_any_single_change(values, data):
+def test_afingerprint_sees_any_single_change(values, data):
     values = values.contiguous()
     if not values.numel():
         return
     changed = values.clone().reshape(-1)
     at = data.draw(st.integers(0, changed.numel() - 1))
     changed[at] = ~changed[at] if values.dtype == torch.bool else changed[at] + data.draw(st.sampled_from([1, -3, 64]))
-    assert _fingerprint(values) == _fingerprint(values.clone())
-    assert _fingerprint(changed.view(values.shape)) != _fingerprint(values)
+    assert fingerprint(values) == fingerprint(values.clone())
+    assert fingerprint(changed.view(values.shape)) != fingerprint(values)
 
 
-def test_a_fingerprint_sees_positions_signs_and_constants():
+def test_afingerprint_sees_positions_signs_and_constants():
     x = torch.arange(10_000.0)
-    assert _fingerprint(x) != _fingerprint(x.flip(0))
-    assert _fingerprint(torch.zeros(64)) != _fingerprint(torch.ones(64))
-    assert _fingerprint(torch.zeros(64)) != _fingerprint(-torch.zeros(64))
-    assert _fingerprint(torch.full((64,), 0.5)) != _fingerprint(torch.full((64,), 0.25))
+    assert fingerprint(x) != fingerprint(x.flip(0))
+    assert fingerprint(torch.zeros(64)) != fingerprint(torch.ones(64))
+    assert fingerprint(torch.zeros(64)) != fingerprint(-torch.zeros(64))
+    assert fingerprint(torch.full((64,), 0.5)) != fingerprint(torch.full((64,), 0.25))
 
 
 def test_finite():

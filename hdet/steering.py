@@ -1,0 +1,174 @@
+"""Steering: what each factor's controller remembers, and how a round moves its centre. Pure functions of plain floats.
+
+A factor is the learning rate (one for all parameter groups, or one for each) or another hyperparameter. In every round
+each has a level on every replica (:mod:`hdet.design`); the losses of all are explained together, so that what one does
+is not held for the work of another.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+from hdet.controller import Controller, ControllerState, Observation, OneSlope, Place, ProbeLosses
+from hdet.design import Design, Effect, effects, levels, multipliers_of
+
+
+class Round(NamedTuple):
+    """Everything that is known of a round when it ends, but for the levels."""
+
+    losses: tuple[float, ...]
+    """[replica] mean training loss."""
+    schedule: tuple[float, ...]
+    """[group] the schedule's learning rate."""
+    progress: float
+    height: float
+    until: float
+    final: float
+    lag: float
+    """As in :class:`hdet.controller.Observation`."""
+    probe: ProbeLosses | None
+    """What the paired probe measured, if there was one."""
+
+
+class Told(NamedTuple):
+    """What a round said."""
+
+    hypergradient: tuple[float, ...]
+    """[learning rate] NaN where nothing was said."""
+    effects: tuple[Effect, ...]
+    """[other hyperparameter]"""
+
+
+class Steering:
+    """The centres of all factors.
+
+    Args:
+        controller: of the learning rates.
+        one_slope: of the other hyperparameters.
+        auto_lr: whether learning rates move.
+        rates: number of learning rates explored: 0 without a spread, else 1 or one for each group.
+        names: of the other hyperparameters.
+        replicas: number of replicas.
+        spread: ``alpha`` of the learning rates.
+        design, seed: of :func:`hdet.design.levels`.
+    """
+
+    def __init__(
+        self,
+        controller: Controller,
+        one_slope: OneSlope,
+        *,
+        auto_lr: bool,
+        rates: int,
+        names: Sequence[str],
+        replicas: int,
+        spread: float,
+        design: Design,
+        seed: int,
+    ) -> None:
+        self._controller, self._one_slope, self._auto_lr = controller, one_slope, auto_lr
+        self._names = tuple(names)
+        self._replicas, self._spread, self._design, self._seed = replicas, spread, design, seed
+        self._factors = [f"lr/{i}" for i in range(rates if spread else 0)] + [f"hyperparameter/{n}" for n in names]
+        self.rates = [ControllerState()] * rates
+        """[learning rate] gain and memory."""
+        self.places = [Place()] * len(self._names)
+        """[other hyperparameter] position and memory."""
+
+    def levels(self, round: int) -> tuple[tuple[float, ...], ...]:
+        """[factor][replica]; learning rates first, if they are spread."""
+        return levels(self._replicas, self._factors, design=self._design, seed=self._seed, round=round)
+
+    def multipliers(self, rate: int, round: int) -> tuple[float, ...]:
+        """[replica] ``rho`` of one learning rate."""
+        if not self._spread:
+            return (1.0,) * self._replicas
+        return multipliers_of(self.levels(round)[rate], self._spread)
+
+    def held(self, round: int) -> tuple[tuple[float, ...], ...]:
+        """[other hyperparameter][replica] levels."""
+        return self.levels(round)[len(self._factors) - len(self._names) :]
+
+    def observe(self, round: int, seen: Round, spreads: Sequence[tuple[float, bool]] = ()) -> Told:
+        """Move every centre by what a round said.
+
+        Args:
+            round: its index.
+            seen: what was measured.
+            spreads: [other hyperparameter] its spread in force, and whether it may move.
+        """
+        drawn = self.levels(round)
+        spread_rates = len(drawn) - len(self._names)
+        found = [Effect(math.nan, math.nan)] * len(drawn)
+        if seen.probe is not None:
+            odd = [(above - below) / 2 for above, below in zip(seen.probe.above, seen.probe.below, strict=True)]
+            found = effects(drawn, odd)
+        slopes = []
+        for i, state in enumerate(self.rates):
+            observation = Observation(
+                losses=seen.losses,
+                multipliers=self.multipliers(i, round),
+                schedule=seen.schedule[i],
+                progress=seen.progress,
+                height=seen.height,
+                until=seen.until,
+                final=seen.final,
+                probe=_without_others(seen.probe, drawn, found, i),
+                lag=seen.lag,
+            )
+            moved, slope = self._controller.update(state, observation)
+            slopes.append(math.nan if slope is None else slope)
+            if self._auto_lr:
+                self.rates[i] = moved
+        for i, (effect, (spread, moves)) in enumerate(zip(found[spread_rates:], spreads, strict=True)):
+            if moves:
+                self.places[i] = self._one_slope.update(self.places[i], effect.value, spread=spread, height=seen.height)
+        return Told(tuple(slopes), tuple(found[spread_rates:]))
+
+    def cut(self, factor: float) -> None:
+        """Divide all gains, and forget what was seen: the run has been taken back."""
+        self.rates = [ControllerState(gain=state.gain / factor) for state in self.rates]
+        self.places = [Place(place.position) for place in self.places]
+
+    def state(self) -> dict[str, Any]:
+        """What must be saved, as plain values."""
+        return {
+            "controller": [list(state) for state in self.rates],
+            "hyperparameters": {name: list(place) for name, place in zip(self._names, self.places, strict=True)},
+        }
+
+    def check_state(self, state: Mapping[str, Any]) -> None:
+        """Raise ``ValueError`` if :meth:`load` cannot."""
+        if len(state["controller"]) != len(self.rates):
+            raise ValueError(
+                f"The saved state has {len(state['controller'])} gains, this run {len(self.rates)}: another number "
+                "of parameter groups, or another per_group=."
+            )
+        if sorted(state["hyperparameters"]) != sorted(self._names):
+            raise ValueError(
+                f"The saved state has the hyperparameters {sorted(state['hyperparameters'])}, this run "
+                f"{sorted(self._names)}. Resume with the same hyperparameters=."
+            )
+
+    def load(self, state: Mapping[str, Any]) -> None:
+        """Continue from a saved :meth:`state`."""
+        self.rates = [ControllerState(*values) for values in state["controller"]]
+        self.places = [Place(*state["hyperparameters"][name]) for name in self._names]
+
+
+def _without_others(
+    probe: ProbeLosses | None, drawn: Sequence[Sequence[float]], found: Sequence[Effect], own: int
+) -> ProbeLosses | None:
+    """The probe's losses as they would be if only one factor had differed between the replicas."""
+    if probe is None or len(drawn) == 1:
+        return probe
+    others = [
+        math.fsum(drawn[h][r] * found[h].value for h in range(len(drawn)) if h != own and math.isfinite(found[h].value))
+        for r in range(len(probe.above))
+    ]
+    return probe._replace(
+        above=tuple(loss - other for loss, other in zip(probe.above, others, strict=True)),
+        below=tuple(loss + other for loss, other in zip(probe.below, others, strict=True)),
+    )

@@ -396,7 +396,12 @@ class Ensemble:
     def end_step(self, loss: Loss, batch: Any = None) -> None:
         """First part of :meth:`step`, for adapters around a scheduler of their own: observe, and converge if the round
         is over."""
-        checked = None if loss is None else self._checked(loss)
+        if loss is None:
+            checked = None
+        elif self._virtual is None and not isinstance(loss, (list, tuple)):
+            checked = [check_loss(loss)]
+        else:
+            checked = self._checked(loss)
         fan_out = self._fan_out
         if not fan_out.is_current or len(self.optimizer.param_groups) != len(fan_out.base):
             self._refuse()
@@ -473,6 +478,7 @@ class Ensemble:
             "replicas": self.size,
             "base_lr": self.get_base_lr(),
             **self._steering.state(),
+            "starts": {h.name: list(h.starts) for h in self._hyperparameters},
             "first_loss": self._recovery.first_loss if self._recovery else math.nan,
             "rollbacks": self._recovery.count if self._recovery else 0,
             "slow_average": [list(part) for part in self._slow.state()] if self._slow else [],
@@ -490,7 +496,12 @@ class Ensemble:
                 f"{_STATE_VERSION}."
             )
         self._steering.check_state(state)
-
+        for h in self._hyperparameters:
+            if len(state["starts"][h.name]) != len(h.starts):
+                raise ValueError(
+                    f"The saved state has {h.name} in {len(state['starts'][h.name])} places, this run in "
+                    f"{len(h.starts)}: other parameter groups or modules."
+                )
         if (state["slow_average"] or state.get("outer")) and tuple(state.get("shard", (0, 1))) != self._shard:
             raise ValueError(
                 f"The saved state is of shard {state.get('shard', (0, 1))[0]} of {state.get('shard', (0, 1))[1]}, and "
@@ -501,6 +512,8 @@ class Ensemble:
     def load_own_state(self, state: Mapping[str, Any]) -> None:
         """Load what :meth:`own_state` saved."""
         self._steering.load(state)
+        for h in self._hyperparameters:
+            h.starts = list(state["starts"][h.name])
         if self._recovery is not None:
             self._recovery.first_loss, self._recovery.count = state["first_loss"], state["rollbacks"]
         self._recorder.knots = [(step, tuple(lrs)) for step, lrs in state["found_schedule"]]
@@ -539,7 +552,7 @@ class Ensemble:
     def _checked(self, loss: Any) -> list[float | Tensor]:
         """The losses of this process's replicas."""
         count = self.config.virtual_replicas
-        if isinstance(loss, (list, tuple)) and count > 1:
+        if isinstance(loss, (list, tuple)):
             if len(loss) != count:
                 raise ValueError(f"scheduler.step() got {len(loss)} losses for virtual_replicas={count}.")
             return [check_loss(one) for one in loss]
@@ -624,6 +637,7 @@ class Ensemble:
         steering = self._steering
         facts = self._settings() | {
             "controller state": [tuple(state) for state in (*steering.rates, *steering.places)],
+            "hyperparameters at the start": [tuple(h.starts) for h in self._hyperparameters],
             "replicas=": self.replicas.kind,
         }
         layout, *seen = self._averager.inspect()

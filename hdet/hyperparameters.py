@@ -78,7 +78,8 @@ class Hyperparameter:
             )
         self.name, self.spread, self.space, self.bounds = name, float(spread), space, (low, high)
         self.acts_on, self.regularises, self.move = acts_on, regularises, move
-        self._starts: list[float] = []
+        self.starts: list[float] = []
+        """By place, in the space: where the centre began."""
 
     def attach(self, optimizer: Optimizer) -> None:
         """Find the places, and take the values there as the centre."""
@@ -89,7 +90,7 @@ class Hyperparameter:
             if not low <= value <= high or value in _RANGES[self.space]:
                 hint = ": 0 has no logarithm, pass space='linear'" if self.space == "log" and value == 0 else ""
                 raise ValueError(f"{self.name} is {value}. Must be in its bounds {self.bounds}{hint}.")
-        self._starts = [into(value) for value in values]
+        self.starts = [into(value) for value in values]
 
     def value(self, position: float, level: float = 0.0) -> float:
         """The value at the first place, of a replica at ``level``, with the centre ``position`` away from its start."""
@@ -98,7 +99,7 @@ class Hyperparameter:
     def position_of(self, value: float) -> float:
         """The position at which the first place holds ``value``, inside the bounds."""
         into, _ = _SPACES[self.space]
-        return self.clamped(into(value) - self._starts[0])
+        return self.clamped(into(value) - self.starts[0])
 
     def reach(self, position: float) -> float:
         """Spread in force with the centre at ``position``: smaller than ``spread`` close to a bound."""
@@ -129,14 +130,14 @@ class Hyperparameter:
         _, back = _SPACES[self.space]
         low, high = self.bounds
         shift = position + self.reach(position) * level
-        return [min(max(back(start + shift), low), high) for start in self._starts]
+        return [min(max(back(start + shift), low), high) for start in self.starts]
 
     def _range(self) -> tuple[float, float]:
         into, _ = _SPACES[self.space]
         low, high = self.bounds
         widest = _RANGES[self.space]
-        lowest = -math.inf if low == widest[0] else into(low) - min(self._starts)
-        highest = math.inf if high == widest[1] else into(high) - max(self._starts)
+        lowest = -math.inf if low == widest[0] else into(low) - min(self.starts)
+        highest = math.inf if high == widest[1] else into(high) - max(self.starts)
         return lowest, highest
 
     def _neutral(self, position: float) -> list[float]:

@@ -51,6 +51,9 @@ class Replicas:
             )
         active = dist.is_available() and dist.is_initialized()
         world = dist.get_world_size() if active else 1
+        # What new_group() returns on the ranks that it leaves out is an int too.
+        if active and group == dist.GroupMember.NON_GROUP_MEMBER:
+            raise ValueError(_not_a_member())
         if isinstance(group, int) and (group < 1 or world % group):
             raise ValueError(
                 f"Invalid replicas={group}. Must divide the number of ranks, {world}: every replica has as many "
@@ -76,10 +79,7 @@ class Replicas:
         self.ranks = tuple(table.flatten().tolist())
         me = dist.get_rank()
         if me not in self.ranks:
-            raise ValueError(
-                f"Rank {me} is not a member of the group passed as replicas=. Every rank must pass the "
-                "group that it belongs to."
-            )
+            raise ValueError(_not_a_member())
         self.rank, self.member = divmod(self.ranks.index(me), self.members)
         if isinstance(group, DeviceMesh):
             self._group = group.get_group()
@@ -212,6 +212,13 @@ average_gradients.__annotations__ |= {"bucket": dist.GradBucket, "return": torch
 def ranks_of(group: dist.ProcessGroup) -> tuple[int, ...]:
     """The ranks in a process group."""
     return tuple(dist.get_process_group_ranks(group))
+
+
+def _not_a_member() -> str:
+    return (
+        f"Rank {dist.get_rank()} is not a member of the group passed as replicas=. Every rank must pass the group that "
+        "it belongs to."
+    )
 
 
 def _table(group: ReplicasLike, world: int) -> Tensor:

@@ -34,6 +34,8 @@ class VirtualReplicas:
         self._groups = [[p for p in group["params"] if p.requires_grad] for group in optimizer.param_groups]
         self._start = [[p.detach().clone() for p in group] for group in self._groups]
         self._theta = [[torch.empty_like(p) for p in group] for group in self._start]
+        self._is_away = False
+        self._visits = 0
         self._multipliers: list[Sequence[float]] = [(1.0,) * count] * len(self._groups)
 
     @torch.no_grad()
@@ -54,7 +56,8 @@ class VirtualReplicas:
             ValueError: if there are not exactly K.
         """
         self._leave_from()
-        visited = 0
+        self._visits += 1
+        visit, visited = self._visits, 0
         try:
             for micro_batch in micro_batches:
                 if visited == self.count:
@@ -63,7 +66,8 @@ class VirtualReplicas:
                 visited += 1
                 yield micro_batch
         finally:
-            self._come_back()
+            if visit == self._visits:  # else it is the end of a loop that was given up, while another is under way
+                self._come_back()
         if visited != self.count:
             raise ValueError(
                 f"Only {visited} micro-batches in a step with virtual_replicas={self.count}. Each virtual replica "
@@ -82,6 +86,8 @@ class VirtualReplicas:
 
     @torch.no_grad()
     def _leave_from(self) -> None:
+        self._come_back()  # from a step that an exception has cut short: its loop may not have been closed yet
+        self._is_away = True
         for theta, live in zip(self._theta, self._groups, strict=True):
             torch._foreach_copy_(theta, live)
 
@@ -93,5 +99,8 @@ class VirtualReplicas:
 
     @torch.no_grad()
     def _come_back(self) -> None:
+        if not self._is_away:
+            return
+        self._is_away = False
         for theta, live in zip(self._theta, self._groups, strict=True):
             torch._foreach_copy_(live, theta)

@@ -74,6 +74,9 @@ def tables(results: Sequence[Comparison]) -> str:
         if chosen:
             parts.append(f"{title}: time of {OURS}, and how many times as long the alternatives took (quartiles)")
             parts.append(_table(chosen) + "\n")
+    if counted := [result for result in results if result.section == "traffic"]:
+        parts.append("Traffic: KiB that one rank hands to collectives per training step")
+        parts.append(_traffic(counted) + "\n")
     return "\n".join(parts)
 
 
@@ -95,6 +98,17 @@ def _table(results: Sequence[Comparison]) -> str:
         notes += [f"{name}: {reason}" for name, reason in result.skipped.items()]
     counts = {note: notes.count(note) for note in notes}
     return "\n".join([_aligned(rows), *(f"  skipped {n} times: {note}" for note, n in counts.items())])
+
+
+def _traffic(results: Sequence[Comparison]) -> str:
+    rows: list[Sequence[str]] = [
+        ("", "replicas", "model", "between replicas", "inside a replica", "converge, as reported")
+    ]
+    for result in results:
+        facts = result.facts
+        sizes = (4 * facts["parameters"], facts["across"], facts["inside"], facts["reported"])
+        rows.append((result.case, str(facts["replicas"]), *(f"{size / 1024:.1f}" for size in sizes)))
+    return _aligned(rows)
 
 
 def _aligned(rows: Sequence[Sequence[str]]) -> str:

@@ -9,11 +9,11 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 
-from hdet.bench import converge, graph, kernels, overhead, processes, steps
+from hdet.bench import converge, graph, kernels, overhead, processes, steps, traffic
 from hdet.bench.measure import Comparison
 from hdet.bench.shapes import SHAPES
 
-SECTIONS = ("kernels", "step", "converge", "overhead")
+SECTIONS = ("kernels", "step", "converge", "overhead", "traffic")
 KERNEL_SHAPES = ("resnet50", "gpt2", "tiny")
 
 
@@ -34,7 +34,7 @@ class Settings:
     seconds: float = 20.0
     """Time for one case, about."""
     converge_every: int = 50
-    """Training steps to a round in the section ``overhead``."""
+    """Training steps to a round in the sections ``overhead`` and ``traffic``."""
     device: str = "auto"
     """``cpu``, ``cuda``, or ``auto``: GPUs where there are enough."""
     limit: float = 3600.0
@@ -67,7 +67,7 @@ def run(settings: Settings) -> Iterator[Comparison]:
     if "step" in settings.sections:
         say("scheduler.step")
         yield from steps.measure(repeat=settings.repeat, seconds=settings.seconds / 4)
-    if {"converge", "overhead"} & set(settings.sections):
+    if {"converge", "overhead", "traffic"} & set(settings.sections):
         for size in settings.processes:
             device = settings.device_for(size)
             yield from processes.run(_together, size, (settings, device), device=device, limit=settings.limit)
@@ -91,3 +91,6 @@ def _together(settings: Settings, device: str) -> Iterator[Comparison]:
         yield from overhead.measure(
             repeat=settings.repeat, seconds=settings.seconds, converge_every=settings.converge_every
         )
+    if "traffic" in settings.sections:
+        announce(f"traffic {with_size}")
+        yield from traffic.measure(converge_every=settings.converge_every)

@@ -65,11 +65,16 @@ def test_a_quick_run_has_all_sections_and_as_many_samples_of_each_contender(quic
     counts = {}
     for result in found["results"]:
         counts[result["section"]] = counts.get(result["section"], 0) + 1
-        assert OURS in result["samples"]
+        assert OURS in result["samples"] or result["section"] == "traffic"
         assert all(len(seconds) == 3 for seconds in result["samples"].values())
         assert all(0 < second < 100 for seconds in result["samples"].values() for second in seconds)
     # 2 shapes x 2 dtypes x pack and unpack; 1 and 8 groups; 2 shapes; the whole round and its scheduler.step
-    assert counts == {"kernels": 8, "step": 2, "converge": 2, "overhead": 2}
+    assert counts == {"kernels": 8, "step": 2, "converge": 2, "overhead": 2, "traffic": 3}
+    traffic = {r["facts"]["mode"]: r["facts"] for r in found["results"] if r["section"] == "traffic"}
+    model = 4 * traffic["local"]["parameters"]
+    assert traffic["plain_ddp"]["across"] == model  # every gradient, every step
+    assert model < traffic["shared"]["across"] < 1.2 * model  # and the model once in 10 steps
+    assert model / 10 == traffic["local"]["reported"] < traffic["local"]["across"] < 0.2 * model
     verdicts = {target["name"]: target["verdict"] for target in found["targets"]}
     assert len(verdicts) == 8
     assert verdicts["converge: against every alternative"] != "not measured"

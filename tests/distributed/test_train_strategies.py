@@ -68,8 +68,11 @@ def test_a_sharded_run_resumes_bit_for_bit(runs):
     assert "Warning" not in output
     ours, theirs = load(folder / "parts"), load(folder / "whole")
     assert ours["step"] == theirs["step"] == 12
-    for part in ("model", "optimizer", "scheduler"):
-        torch.testing.assert_close(ours[part], theirs[part], rtol=0, atol=0)
+    torch.testing.assert_close(ours["model"], theirs["model"], rtol=0, atol=0)
+    torch.testing.assert_close(ours["optimizer"]["state"], theirs["optimizer"]["state"], rtol=0, atol=0)
+    for mine, other in zip(ours["scheduler"], theirs["scheduler"], strict=True):
+        torch.testing.assert_close(mine["hdet"]["slow_average"], other["hdet"]["slow_average"], rtol=0, atol=0)
+        assert mine["hdet"]["controller"] == other["hdet"]["controller"]
     rounds, again = (read_jsonl(folder / name / "rounds.jsonl") for name in ("whole", "parts"))
     assert [r["step"] for r in rounds] == [2, 4, 6, 8, 10, 12]
     for name in ("losses", "probe", "next_gain", "distance"):

@@ -92,10 +92,18 @@ class SlowAverage:
         trail.lerp_(kept, 1 - self.decay)
         return distance
 
-    def point(self, index: int, sign: int, like: Tensor) -> Tensor:
-        """``e + sign (e - f)`` in bucket ``index``, on the device and in the dtype of ``like``."""
+    def point(self, index: int, sign: int, like: Tensor, shares: Sequence[tuple[int, float]] = ()) -> Tensor:
+        """``e + sign (e - f)`` in bucket ``index``, on the device and in the dtype of ``like``.
+
+        Args:
+            shares: (number of elements, share) from the bucket's first element to its last: how far to go in each.
+        """
         slow, trail = (part.to(like.device, like.dtype) for part in self._parts[index])
-        return torch.add(slow, slow - trail, alpha=sign)
+        progress = slow - trail
+        if shares:
+            for part, (_, share) in zip(progress.split([count for count, _ in shares]), shares, strict=True):
+                part.mul_(share)
+        return torch.add(slow, progress, alpha=sign)
 
     def state(self) -> list[tuple[Tensor, Tensor]]:
         """What must be saved: both averages, by bucket."""

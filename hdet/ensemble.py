@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bisect
 import contextlib
 import logging
 import math
@@ -20,7 +21,7 @@ from torch.optim.lr_scheduler import LambdaLR, LRScheduler, ReduceLROnPlateau
 from hdet.agreement import digest, gather_agreed
 from hdet.averager import Averaged, Averager, Inspection, Pending, Point, SlowAverage
 from hdet.config import EnsembleConfig
-from hdet.controller import Controller, OneSlope, ProbeLosses, Published, Slopes, TwoSlope, slopes_of
+from hdet.controller import Controller, OneSlope, ProbeLosses, Published, Slopes, TwoSlope
 from hdet.design import Design, Effect
 from hdet.fan_out import FanOut, copied
 from hdet.forecast import Forecast, forecast
@@ -553,6 +554,8 @@ class Ensemble:
         """The losses of this process's replicas."""
         count = self.config.virtual_replicas
         if isinstance(loss, (list, tuple)):
+            if len(loss) != count and count == 1:
+                raise TypeError(f"scheduler.step() got {type(loss).__name__} of {len(loss)} losses; pass one.")
             if len(loss) != count:
                 raise ValueError(f"scheduler.step() got {len(loss)} losses for virtual_replicas={count}.")
             return [check_loss(one) for one in loss]
@@ -764,10 +767,42 @@ class Ensemble:
                 for point in points:
                     point.bucket.pack(point.displacement)
                     point.displacement.sub_(point.mean)
-        together = self.replicas.members > 1
+        shares = None
+        if self.config.per_group and len(self._group_names) > 1:
+            own = self.replicas.rank * self.config.virtual_replicas + k
+            shares = self._shares(points, [column[own] for column in self._steering.directions(self._ended_round)])
         return evaluate(
-            self._models, self._probe.loss_fn, batch, points, self._slow, self._weights, to_the_end=together
+            self._models,
+            self._probe.loss_fn,
+            batch,
+            points,
+            self._slow,
+            self._weights,
+            shares=shares,
+            to_the_end=self.replicas.members > 1,
         )
+
+    def _shares(self, points: Sequence[Point], by_group: Sequence[float]) -> list[list[tuple[int, float]]]:
+        """By bucket, how far the probe goes in each piece of it: as far as in its parameter group."""
+        spans = sorted(
+            (plain.data_ptr(), plain.data_ptr() + plain.nbytes, share)
+            for group, share in zip(self.optimizer.param_groups, by_group, strict=True)
+            for plain in map(local, group["params"])
+            if plain.numel()
+        )
+        starts = [start for start, _, _ in spans]
+
+        def share_of(piece: Tensor) -> float:
+            i = bisect.bisect_right(starts, piece.data_ptr()) - 1
+            # What no optimizer moves has made no progress, and any share of it is none.
+            return spans[i][2] if i >= 0 and piece.data_ptr() < spans[i][1] else 0.0
+
+        return [[(piece.numel(), share_of(piece)) for piece in point.bucket.pieces] for point in points]
+
+    @property
+    def _ended_round(self) -> int:
+        """Index of the round in which the last step was taken."""
+        return (self._steps - 1) // self.config.converge_every
 
     def _has_blown_up(self, gathered: Sequence[_Gathered]) -> bool:
         """Whether the round that just ended is to be undone."""
@@ -825,7 +860,7 @@ class Ensemble:
 
     def _control(self, complete: bool, probe: ProbeLosses | None = None) -> Report:
         """The report of a converge but for the average itself; if it ends the round, the controllers move."""
-        round = (self._steps - 1) // self.config.converge_every
+        round = self._ended_round
         losses = mean_losses(self._totals)
         finite = [loss for loss in losses if math.isfinite(loss)]
         schedule = [float(lr) for lr in self._fan_out.base]
@@ -833,7 +868,7 @@ class Ensemble:
         rates = [self._rate_of(g) for g in range(len(schedule))]
         multipliers = [steering.multipliers(i, round) for i in rates]
         held, places = steering.held(round), steering.places
-        told = Told((math.nan,) * len(steering.rates), (Effect(math.nan, math.nan),) * len(places))
+        told = Told((math.nan,) * len(steering.rates), (Effect(math.nan, math.nan),) * len(places), None)
         lag = self._probe.lag if self._probe else 1.0
         if complete:
             peak, final = (self._forecast.peak, self._forecast.final) if self._forecast else (0.0, 0.0)
@@ -858,7 +893,6 @@ class Ensemble:
             self._totals = [(0.0, 0)] * self.size
             if self._recovery is not None:
                 self._recovery.observe(losses)
-        probed = None if probe is None else slopes_of(probe, multipliers[0], lag)
         base = tuple(lr * gain for lr, gain in zip(schedule, gains, strict=True))
         return Report(
             step=self._steps,
@@ -890,7 +924,7 @@ class Ensemble:
             ),
             distance=(math.nan,) * self.replicas.size,
             excluded=(),
-            probe=Slopes(*(math.nan,) * 3) if probed is None else probed,
+            probe=Slopes(*(math.nan,) * 3) if told.slopes is None else told.slopes,
             rolled_back=False,
             converge_ms=0.0,
             converge_bytes=0,

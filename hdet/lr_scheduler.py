@@ -179,9 +179,8 @@ class OneCycleLR(lr_scheduler.OneCycleLR):
         """
         ensemble = self.ensemble
         if ensemble is None:
-            for one in loss if isinstance(loss, (list, tuple)) else (loss,):
-                if one is not None:
-                    check_loss(one)
+            if loss is not None:  # a script with virtual replicas may run with one
+                check_loss(loss[0] if isinstance(loss, (list, tuple)) and len(loss) == 1 else loss)
             _step_schedule(self, epoch)
         else:
             ensemble.end_step(loss, batch)

@@ -95,6 +95,7 @@ def evaluate(
     slow: SlowAverage,
     weights: Weights,
     *,
+    shares: Sequence[Sequence[tuple[int, float]]] | None = None,
     to_the_end: bool = False,
 ) -> tuple[float, float, float, float]:
     """One rank's ``(above, below, slow_above, slow_below)``. Collective among a replica's members, if ``loss_fn`` is:
@@ -105,6 +106,7 @@ def evaluate(
     not change in eval mode.
 
     Args:
+        shares: by bucket, of the slow average's progress; see :meth:`hdet.averager.SlowAverage.point`.
         to_the_end: evaluate all four points before raising, even if one fails, for the sake of members that take part
             in the others. That keeps them together if ``loss_fn`` fails after the model's forward pass. If it fails in
             it, or before it, on some members only, the rest wait there until their process group's timeout.
@@ -121,7 +123,8 @@ def evaluate(
             for own in (True, False):
                 for sign in (1, -1):
                     for i, (bucket, mean, displacement) in enumerate(points):
-                        point = mean.add(displacement, alpha=sign) if own else slow.point(i, sign, mean)
+                        along = shares[i] if shares else ()
+                        point = mean.add(displacement, alpha=sign) if own else slow.point(i, sign, mean, along)
                         bucket.write(point)
                     weights.written()
                     try:

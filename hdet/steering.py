@@ -11,7 +11,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-from hdet.controller import Controller, ControllerState, Observation, OneSlope, Place, ProbeLosses
+from hdet.controller import Controller, ControllerState, Observation, OneSlope, Place, ProbeLosses, Slopes, slopes_of
 from hdet.design import Design, Effect, effects, levels, multipliers_of
 
 
@@ -39,6 +39,8 @@ class Told(NamedTuple):
     """[learning rate] NaN where nothing was said."""
     effects: tuple[Effect, ...]
     """[other hyperparameter]"""
+    slopes: Slopes | None
+    """What the probe said of all learning rates together; ``None`` without one, or where it was not finite."""
 
 
 class Steering:
@@ -91,6 +93,16 @@ class Steering:
         """[other hyperparameter][replica] levels."""
         return self.levels(round)[len(self._factors) - len(self._names) :]
 
+    def directions(self, round: int) -> tuple[tuple[float, ...], ...]:
+        """[learning rate][replica] by how much the probe takes a replica along the slow average's progress in the
+        parameters of each. With one learning rate, all the way. With several, some forward and some back: then the
+        progress of each can be told from that of the others, with not one forward pass more."""
+        count = len(self.rates)
+        if count == 1:
+            return ((1.0,) * self._replicas,)
+        names = [f"slow/{i}" for i in range(count)]
+        return levels(self._replicas, names, design=self._design, seed=self._seed, round=round)
+
     def observe(self, round: int, seen: Round, spreads: Sequence[tuple[float, bool]] = ()) -> Told:
         """Move every centre by what a round said.
 
@@ -105,6 +117,12 @@ class Steering:
         if seen.probe is not None:
             odd = [(above - below) / 2 for above, below in zip(seen.probe.above, seen.probe.below, strict=True)]
             found = effects(drawn, odd)
+        probes = [_without_others(seen.probe, drawn, found, i) for i in range(len(self.rates))]
+        together = None
+        if seen.probe is not None:
+            together = slopes_of(seen.probe, self.multipliers(0, round), seen.lag)
+        if together is not None and len(self.rates) > 1:
+            together = self._divide(round, seen, probes, together)
         slopes = []
         for i, state in enumerate(self.rates):
             observation = Observation(
@@ -115,7 +133,7 @@ class Steering:
                 height=seen.height,
                 until=seen.until,
                 final=seen.final,
-                probe=_without_others(seen.probe, drawn, found, i),
+                probe=probes[i],
                 lag=seen.lag,
             )
             moved, slope = self._controller.update(state, observation)
@@ -125,7 +143,32 @@ class Steering:
         for i, (effect, (spread, moves)) in enumerate(zip(found[spread_rates:], spreads, strict=True)):
             if moves:
                 self.places[i] = self._one_slope.update(self.places[i], effect.value, spread=spread, height=seen.height)
-        return Told(tuple(slopes), tuple(found[spread_rates:]))
+        return Told(tuple(slopes), tuple(found[spread_rates:]), together)
+
+    def _divide(self, round: int, seen: Round, probes: list[ProbeLosses | None], first: Slopes) -> Slopes | None:
+        """With several learning rates: put into ``probes`` each one's own share of the lasting progress, by
+        :meth:`directions`, and an equal share of the noise, which nothing divides. Returns the sums."""
+        probe, lag, count = seen.probe, seen.lag, len(self.rates)
+        assert probe is not None
+        odd = [(above - below) / 2 for above, below in zip(probe.slow_above, probe.slow_below, strict=True)]
+        progress = [-effect.value / lag for effect in effects(self.directions(round), odd)]
+        known = [a for a in progress if math.isfinite(a)]
+        level = first.noise - lag * first.debiased  # of the mean, over the slow average
+        debiased = math.fsum(known) * count / max(1, len(known))
+        noise = level + lag * debiased
+        raws = []
+        for i, own in enumerate(probes):
+            if own is None or not math.isfinite(progress[i]):
+                probes[i] = None  # this round does not say
+                continue
+            base = math.fsum(a + b for a, b in zip(own.above, own.below, strict=True)) / (2 * len(own.above))
+            there = base - noise / count + lag * progress[i]
+            probes[i] = own._replace(
+                slow_above=(there - lag * progress[i],) * len(odd), slow_below=(there + lag * progress[i],) * len(odd)
+            )
+            slopes = slopes_of(probes[i], self.multipliers(i, round), lag)  # type: ignore[arg-type]
+            raws.append(math.nan if slopes is None else slopes.raw)
+        return Slopes(math.fsum(raws) if raws else math.nan, debiased, noise) if known else None
 
     def cut(self, factor: float) -> None:
         """Divide all gains, and forget what was seen: the run has been taken back."""

@@ -85,7 +85,7 @@ LOSSES = [
     (torch.ones(2), ValueError, r"shape \(2,\)"),
     (torch.ones(2, 1), ValueError, r"shape \(2, 1\)"),
     ("0.3", TypeError, "got str"),
-    ([0.3], TypeError, "got list"),
+    ([0.3, 0.4], TypeError, "got list"),
 ]
 
 

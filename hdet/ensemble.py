@@ -39,7 +39,7 @@ from hdet.sharding import check_sharding
 from hdet.signal import TrainingLoss, check_loss, mean_losses
 from hdet.steering import Round, Steering, Told
 from hdet.virtual import VirtualReplicas
-from hdet.weights import weights_of
+from hdet.weights import local, weights_of
 
 logger = logging.getLogger("hdet")
 

@@ -184,6 +184,11 @@ def _check(engine: Any, args: tuple[Any, ...], settings: dict[str, Any]) -> None
             "DeepSpeed goes on with the groups of an engine before. Set deepspeed.utils.groups.mpu = None between them."
         )
     stage = engine.zero_optimization_stage()
+    if stage == 3 and settings.get("per_group") and settings.get("probe") is not None:
+        raise ValueError(
+            "per_group=True with a probe is not supported at ZeRO stage 3, whose parameter groups are empty "
+            "between steps: the probe could not tell them apart. Use per_group=False, or ZeRO stage 1 or 2."
+        )
     if engine.mpu is None and stage > 0 and settings.get("spread", 0) > 0:
         raise ValueError(
             f"ZeRO stage {stage} cuts one model into shards over all {dist.get_world_size()} ranks, so that a learning "

@@ -214,7 +214,13 @@ def guards(rank, world):
     engine = start(0, "fp32", groups)
     results["auto"] = message(attach, engine, hdet.OneCycleLR, "auto", total_steps=9, spread=0.3)
     results["model"] = message(attach, engine, hdet.OneCycleLR, max_lr=1, total_steps=9, model=engine.module)
+    for name, value in {"gradients": "shared", "virtual_replicas": 2}.items():
+        results[name] = message(attach, engine, hdet.OneCycleLR, max_lr=1, total_steps=9, spread=0.3, **{name: value})
     results["engine"] = message(attach, engine.module, hdet.OneCycleLR, max_lr=1, total_steps=9)
+    engine.destroy()
+    engine = start(3, "fp32", groups)
+    settings = {"total_steps": 9, "spread": 0.3, "auto_lr": True, "per_group": True, "probe": probe_loss}
+    results["per_group"] = message(attach, engine, hdet.OneCycleLR, max_lr=1, **settings)
     engine.destroy()
     engine = start(0, "fp32", None, forget=False)
     results["left_over"] = message(attach, engine, hdet.OneCycleLR, max_lr=1, total_steps=9, spread=0.3)

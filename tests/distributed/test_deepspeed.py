@@ -88,6 +88,9 @@ def test_zero_over_the_whole_world_is_refused_with_the_way_out(results):
         assert "has a scheduler already" in result["twice"][0]
         assert "only the engine may" in result["auto"][0]
         assert "Do not pass model=" in result["model"][0]
+        assert "Invalid gradients='shared'" in result["gradients"][0]
+        assert "virtual_replicas=" in result["virtual_replicas"][0]
+        assert "not supported at ZeRO stage 3" in result["per_group"][0]
         assert "takes the engine" in result["engine"][0]
         assert "deepspeed.utils.groups.mpu = None" in result["left_over"][0]
 

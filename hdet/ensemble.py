@@ -39,7 +39,7 @@ from hdet.sharding import check_sharding
 from hdet.signal import TrainingLoss, check_loss, mean_losses
 from hdet.steering import Round, Steering, Told
 from hdet.virtual import VirtualReplicas
-from hdet.weights import Weights, local
+from hdet.weights import local, weights_of
 
 logger = logging.getLogger("hdet")
 
@@ -232,7 +232,7 @@ class Ensemble:
             self.look_ahead(forecast(schedule, optimizer, -(-self.config.total_steps // schedule_every)))
         owned = {p for m in models for p in m.parameters()}
         extra = [p for group in optimizer.param_groups for p in group["params"] if p not in owned] if models else []
-        self._weights = Weights(models, extra)
+        self._weights = weights_of(models, extra)
         self._averager = Averager(
             self._weights, self.replicas, int(self.config.bucket_mib * _MIB), has_virtual=virtual_replicas > 1
         )
@@ -632,8 +632,8 @@ class Ensemble:
         return settings
 
     def _version(self) -> int:
-        """A number that grows whenever a parameter is written in place."""
-        return sum(local(p)._version for group in self.optimizer.param_groups for p in group["params"])
+        """A number that grows whenever a trained tensor is written in place."""
+        return sum(tensor._version for tensor, trained in self._weights.tensors() if trained)
 
     def _agree(self) -> list[_Gathered]:
         """Make sure that all replicas are at the same point, and gather what each has to tell."""

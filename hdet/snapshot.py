@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from hdet.weights import local
+from hdet.weights import local, weights_of
 
 
 class Snapshot:
@@ -26,7 +26,7 @@ class Snapshot:
     """
 
     def __init__(self, models: Sequence[nn.Module], optimizer: Optimizer, device: torch.device | None = None) -> None:
-        self._models, self._optimizer, self._device = tuple(models), optimizer, device
+        self._weights, self._optimizer, self._device = weights_of(tuple(models)), optimizer, device
         self._tensors: list[Tensor] = []
         self._state: dict[Tensor, dict[str, Any]] = {}
 
@@ -46,6 +46,7 @@ class Snapshot:
         """Put everything back. State that the optimizer has made since is dropped, and made anew at its next step."""
         for t, kept in zip(self._live(), self._tensors, strict=True):
             t.copy_(kept)
+        self._weights.written()
         live = self._optimizer.state
         for p in [p for p in live if p not in self._state]:
             del live[p]
@@ -72,8 +73,7 @@ class Snapshot:
     def _live(self) -> Iterable[Tensor]:
         seen: set[int] = set()
         groups = (p for group in self._optimizer.param_groups for p in group["params"])
-        modules = (t for model in self._models for t in (*model.parameters(), *model.buffers()))
-        for tensor in (*modules, *groups):
+        for tensor in (*(tensor for tensor, _ in self._weights.tensors()), *groups):
             if id(tensor) not in seen:
                 seen.add(id(tensor))
                 yield local(tensor).detach()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
+from weakref import WeakKeyDictionary
 
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
@@ -60,3 +61,18 @@ def is_sharded(models: Iterable[nn.Module]) -> bool:
     """Whether a model has DTensor parameters or buffers."""
     reshard(models := tuple(models))
     return any(isinstance(t, DTensor) for model in models for t in (*model.parameters(), *model.buffers()))
+
+
+_ELSEWHERE: WeakKeyDictionary[nn.Module, Weights] = WeakKeyDictionary()
+
+
+def keep_elsewhere(model: nn.Module, weights: Weights) -> None:
+    """For adapters: from now on ``weights`` are what ``model``'s weights are. They must not keep the model alive."""
+    _ELSEWHERE[model] = weights
+
+
+def weights_of(models: Sequence[nn.Module], extra: Iterable[Tensor] = ()) -> Weights:
+    """The weights of ``models``: where an adapter said they are, else the modules' own and ``extra``."""
+    if len(models) == 1 and (elsewhere := _ELSEWHERE.get(models[0])) is not None:
+        return elsewhere
+    return Weights(models, extra)

@@ -44,6 +44,11 @@ install_hdet() {
     echo "torch==$before" >"$constraint"
     # Without build isolation, so that extensions are built against the torch that will load them.
     pip_install -c "$constraint" 'setuptools>=77'
+    # DeepSpeed (in the extras deepspeed and dev) compiles nothing now, and on a machine without a GPU looks for none.
+    export DS_BUILD_OPS="${DS_BUILD_OPS:-0}"
+    if [[ -z "${DS_ACCELERATOR:-}" && "$(python -W ignore -c 'import torch; print(torch.cuda.is_available())')" == False ]]; then
+        export DS_ACCELERATOR=cpu
+    fi
     pip_install -c "$constraint" --no-build-isolation -e "$HDET_ROOT[$extra]"
     rm -f "$constraint"
     after="$(torch_version)"

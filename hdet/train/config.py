@@ -205,14 +205,18 @@ class TrainConfig:
     """Micro-batches per optimizer step."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """``auto``: one GPU per local rank if there are GPUs, else the CPU."""
-    strategy: Literal["ddp", "fsdp"] = "ddp"
+    strategy: Literal["ddp", "fsdp", "deepspeed"] = "ddp"
     """How the processes of a run share the work: ``ddp``, each holds the whole model; ``fsdp``, FSDP2: the processes of
-    a replica hold a shard of it each."""
+    a replica hold a shard of it each; ``deepspeed``, as ``deepspeed_config`` says."""
     replicas: int | None = None
     """Number of replicas, a divisor of the number of processes; default: one per process. A replica's processes have
     consecutive ranks and one learning rate."""
+    deepspeed_config: str | None = None
+    """DeepSpeed's JSON file, for ``strategy=deepspeed``: ``configs/deepspeed_zero1.json`` and so on. It has what
+    the run does not know; batch size, accumulation, clipping and precision are the run's."""
     dtype: Literal["float32", "bfloat16"] = "float32"
-    """``bfloat16`` runs forward and backward under autocast; parameters stay float32."""
+    """``bfloat16`` runs forward and backward under autocast; parameters stay float32. With ``strategy=deepspeed``
+    parameters are bfloat16, with float32 masters."""
     compile: bool = False
     """Whether to run the model through torch.compile."""
     seed: int = 0
@@ -240,6 +244,13 @@ class TrainConfig:
             _require(f"train.{name}", getattr(self, name), getattr(self, name) >= 0, ">= 0 steps")
         if self.replicas is not None:
             _require("train.replicas", self.replicas, self.replicas >= 1, ">= 1")
+        if self.deepspeed_config is not None:
+            _require(
+                "train.deepspeed_config",
+                self.deepspeed_config,
+                self.strategy == "deepspeed",
+                "left out: it is for train.strategy=deepspeed",
+            )
         if self.stop_at is not None:
             _require("train.stop_at", self.stop_at, self.stop_at >= 1, ">= 1")
 

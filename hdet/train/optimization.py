@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterable
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -56,6 +57,8 @@ class Schedule:
         monitors: where the ensemble's reports go.
         probe: for ``hdet.probe=true``.
         replicas: who they are, for hdet.
+        build: ``build(class, *args, **settings)`` makes a scheduler where hdet is not told optimizer, model and
+            replicas, but finds them itself; default: on ``optimizer``.
 
     Raises:
         ConfigError: if the sections ``schedule`` or ``hdet`` do not make a schedule.
@@ -69,9 +72,10 @@ class Schedule:
         monitors: list[Monitor],
         probe: hdet.Probe | None = None,
         replicas: ReplicasLike = None,
+        build: Callable[..., Any] | None = None,
     ) -> None:
         try:
-            self._scheduler = _build(config, optimizer, model, monitors, probe, replicas)
+            self._scheduler = _build(config, optimizer, model, monitors, probe, replicas, build)
         except (TypeError, ValueError) as error:
             raise ConfigError(f"In the sections schedule and hdet: {error}") from error
         scheduler = self._scheduler
@@ -120,12 +124,12 @@ def _build(
     monitors: list[Monitor],
     probe: hdet.Probe | None,
     replicas: ReplicasLike,
+    build: Callable[..., Any] | None,
 ) -> hdet.OneCycleLR | hdet.Ensemble | LambdaLR:
     total_steps, schedule, ours = config.train.total_steps, config.schedule, config.hdet
     settings: dict[str, Any] = {}
     if ours.spread > 0:
         settings = {
-            "model": model,
             "spread": ours.spread,
             "converge_every": ours.converge_every or max(1, total_steps // 100),
             "auto_lr": ours.auto_lr,
@@ -139,16 +143,17 @@ def _build(
             "gradients": ours.gradients,
             "outer_momentum": ours.outer_momentum,
             "outer_lr": ours.outer_lr,
-            "replicas": replicas,
             "monitor": monitors,
         }
     elif ours.spread < 0:
         raise ValueError(f"Invalid spread={ours.spread}. Must be in [0, 1).")
+    if build is None:
+        build = partial(_build_on, optimizer, {"model": model, "replicas": replicas} if settings else {})
     if schedule.name == "one_cycle":
         if schedule.options:
             raise ValueError(f"Invalid options={schedule.options}. For one_cycle set the section's own fields.")
-        return hdet.OneCycleLR(
-            optimizer,
+        return build(
+            hdet.OneCycleLR,
             config.optimizer.known_max_lr,
             total_steps,
             pct_start=schedule.pct_start,
@@ -163,8 +168,14 @@ def _build(
         )
     factor = _factor(schedule.name, schedule.options, total_steps)
     if not settings:
-        return LambdaLR(optimizer, factor)
-    return hdet.Ensemble(optimizer, factor, total_steps=total_steps, **settings)
+        return build(LambdaLR, factor)
+    return build(hdet.Ensemble, factor, total_steps=total_steps, **settings)
+
+
+def _build_on(
+    optimizer: Optimizer, known: dict[str, Any], kind: Callable[..., Any], *args: Any, **settings: Any
+) -> Any:
+    return kind(optimizer, *args, **known, **settings)
 
 
 def _factor(name: str, options: dict[str, Any], total_steps: int) -> Callable[[int], float]:

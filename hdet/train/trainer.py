@@ -7,6 +7,7 @@ import math
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +20,17 @@ from hdet.replicas import Replicas
 from hdet.train import checkpoint, data, models
 from hdet.train.config import Config
 from hdet.train.ddp_strategy import DDPStrategy
+from hdet.train.deepspeed_strategy import DeepSpeedStrategy
 from hdet.train.fsdp_strategy import FSDPStrategy
 from hdet.train.log import RunLog
 from hdet.train.optimization import Schedule, build_optimizer, find_max_lr
 from hdet.train.processes import Process, StopRequest
+
+_STRATEGIES: dict[str, type[DDPStrategy]] = {
+    "ddp": DDPStrategy,
+    "fsdp": FSDPStrategy,
+    "deepspeed": DeepSpeedStrategy,
+}
 
 
 class Trainer:
@@ -38,7 +46,7 @@ class Trainer:
 
     def __init__(self, config: Config, process: Process) -> None:
         self.config, self.process, self._processes = config, process, Replicas()
-        self._strategy = (FSDPStrategy if config.train.strategy == "fsdp" else DDPStrategy)(config, process)
+        self._strategy = _STRATEGIES[config.train.strategy](config, process)
         self.replicas = self._strategy.replicas
         self._settings = asdict(config)
         directory = Path(config.train.log_dir)
@@ -58,10 +66,15 @@ class Trainer:
             self.config = config = replace(config, optimizer=replace(config.optimizer, max_lr=max_lr))
         self._ddp = self._strategy.wrap(self.model)
         self.optimizer = build_optimizer(config.optimizer, self.model, process.device)
+        self._deepspeed = self._strategy if isinstance(self._strategy, DeepSpeedStrategy) else None
+        build = None
+        if self._deepspeed is not None:
+            self._ddp = self._deepspeed.start(self.model, self.optimizer)
+            self.optimizer, build = self._deepspeed.optimizer, self._deepspeed.build_scheduler
         self.log = RunLog(directory, _flat(asdict(config)), writer=process.writer)
         probe = hdet.Probe(loss_fn=self._loss_of, batches=self._probe_batches()) if config.hdet.probe else None
         self.schedule = Schedule(
-            config, self.optimizer, self._ddp, self.log.monitors, probe, self._strategy.replicas_argument
+            config, self.optimizer, self._ddp, self.log.monitors, probe, self._strategy.replicas_argument, build
         )
         if saved:
             self.schedule.load_state_dict(self._strategy.load(saved, self.model, self.optimizer))
@@ -120,14 +133,13 @@ class Trainer:
         """One optimizer step; returns this replica's loss, on its device."""
         config, process = self.config, self.process
         total = torch.zeros((), device=process.device)
-        self.model.train()
+        self._ddp.train()
+        if self._deepspeed is not None:
+            losses = [partial(self._loss_of_micro_batch, i) for i in range(config.train.accumulate)]
+            return self._deepspeed.train_step(losses, hears_losses=self.schedule.ensemble is not None)
         for micro_batch in range(config.train.accumulate):
-            seed = data.step_seed(config.train.seed, process.rank, self.step, micro_batch)
-            if config.model.dropout:
-                torch.manual_seed(seed)  # so that a resumed run drops the same units
-            batch = self.data.draw(config.train.batch_size, torch.Generator().manual_seed(seed))
             with self._strategy.synchronised(self._ddp, micro_batch == config.train.accumulate - 1):
-                loss = self._loss(batch) / config.train.accumulate
+                loss = self._loss_of_micro_batch(micro_batch) / config.train.accumulate
                 loss.backward()
             total += loss.detach()
         if config.optimizer.grad_clip:
@@ -137,11 +149,18 @@ class Trainer:
         self.schedule.step(total)
         return total
 
+    def _loss_of_micro_batch(self, micro_batch: int) -> Tensor:
+        config = self.config
+        seed = data.step_seed(config.train.seed, self.process.rank, self.step, micro_batch)
+        if config.model.dropout:
+            torch.manual_seed(seed)  # so that a resumed run drops the same units
+        return self._loss(self.data.draw(config.train.batch_size, torch.Generator().manual_seed(seed)))
+
     def _warm_up(self) -> None:
         """One backward pass that changes nothing. After its first, DistributedDataParallel regroups the gradients which
         it sends together, and so the order in which those of the replicas are added: without this, the first step of a
         resumed run would round differently from the same step of an uninterrupted one."""
-        if self._ddp is not self.model:
+        if self._ddp is not self.model and self._deepspeed is None:
             self.model.train()
             self._loss(self.data.validation(0, self.config.train.batch_size, 1)).backward()
             self.optimizer.zero_grad(set_to_none=True)
@@ -152,7 +171,7 @@ class Trainer:
     def _loss_of(self, model: nn.Module, batch: data.Batch) -> Tensor:
         inputs, targets = self._to_device(batch)
         with self._autocast():
-            return models.loss_of(model(inputs), targets)
+            return models.loss_of(model(inputs).float(), targets)
 
     def _draw(self, step: int, purpose: int | str) -> data.Batch:
         """This rank's training batch for a purpose beside training itself."""
@@ -175,13 +194,20 @@ class Trainer:
         self._find_seconds = time.monotonic() - started
         return self._finding.max_lr
 
+    @property
+    def _dtype(self) -> torch.dtype:
+        """Of the model's parameters."""
+        return next(self.model.parameters()).dtype
+
     def _to_device(self, batch: data.Batch) -> data.Batch:
+        if batch.inputs.is_floating_point():  # a model that is bfloat16 itself takes nothing else
+            batch = batch._replace(inputs=batch.inputs.to(self._dtype))
         if self.process.device.type == "cpu":
             return batch
         return data.Batch(*(t.pin_memory().to(self.process.device, non_blocking=True) for t in batch))
 
     def _autocast(self) -> torch.autocast:
-        bf16 = self.config.train.dtype == "bfloat16"
+        bf16 = self.config.train.dtype == "bfloat16" and self._dtype == torch.float32
         return torch.autocast(self.process.device.type, torch.bfloat16, enabled=bf16)
 
     @torch.no_grad()
@@ -191,7 +217,7 @@ class Trainer:
         self.schedule.converge()
         size = self.config.train.batch_size
         batches = self.data.validation_batches(size, self.config.train.eval_batches)
-        self.model.eval()
+        self._ddp.eval()
         rows = []
         for index in range(self.replicas.rank, batches, self.replicas.size):
             inputs, targets = self._to_device(self.data.validation(index, size, batches))
@@ -228,6 +254,8 @@ class Trainer:
                 "max_lr": self.config.optimizer.max_lr,
             }
             checkpoint.save(self._checkpoint, state)
+        if self._deepspeed is not None:
+            self._deepspeed.forget(self.step)
 
     def _mean(self, value: Tensor) -> float:
         """Over the processes. Collective."""

@@ -27,7 +27,7 @@ LAYERS = [
 ]  # fmt: skip
 PURE = {"errors", "spread", "design", "controller", "steering", "config", "prior", "report", "schedules"}
 ADAPTERS = {"tensorboard", "lr_scheduler", "integrations", "train", "bench"}
-MAY_USE_ADAPTERS = {"train": {"lr_scheduler", "tensorboard"}, "bench": {"lr_scheduler", "train"}}
+MAY_USE_ADAPTERS = {"train": {"integrations", "lr_scheduler", "tensorboard"}, "bench": {"lr_scheduler", "train"}}
 FRONT_DOOR_USERS = {"integrations", "train", "bench"}
 # Only the training program and the benchmark start and end process groups, and save sharded models; training code never
 # does.

@@ -1,0 +1,378 @@
+"""Run by torchrun: what the tests of test_deepspeed.py read, with the real DeepSpeed on 2 replicas x 2 shards."""
+
+import itertools
+import os
+import pickle
+import sys
+import traceback
+from pathlib import Path
+
+import deepspeed
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import nn
+
+import hdet
+from hdet.integrations.deepspeed import ReplicaGroups, attach, load_checkpoint, save_checkpoint, weights_of
+
+deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # else a C++ build of a minute
+
+OUT = Path(sys.argv[1])
+SCENARIOS = []
+KINDS = [(stage, precision) for stage in (0, 1, 2, 3) for precision in ("fp32", "bf16")]
+
+
+def scenario(function):
+    SCENARIOS.append(function)
+    return function
+
+
+def gather(value):
+    values = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
+class Net(nn.Module):
+    """With a buffer, a frozen parameter, and parameters on both sides of ZeRO 3's persistence threshold."""
+
+    def __init__(self):
+        super().__init__()
+        self.first = nn.Linear(6, 16)
+        self.second = nn.Linear(16, 3)
+        self.frozen = nn.Parameter(torch.randn(16), requires_grad=False)
+        self.register_buffer("scale", torch.rand(3) + 0.5)
+
+    def forward(self, x):
+        return self.second(torch.tanh(self.first(x)) + 0.1 * self.frozen) * self.scale.to(x.dtype)
+
+
+def net(seed):
+    torch.manual_seed(seed)
+    return Net()
+
+
+def config(stage, precision, **more):
+    settings = {
+        "train_micro_batch_size_per_gpu": 8,
+        "zero_allow_untested_optimizer": True,
+        "zero_optimization": {"stage": stage, "stage3_param_persistence_threshold": 20},
+        "steps_per_print": 10**9,
+    }
+    if precision != "fp32":
+        settings["bf16"] = {"enabled": True}
+    if precision == "fp16":
+        settings |= {"bf16": {"enabled": False}, "fp16": {"enabled": True, "initial_scale_power": 8}}
+    if precision == "bf16+fp32":
+        settings["data_types"] = {"grad_accum_dtype": "fp32"}
+    return settings | more
+
+
+def start(stage, precision, groups, seed=0, optimizer=torch.optim.AdamW, forget=True, **more):
+    if forget:
+        deepspeed.utils.groups.mpu = None  # an engine without groups would take those of the one before
+    model = net(seed)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    inner = optimizer(trained, lr=0.01)
+    engine, *_ = deepspeed.initialize(
+        model=model, optimizer=inner, model_parameters=trained, config=config(stage, precision, **more), mpu=groups
+    )
+    return engine
+
+
+def dtype_of(engine):
+    return torch.bfloat16 if engine.bfloat16_enabled() else torch.float16 if engine.fp16_enabled() else torch.float32
+
+
+def batch(rank, step):
+    generator = torch.Generator().manual_seed(1000 * step + rank)
+    return torch.randn(8, 6, generator=generator), torch.randint(3, (8,), generator=generator)
+
+
+def loss_of(model, data, dtype=torch.float32):
+    x, y = data
+    return F.cross_entropy(model(x.to(dtype)).float(), y)
+
+
+def train(engine, rank, steps, with_loss=True):
+    losses = []
+    for step in steps:
+        loss = loss_of(engine, batch(rank, step), dtype_of(engine))
+        engine.backward(loss)
+        engine.step(lr_kwargs={"loss": loss} if with_loss else None)
+        losses.append(loss.item())
+    return losses
+
+
+def masters(engine):
+    return [tensor.detach().clone() for tensor, trained in weights_of(engine).tensors() if trained]
+
+
+def full(engine):
+    """Every parameter as the optimizer's fp32 masters hold it, whole: by DeepSpeed's own accounting."""
+    whole = {}
+    for name, p in engine.module.named_parameters():
+        if not p.requires_grad:
+            with deepspeed.zero.GatheredParameters(p, enabled=hasattr(p, "ds_id")):
+                whole[name] = p.detach().float().clone()
+        elif engine.zero_optimization_stage() > 0:
+            whole[name] = deepspeed.utils.safe_get_full_fp32_param(p).detach().float().clone()
+        elif hasattr(engine.optimizer, "fp32_groups"):
+            pairs = zip(engine.optimizer.fp16_groups[0], engine.optimizer.fp32_groups[0], strict=True)
+            whole[name] = next(m for copy, m in pairs if copy is p).detach().clone()
+        else:
+            whole[name] = p.detach().clone()
+    return whole
+
+
+@scenario
+def stages(rank, world):
+    groups = ReplicaGroups(2)
+    results = {}
+    for stage, precision in [*KINDS, (1, "bf16+fp32")]:
+        engine = start(stage, precision, groups, seed=rank)
+        scheduler = attach(engine, hdet.OneCycleLR, max_lr=0.05, total_steps=12, spread=0.3, converge_every=4)
+        at_start = gather({name: t.tolist() for name, t in [*full(engine).items(), *engine.module.named_buffers()]})
+        rates = []
+        for step in range(3):
+            rates.append(scheduler.get_last_lr()[0])
+            train(engine, rank, [step])
+        rates.append(engine.optimizer.param_groups[0]["lr"])
+        before = gather(full(engine))
+        scheduler.converge()
+        after = full(engine)
+        mean = {name: (before[0][name] + before[2][name]) / 2 for name in after}
+        reference = net(0)
+        reference.load_state_dict({**mean, "scale": engine.module.scale.float()})
+        reference.to(dtype_of(engine))
+        data = batch(9, 9)
+        engine.eval()
+        with torch.no_grad():
+            ours, theirs = (loss_of(model, data, dtype_of(engine)).item() for model in (engine, reference))
+            direct = loss_of(engine.module, data, dtype_of(engine)).item()
+        engine.train()
+        train(engine, rank, [3])
+        end = gather([t.tolist() for t in masters(engine)])
+        results[stage, precision] = {
+            "optimizer": type(engine.optimizer).__name__,
+            "equal_at_start": all(values == at_start[0] for values in at_start),
+            "rates": rates,
+            "parted": max((before[0][name] - before[2][name]).abs().max().item() for name in mean),
+            "error": max((after[name] - mean[name]).abs().max().item() for name in mean),
+            "losses": (ours, theirs, direct),
+            "equal_at_round_end": end[rank % 2] == end[2 + rank % 2],
+            "steps": scheduler.ensemble.steps,
+            "last_rate": scheduler.get_last_lr()[0],
+        }
+        engine.destroy()
+    return results
+
+
+def message(function, *args, **kwargs):
+    """What it raises, and on what occasion."""
+    try:
+        function(*args, **kwargs)
+    except Exception as error:
+        return f"{type(error).__name__}: {error}", repr(error.__context__)
+    return "", ""
+
+
+def attached(stage, precision, groups, seed=0, optimizer=torch.optim.AdamW, **settings):
+    engine = start(stage, precision, groups, seed=seed, optimizer=optimizer)
+    settings = {"max_lr": 0.05, "total_steps": 12, "spread": 0.3, "converge_every": 3} | settings
+    return engine, attach(engine, hdet.OneCycleLR, **settings)
+
+
+@scenario
+def guards(rank, world):
+    results = {}
+    results["replicas"] = message(ReplicaGroups, 3)
+    engine = start(1, "fp32", None)
+    results["whole_world"] = message(attach, engine, hdet.OneCycleLR, max_lr=0.1, total_steps=9, spread=0.3)
+    plain = attach(engine, hdet.OneCycleLR, max_lr=0.1, total_steps=9)
+    train(engine, rank, range(3))
+    results["spread_0"] = (plain.ensemble is None, plain.get_last_lr())
+    results["twice"] = message(attach, engine, hdet.OneCycleLR, max_lr=0.1, total_steps=9)
+    engine.destroy()
+
+    engine = start(0, "fp32", None, seed=rank)  # every rank is a replica, and gradients are shared
+    scheduler = attach(engine, hdet.OneCycleLR, max_lr=0.1, total_steps=9, spread=0.3, converge_every=3)
+    train(engine, rank, range(2))
+    rates, moments = gather(scheduler.get_last_lr()), gather(engine.basic_optimizer.state_dict()["state"][0]["exp_avg"])
+    before = gather(full(engine))
+    train(engine, rank, [2])
+    results["shared"] = {
+        "rates": rates,
+        "moments_equal": all(torch.equal(m, moments[0]) for m in moments),
+        "parted": (before[0]["first.weight"] - before[3]["first.weight"]).abs().max().item(),
+        "equal": len({str({k: v.tolist() for k, v in w.items()}) for w in gather(full(engine))}) == 1,
+    }
+    engine.destroy()
+
+    groups = ReplicaGroups(2)
+    engine = start(0, "fp32", groups)
+    results["auto"] = message(attach, engine, hdet.OneCycleLR, "auto", total_steps=9, spread=0.3)
+    results["model"] = message(attach, engine, hdet.OneCycleLR, max_lr=1, total_steps=9, model=engine.module)
+    for name, value in {"gradients": "shared", "virtual_replicas": 2}.items():
+        results[name] = message(attach, engine, hdet.OneCycleLR, max_lr=1, total_steps=9, spread=0.3, **{name: value})
+    results["engine"] = message(attach, engine.module, hdet.OneCycleLR, max_lr=1, total_steps=9)
+    engine.destroy()
+    engine = start(3, "fp32", groups)
+    settings = {"total_steps": 9, "spread": 0.3, "auto_lr": True, "per_group": True, "probe": probe_loss}
+    results["per_group"] = message(attach, engine, hdet.OneCycleLR, max_lr=1, **settings)
+    engine.destroy()
+    engine = start(0, "fp32", None, forget=False)
+    results["left_over"] = message(attach, engine, hdet.OneCycleLR, max_lr=1, total_steps=9, spread=0.3)
+    engine.destroy()
+    return results
+
+
+@scenario
+def losses(rank, world):
+    """What the engine passes to step(): the loss, nothing, and its batch size after a TypeError inside."""
+    results = {}
+    engine, scheduler = attached(0, "fp32", ReplicaGroups(2), auto_lr=True)
+    results["given"] = train(engine, rank, range(3))
+    results["seen"] = scheduler.ensemble.last_report.losses
+    train(engine, rank, range(3), with_loss=False)
+    results["without"] = (scheduler.ensemble.steps, scheduler.ensemble.last_report.complete)
+    loss = loss_of(engine, batch(rank, 7))
+    engine.backward(loss)
+    results["int"] = message(engine.step, lr_kwargs={"loss": "1.5"})
+    results["steps_after_int"] = scheduler.ensemble.steps
+    engine.destroy()
+    return results
+
+
+@scenario
+def skipped(rank, world):
+    """Replica 1's gradients are NaN at one step: DeepSpeed skips it there, and does not step the scheduler."""
+    results = {}
+    groups = ReplicaGroups(2)
+    for stage, precision in [(1, "fp32"), (3, "bf16"), (1, "fp16")]:
+        if precision == "fp16" and not deepspeed.accelerator.get_accelerator().is_fp16_supported():
+            continue
+        engine, scheduler = attached(stage, precision, groups)
+        applied = []
+        for step in range(6):
+            loss = loss_of(engine, batch(rank, step), dtype_of(engine))
+            engine.backward(loss * (float("nan") if step == 1 and rank >= 2 else 1.0))
+            engine.step(lr_kwargs={"loss": loss})
+            applied.append(engine.was_step_applied())
+        values = gather([t.tolist() for t in masters(engine)])
+        results[stage, precision] = {
+            "applied": applied,
+            "steps": scheduler.ensemble.steps,
+            "equal": values[rank % 2] == values[2 + rank % 2],
+            "excluded": scheduler.ensemble.last_report.excluded,
+        }
+        engine.destroy()
+    return results
+
+
+@scenario
+def resume(rank, world):
+    results = {}
+    groups = ReplicaGroups(2)
+    for stage, precision in [(0, "bf16"), (1, "bf16"), (2, "fp32"), (3, "bf16")]:
+        directory = OUT / f"checkpoint{stage}{precision}"
+        probing = {"auto_lr": True, "probe": hdet.Probe(loss_fn=probe_loss, batches=itertools.repeat(batch(rank, 50)))}
+        engine, scheduler = attached(stage, precision, groups, **probing)
+        nothing = load_checkpoint(engine, directory)
+        train(engine, rank, range(4))
+        save_checkpoint(engine, directory, client_state={"seen": 4})
+        train(engine, rank, range(4, 9))
+        whole = [t.tolist() for t in masters(engine)], [t.tolist() for t in full(engine).values()]
+        rates, state = scheduler.get_last_lr(), scheduler.state_dict()
+        engine.destroy()
+
+        engine, scheduler = attached(stage, precision, groups, seed=5 + rank, **probing)
+        client_state = load_checkpoint(engine, directory)
+        train(engine, rank, range(4, 9))
+        results[stage, precision] = {
+            "nothing": nothing,
+            "client_state": (client_state["seen"], "lr_scheduler" in client_state),
+            "masters": [t.tolist() for t in masters(engine)] == whole[0],
+            "full": [t.tolist() for t in full(engine).values()] == whole[1],
+            "rates": rates == scheduler.get_last_lr(),
+            "state": str(state) == str(scheduler.state_dict()),
+            "steps": (engine.global_steps, scheduler.ensemble.steps),
+            "saved_rates": saved_rates(directory),
+            "base_lr": state["hdet"]["found_schedule"],
+            "latest": (directory / "latest").read_text(),
+            "slow_average": len(state["hdet"]["slow_average"]),
+        }
+        engine.destroy()
+    return results
+
+
+def probe_loss(model, data):
+    return loss_of(model, data, next(p.dtype for p in model.parameters()))
+
+
+def saved_rates(directory):
+    """Learning rates in the optimizer states of both replicas' files."""
+    rates = {}
+    for path in sorted(directory.glob("replica*/*/*.pt")):
+        for groups in find(torch.load(path, weights_only=False), "param_groups"):
+            rates[str(path.relative_to(directory))] = [group["lr"] for group in groups]
+    return rates
+
+
+def find(tree, key):
+    """Every value under ``key`` in nested dicts."""
+    if not isinstance(tree, dict):
+        return []
+    return ([tree[key]] if key in tree else []) + [found for value in tree.values() for found in find(value, key)]
+
+
+@scenario
+def probe(rank, world):
+    """The probe's points are written to the masters, and the loss function sees them through the module."""
+    results = {}
+    groups = ReplicaGroups(2)
+    for stage, precision in [(0, "fp32"), (1, "fp32"), (3, "fp32"), (1, "bf16"), (3, "bf16")]:
+        seen = []
+
+        def loss_fn(model, data, seen=seen):
+            loss = probe_loss(model, data)
+            seen.append(loss.item())
+            return loss
+
+        batches = [batch(rank, 100 + i) for i in range(3)]
+        settings = {"auto_lr": True, "probe": hdet.Probe(loss_fn=loss_fn, batches=batches)}
+        engine, scheduler = attached(stage, precision, groups, max_lr=1e-3, total_steps=60, **settings)
+        train(engine, rank, range(24))
+        results[stage, precision] = {
+            "seen": seen,
+            "probe": scheduler.ensemble.last_report.probe,
+            "gain": scheduler.ensemble.gains[0],
+            "rate": scheduler.get_last_lr()[0],
+            "first_weight": full(engine)["first.weight"].tolist(),
+        }
+        engine.destroy()
+    return results
+
+
+def main():
+    deepspeed.init_distributed(dist_backend="gloo", verbose=False)
+    rank, world = dist.get_rank(), dist.get_world_size()
+    only = os.environ.get("HDET_SCENARIOS", "").split(",") if os.environ.get("HDET_SCENARIOS") else None
+    for function in SCENARIOS:
+        if only and function.__name__ not in only:
+            continue
+        try:
+            torch.manual_seed(0)
+            result = function(rank, world)
+        except BaseException:
+            traceback.print_exc()
+            os._exit(1)  # the others are in a collective: torchrun ends them
+        (OUT / f"{function.__name__}.{rank}.pickle").write_bytes(pickle.dumps(result))
+        dist.barrier()
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()

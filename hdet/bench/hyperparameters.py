@@ -1,4 +1,4 @@
-"""``python -m hdet.bench.hyperparameters``: do hyperparameters beside the learning rate find their way, and does it pay?
+"""``python -m hdet.bench.hyperparameters``: do other hyperparameters than the learning rate find their way?
 
 200 labelled digits, a fifth of the labels wrong; an MLP with dropout; AdamW, 1500 steps; 4 processes with local
 gradients, averaged every 10 steps. Another 400 images are the probe's; the rest validate. For every hyperparameter:
@@ -6,9 +6,9 @@ gradients, averaged every 10 steps. Another 400 images are the probe's; the rest
 - **swept**: what each of a few fixed values ends at, all else at the start's values. The best is the optimum.
 - **found**: from a start away from it, moved by hdet, alone and with all others at once.
 
-Weight decay, dropout and label smoothing start on the side of too little regularisation, or, with ``--start strong``, of
-too much. The learning rates of body and head start 10 times too low and 3 times too high. Resumes: every run is kept in
-``runs.jsonl``.
+Weight decay, dropout and label smoothing start on the side of too little regularisation, or, with ``--start strong``,
+of too much. The learning rates of body and head start 10 times too low and 3 times too high. Resumes: every run is kept
+in ``hyperparameters.jsonl``.
 """
 
 from __future__ import annotations

@@ -45,7 +45,7 @@ def levels(
 ) -> tuple[tuple[float, ...], ...]:
     """The level of every factor on every replica: ``[factor][replica]``, in [-1, 1], each factor's mean exactly 0.
 
-    A single factor spreads evenly, whatever the design. With more than ``replicas - 1`` factors the orthogonal design
+    With more than ``replicas - 1`` factors the orthogonal design
     explores ``replicas - 1`` of them in a round, in rotation; the others' levels are 0. It depends on nothing but its
     arguments, so that ranks agree without talking.
 
@@ -55,7 +55,7 @@ def levels(
     """
     if replicas == 1 or not factors:
         return ((0.0,) * replicas,) * len(factors)
-    if design == "independent" or len(factors) == 1:
+    if design == "independent":
         even = tuple(round_to_grid((rho - 1) / _UNIT) for rho in multipliers(replicas, _UNIT))
         orders = [permutation(replicas, seed=seed, round=round, hyperparameter=name) for name in factors]
         return tuple(tuple(even[i] for i in order) for order in orders)

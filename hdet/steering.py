@@ -72,7 +72,9 @@ class Steering:
     ) -> None:
         self._controller, self._one_slope, self._auto_lr = controller, one_slope, auto_lr
         self._names = tuple(names)
-        self._replicas, self._spread, self._design, self._seed = replicas, spread, design, seed
+        self._replicas, self._spread, self._seed = replicas, spread, seed
+        # A learning rate alone spreads evenly, as in the paper: there is nothing to be orthogonal to.
+        self._design: Design = design if names or rates > 1 else "independent"
         self._factors = [f"lr/{i}" for i in range(rates if spread else 0)] + [f"hyperparameter/{n}" for n in names]
         self.rates = [ControllerState()] * rates
         """[learning rate] gain and memory."""

@@ -33,7 +33,7 @@ def test_levels_are_balanced_and_within_one(replicas, factors, round, design):
         assert math.fsum(multipliers_of(column, 0.3)) == pytest.approx(replicas, abs=1e-13)
 
 
-@given(st.integers(2, 40), st.integers(2, 5), st.integers(0, 50))
+@given(st.integers(2, 40), st.integers(1, 5), st.integers(0, 50))
 def test_columns_of_the_orthogonal_design_are_orthogonal(replicas, factors, round):
     drawn = levels(replicas, NAMES[:factors], seed=0, round=round)
     active = [column for column in drawn if any(column)]
@@ -53,10 +53,9 @@ def test_factors_take_turns():
     assert explored == [30] * 5
 
 
-@pytest.mark.parametrize("design", ["orthogonal", "independent"])
-def test_a_single_factor_is_the_spread_of_the_paper(design):
+def test_independent_levels_are_the_spread_of_the_paper():
     for round in range(5):
-        (column,) = levels(5, ["lr/0"], design=design, seed=3, round=round)
+        (column,) = levels(5, ["lr/0"], design="independent", seed=3, round=round)
         assert multipliers_of(column, 0.25) == assignment(5, 0.25, seed=3, round=round, hyperparameter="lr/0")
 
 

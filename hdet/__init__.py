@@ -9,6 +9,7 @@ from hdet.hyperparameters import Hyperparameter, module_attribute, param_group, 
 from hdet.lr_finder import LRFinding, find_lr
 from hdet.lr_scheduler import OneCycleLR
 from hdet.monitor import JsonLines, Monitor
+from hdet.noisy_start import warm_noisy_start
 from hdet.probe import Probe
 from hdet.report import Report
 from hdet.tensorboard import TensorBoard
@@ -36,4 +37,5 @@ __all__ = [
     "param_group",
     "scalar",
     "schedules",
+    "warm_noisy_start",
 ]

@@ -51,7 +51,7 @@ def levels(
 
     Examples:
         >>> levels(4, ["a", "b", "c"], seed=0, round=0)  # doctest: +NORMALIZE_WHITESPACE
-        ((-1.0, 1.0, -1.0, 1.0), (1.0, 1.0, -1.0, -1.0), (1.0, -1.0, -1.0, 1.0))
+        ((-1.0, 1.0, -1.0, 1.0), (1.0, -1.0, -1.0, 1.0), (1.0, 1.0, -1.0, -1.0))
     """
     if replicas == 1 or not factors:
         return ((0.0,) * replicas,) * len(factors)

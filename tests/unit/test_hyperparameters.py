@@ -455,3 +455,40 @@ def test_the_published_controller_wants_each_virtual_replicas_loss():
         scheduler.step([1.0, 2.0, 3.0])
     scheduler.step([1.0, 2.0])
     assert scheduler.ensemble.last_report.losses == (1.0, 2.0)
+
+
+# -------------------------------------------------------------------------------------------------- warm noisy starts
+
+
+class Tied(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.embedding = nn.Embedding(100, 16)
+        self.norm = nn.BatchNorm1d(16)
+        self.head = nn.Linear(16, 100, bias=False)
+        self.head.weight = self.embedding.weight
+        self.frozen = nn.Parameter(torch.randn(8), requires_grad=False)
+        self.half = nn.Parameter(torch.randn(200).bfloat16())
+        self.zero = nn.Parameter(torch.zeros(5))
+
+
+def test_noise_is_in_proportion_and_leaves_the_rest():
+    torch.manual_seed(0)
+    model = Tied()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    state = torch.get_rng_state()
+    hdet.warm_noisy_start(model, 0.05, seed=3)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert model.head.weight is model.embedding.weight
+    after = model.state_dict()
+    for name in ("embedding.weight", "half"):
+        moved = (after[name].double() - before[name].double()).norm() / before[name].double().norm()
+        assert moved.item() == pytest.approx(0.05, rel=0.2)
+    for name in ("frozen", "zero", "norm.running_mean", "norm.num_batches_tracked"):
+        assert torch.equal(after[name], before[name])
+    again = Tied()
+    again.load_state_dict(before)
+    hdet.warm_noisy_start(again, 0.05, seed=3)
+    assert all(torch.equal(after[name], tensor) for name, tensor in again.state_dict().items())
+    with pytest.raises(ValueError, match="Invalid nu=-1"):
+        hdet.warm_noisy_start(model, -1)

@@ -5,7 +5,7 @@ from hdet import controller, ops, schedules
 from hdet.ensemble import Ensemble
 from hdet.errors import DivergedError, HdetError, ReplicaMismatchError
 from hdet.found_schedule import FoundSchedule
-from hdet.hyperparameters import Hyperparameter, module_attribute, param_group, scalar
+from hdet.hyperparameters import Dropout, Hyperparameter, module_attribute, param_group, scalar
 from hdet.lr_finder import LRFinding, find_lr
 from hdet.lr_scheduler import OneCycleLR
 from hdet.monitor import JsonLines, Monitor
@@ -18,6 +18,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "DivergedError",
+    "Dropout",
     "Ensemble",
     "FoundSchedule",
     "HdetError",

@@ -291,6 +291,34 @@ class Scalar(Hyperparameter):
             self._tensor.fill_(self.value_now)
 
 
+class Dropout(nn.Module):
+    """``nn.Dropout`` whose ``p`` is a 0-dim tensor, written in place: a compiled model does not compile anew for it.
+
+    To be explored with ``hdet.module_attribute(model, hdet.Dropout, "p", ...)``. ``p`` lies on the CPU wherever the
+    model is, and is not part of its state.
+
+    Raises:
+        ValueError: for ``p`` outside [0, 1).
+    """
+
+    def __init__(self, p: float = 0.5) -> None:
+        super().__init__()
+        if not 0 <= p < 1:
+            raise ValueError(f"Invalid {p=}. Must be in [0, 1).")
+        self.p = torch.tensor(float(p))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``x`` with a share ``p`` of its elements zero and the others larger by ``1 / (1 - p)``; in eval ``x``."""
+        if not self.training:
+            return x
+        keep = torch.rand_like(x) >= self.p
+        return torch.where(keep, x / (1 - self.p), 0.0).to(x.dtype)
+
+    def extra_repr(self) -> str:
+        """Shown by ``repr()``."""
+        return f"p={float(self.p):g}"
+
+
 def param_group(
     field: str,
     *,
@@ -359,7 +387,7 @@ def module_attribute(
         kind: which modules.
         attribute: which attribute of theirs: a float or a 0-dim tensor.
         spread, space, bounds, regularises, move, name: as for :func:`param_group`; ``name`` is by default
-            ``"Dropout.p"`` and the like. ``p`` of torch's dropout modules has the bounds (0, 1).
+            ``"Dropout.p"`` and the like. ``p`` of dropout modules has the bounds (0, 1).
 
     Raises:
         TypeError, ValueError: for a bad argument, or if the model has no such module or attribute.
@@ -378,7 +406,7 @@ def module_attribute(
         value = getattr(module, attribute, None)
         if isinstance(value, bool) or not isinstance(value, (int, float, Tensor)):
             raise TypeError(f"{kind.__name__}.{attribute} is {value!r}. Must be a number to be explored.")
-    if bounds is None and attribute == "p" and issubclass(kind, nn.modules.dropout._DropoutNd):
+    if bounds is None and attribute == "p" and issubclass(kind, (nn.modules.dropout._DropoutNd, Dropout)):
         bounds = (0, 1)
     return ModuleAttribute(
         modules,

@@ -492,3 +492,56 @@ def test_noise_is_in_proportion_and_leaves_the_rest():
     assert all(torch.equal(after[name], tensor) for name, tensor in again.state_dict().items())
     with pytest.raises(ValueError, match="Invalid nu=-1"):
         hdet.warm_noisy_start(model, -1)
+
+
+# ------------------------------------------------------------------------------------------------------ torch.compile
+
+
+def test_dropout_with_a_tensor_drops_the_same_share():
+    torch.manual_seed(0)
+    layer = hdet.Dropout(0.3)
+    x = torch.ones(200, 200, requires_grad=True)
+    y = layer(x)
+    y.sum().backward()
+    assert (y == 0).float().mean().item() == pytest.approx(0.3, abs=0.01)
+    assert y.mean().item() == pytest.approx(1, abs=0.02)
+    assert torch.equal(x.grad, y)
+    assert layer(x.bfloat16()).dtype == torch.bfloat16
+    assert layer.eval()(x) is x
+    assert layer.state_dict() == {}
+    assert repr(layer) == "Dropout(p=0.3)"
+    with pytest.raises(ValueError, match="Invalid p=1"):
+        hdet.Dropout(1)
+
+
+def test_nothing_compiles_anew_when_values_change():
+    compiled = []
+
+    def backend(graph, _):
+        compiled.append(graph)
+        return graph.forward
+
+    model = nn.Sequential(nn.Linear(4, 8), hdet.Dropout(0.2), nn.Linear(8, 2))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=torch.tensor(0.1), weight_decay=0.1)
+    p = hdet.module_attribute(model, hdet.Dropout, "p", spread=0.1)
+    smoothing = hdet.scalar("smoothing", 0.1, spread=0.05, bounds=(0, 0.5))
+    for h in (p, smoothing):
+        h.attach(optimizer)
+    value = smoothing.tensor()
+
+    def loss_of(x, y):
+        log_p = F.log_softmax(model(x), -1)
+        return -((1 - value) * log_p.gather(1, y[:, None]).mean() + value * log_p.mean())
+
+    torch._dynamo.reset()
+    step = torch.compile(loss_of, backend=backend)
+    x, y = torch.randn(16, 4), torch.randint(0, 2, (16,))
+    for level in (-1.0, -0.5, 0.0, 0.5, 1.0):
+        p.write(0.0, level)
+        smoothing.write(0.0, level)
+        torch.manual_seed(0)
+        loss = step(x, y)
+        torch.manual_seed(0)
+        assert torch.equal(loss, loss_of(x, y))
+    assert len(compiled) == 1
+    torch._dynamo.reset()

@@ -5,6 +5,7 @@ Sections, in the order in which they run (``--sections`` picks some):
 - ``kernels``: pack and unpack alone, against a memory copy of the same bytes and against torch (:mod:`.kernels`); on a
   GPU also a CUDA graph of a whole training step with its converge (:mod:`.graph`).
 - ``step``: ``scheduler.step(loss)`` between converges against torch's OneCycleLR (:mod:`.steps`).
+- ``virtual``: a step at the points of virtual replicas, against plain gradient accumulation (:mod:`.visits`).
 - ``converge``: the average of a model over 2 and 4 processes, against the ways others do it (:mod:`.contenders`), over
   the tensor lists of :mod:`.shapes`. Every contender's result is checked against the true mean.
 - ``overhead``: a whole training run, plain DDP against hdet (:mod:`.overhead`).

@@ -20,6 +20,7 @@ _TITLES = {
     "kernels": "Pack and unpack",
     "graph": "A CUDA graph of a training step with converge",
     "step": "scheduler.step(loss) between converges",
+    "virtual": "Virtual replicas",
     "converge": "Converge",
     "overhead": "A training run",
 }

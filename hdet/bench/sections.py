@@ -9,11 +9,11 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 
-from hdet.bench import converge, graph, kernels, overhead, processes, steps, traffic
+from hdet.bench import converge, graph, kernels, overhead, processes, steps, traffic, visits
 from hdet.bench.measure import Comparison
 from hdet.bench.shapes import SHAPES
 
-SECTIONS = ("kernels", "step", "converge", "overhead", "traffic")
+SECTIONS = ("kernels", "step", "virtual", "converge", "overhead", "traffic")
 KERNEL_SHAPES = ("resnet50", "gpt2", "tiny")
 
 
@@ -67,6 +67,9 @@ def run(settings: Settings) -> Iterator[Comparison]:
     if "step" in settings.sections:
         say("scheduler.step")
         yield from steps.measure(repeat=settings.repeat, seconds=settings.seconds / 4)
+    if "virtual" in settings.sections:
+        say("virtual replicas")
+        yield from visits.measure(repeat=settings.repeat, seconds=settings.seconds / 2)
     if {"converge", "overhead", "traffic"} & set(settings.sections):
         for size in settings.processes:
             device = settings.device_for(size)

@@ -78,6 +78,8 @@ class Trainer:
         )
         if saved:
             self.schedule.load_state_dict(self._strategy.load(saved, self.model, self.optimizer))
+            if saved["config"]["train"]["total_steps"] != config.train.total_steps:
+                self.schedule.continue_at(self.step)
         if config.train.compile:
             self.model.compile()
         self._validated: dict[str, float] = {}
@@ -137,16 +139,18 @@ class Trainer:
         if self._deepspeed is not None:
             losses = [partial(self._loss_of_micro_batch, i) for i in range(config.train.accumulate)]
             return self._deepspeed.train_step(losses, hears_losses=self.schedule.ensemble is not None)
-        for micro_batch in range(config.train.accumulate):
+        each: list[Tensor] = []
+        for micro_batch in self.schedule.each(range(config.train.accumulate)):
             with self._strategy.synchronised(self._ddp, micro_batch == config.train.accumulate - 1):
                 loss = self._loss_of_micro_batch(micro_batch) / config.train.accumulate
                 loss.backward()
             total += loss.detach()
+            each.append(loss.detach() * config.train.accumulate)
         if config.optimizer.grad_clip:
             nn.utils.clip_grad_norm_(self.model.parameters(), config.optimizer.grad_clip)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        self.schedule.step(total)
+        self.schedule.step(each if config.hdet.virtual_replicas else total)
         return total
 
     def _loss_of_micro_batch(self, micro_batch: int) -> Tensor:

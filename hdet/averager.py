@@ -223,7 +223,8 @@ class Averager:
         self._is_idle = replicas.size == 1 and not has_virtual
         self._plan: _Plan | None = None
         # Copies that several ranks of a replica hold are averaged over all ranks, so that they cannot drift apart.
-        self._everyone = replicas.members > 1 and replicas.copies and weights.whole
+        self.everyone = replicas.members > 1 and replicas.copies and weights.whole
+        """Whether averages are over all ranks, not only over those that hold the same part of each replica."""
         self._wires: dict[tuple[torch.device, torch.dtype, int], Tensor] = {}
 
     @torch.no_grad()
@@ -303,8 +304,8 @@ class Averager:
         if self._replicas.rank in excluded:
             wire.fill_(0 if is_mean else torch.iinfo(bucket.dtype).min)
         op = dist.ReduceOp.SUM if is_mean else dist.ReduceOp.MAX
-        work = self._replicas.all_reduce(wire, op, everyone=self._everyone)
-        count = (self._replicas.size - len(excluded)) * (self._replicas.members if self._everyone else 1)
+        work = self._replicas.all_reduce(wire, op, everyone=self.everyone)
+        count = (self._replicas.size - len(excluded)) * (self._replicas.members if self.everyone else 1)
         return _Flight(bucket, wire, work, count if is_mean else 0, snapshot)
 
     def _land(self, flight: _Flight, slow: SlowAverage | None) -> Tensor:
@@ -369,9 +370,9 @@ class Averager:
         excluded = {replica for replica, inspection in enumerate(seen) if not inspection.finite}
         if len({inspection.constants for inspection in seen}) > 1:
             mine = [x for t in plan.constant for x in (fingerprint(t), int(_is_finite(t)))]
-            gather = self._replicas.all_gather if self._everyone else self._replicas.all_gather_peers
+            gather = self._replicas.all_gather if self.everyone else self._replicas.all_gather_peers
             rows = gather(mine, dtype=torch.int64) if mine else []
-            members = self._replicas.members if self._everyone else 1
+            members = self._replicas.members if self.everyone else 1
             sent = 8 * len(mine)
             differing: list[Tensor] = []
             for i, tensor in enumerate(plan.constant):

@@ -8,6 +8,7 @@ from hdet.controller import Controller, OneSlope, Published, TwoSlope
 from hdet.design import Design
 from hdet.spread import check_spread
 
+OPTIMIZER_STATES = ("auto", "verify", "average", "keep", "reset")
 GRADIENTS = ("shared", "local", "grouped")
 
 
@@ -58,6 +59,9 @@ class EnsembleConfig:
     """``mu``, in [0, 1): of the outer optimizer. Only with local gradients."""
     outer_lr: float = 1.0
     """``nu``, > 0: of the outer optimizer; 1 without momentum is the plain average."""
+
+    optimizer_state: str = "auto"
+    """What a converge does with the optimizer's state: ``auto``, ``verify``, ``average``, ``keep`` or ``reset``."""
 
     def __post_init__(self) -> None:
         check_spread(self.spread)
@@ -119,6 +123,15 @@ class EnsembleConfig:
             raise ValueError(
                 f"outer_momentum={self.outer_momentum}, outer_lr={self.outer_lr} exclude "
                 f"overlap_steps={self.overlap_steps} > 0: the outer optimizer needs the mean at the round's end."
+            )
+        if self.optimizer_state not in OPTIMIZER_STATES:
+            raise ValueError(
+                f"Invalid optimizer_state={self.optimizer_state!r}. Must be one of {', '.join(OPTIMIZER_STATES)}."
+            )
+        if self.optimizer_state == "average" and self.overlap_steps:
+            raise ValueError(
+                f'optimizer_state="average" and overlap_steps={self.overlap_steps} exclude one another: moments cannot '
+                'be corrected late. Pass "auto", which averages them in converge() only, or "keep" or "reset".'
             )
         if self.auto_lr and self.spread == 0:
             raise ValueError(

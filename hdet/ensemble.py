@@ -29,6 +29,8 @@ from hdet.found_schedule import FoundSchedule, Recorder
 from hdet.gradients import check_gradients, fingerprint_gradients, set_gradients, warn_of_gradients
 from hdet.hyperparameters import Hyperparameter, check_identified
 from hdet.monitor import Monitor, MonitorLike, as_monitors
+from hdet.optimizer_policy import policy_of
+from hdet.optimizer_state import NOTHING_SEEN, OptimizerState, StateSeen
 from hdet.outer import OuterMomentum
 from hdet.prior import Prior
 from hdet.probe import Batches, LossFunction, Probe, evaluate, gathered
@@ -60,6 +62,7 @@ class _Gathered(NamedTuple):
     moved: bool
     gradients: float
     seen: Inspection
+    state: StateSeen
 
 
 # By value that a rank tells: what a replica of several members tells. Their losses are added up, and their number with
@@ -71,6 +74,10 @@ _MERGE: tuple[Callable[[list[float]], float], ...] = (
     lambda marks: -1.0 if min(marks) < 0 else float(digest(marks)),  # gradients
     min,  # finite
     lambda hashes: float(digest(hashes)),  # constants
+    lambda hashes: float(digest(hashes)),  # the optimizer state's layout
+    min,  # whether it is finite
+    lambda marks: float(digest(marks)),  # its bits
+    max,  # whether it holds weights
 )
 
 
@@ -147,6 +154,10 @@ class Ensemble:
         outer_momentum: ``mu``, in [0, 1): with local gradients, Nesterov momentum on what a whole round has done;
             see :mod:`hdet.outer`. It takes memory for two copies of the parameters.
         outer_lr: ``nu``, > 0: the share of the way to the mean that the outer optimizer goes.
+        optimizer_state: what a converge does with it: ``"verify"`` that it agrees, by a fingerprint that reads all of
+            it in the first three converges and every 32nd after; ``"average"`` it, in fp32 and in place; ``"keep"``
+            each replica's own; ``"reset"`` it at a round's end. ``"auto"`` verifies where gradients are shared and
+            the optimizer makes its state of them alone, and averages elsewhere; see docs/optimizer_state.md.
 
     Raises:
         TypeError, ValueError: for a bad argument, before anything was changed. No argument causes communication: ranks
@@ -190,6 +201,7 @@ class Ensemble:
         gradients: Literal["shared", "local", "grouped"] = "shared",
         outer_momentum: float = 0.0,
         outer_lr: float = 1.0,
+        optimizer_state: Literal["auto", "verify", "average", "keep", "reset"] = "auto",
     ) -> None:
         if not isinstance(optimizer, Optimizer):
             raise TypeError(f"{type(optimizer).__name__} is not an Optimizer")
@@ -218,6 +230,10 @@ class Ensemble:
             gradients=gradients,
             outer_momentum=outer_momentum,
             outer_lr=outer_lr,
+            optimizer_state=optimizer_state,
+        )
+        policy = policy_of(
+            optimizer_state, optimizer, hyperparameters, gradients=gradients, overlap_steps=overlap_steps
         )
         if isinstance(schedule, (LRScheduler, ReduceLROnPlateau)):
             if schedule.optimizer is not optimizer:
@@ -235,6 +251,15 @@ class Ensemble:
         self._weights = weights_of(models, extra)
         self._averager = Averager(
             self._weights, self.replicas, int(self.config.bucket_mib * _MIB), has_virtual=virtual_replicas > 1
+        )
+        self._optimizer_state = OptimizerState(
+            optimizer,
+            policy,
+            self.replicas,
+            int(self.config.bucket_mib * _MIB),
+            everyone=self._averager.everyone,
+            automatic=optimizer_state == "auto",
+            overlapped=overlap_steps > 0,
         )
         self._group_names = tuple(str(g.get("name", f"group{i}")) for i, g in enumerate(optimizer.param_groups))
         self._models = models
@@ -611,7 +636,7 @@ class Ensemble:
         )
 
     def _start(self) -> None:
-        self._agree()
+        self._agree(converges=False)
         self._started = True
         for monitor in self._monitors:
             monitor.start(self._settings(), writer=self.replicas.writer, step=self._steps)
@@ -624,6 +649,7 @@ class Ensemble:
                 if section == "controller" or self._hyperparameters:
                     settings[f"{section}.{name}"] = str(value) if isinstance(value, tuple) else value
         settings["hyperparameters"] = "; ".join(settings["hyperparameters"])
+        settings["optimizer_state"] = self._optimizer_state.policy
         settings["replicas"] = self.size
         settings["members"] = self.replicas.members
         settings["schedule"] = type(self.schedule).__name__
@@ -635,7 +661,7 @@ class Ensemble:
         """A number that grows whenever a trained tensor is written in place."""
         return sum(tensor._version for tensor, trained in self._weights.tensors() if trained)
 
-    def _agree(self) -> list[_Gathered]:
+    def _agree(self, *, converges: bool = True) -> list[_Gathered]:
         """Make sure that all replicas are at the same point, and gather what each has to tell."""
         steering = self._steering
         facts = self._settings() | {
@@ -651,6 +677,7 @@ class Ensemble:
             self._version() != self._written,
             self._mark_gradients(),
             *seen,
+            *(self._optimizer_state.inspect() if converges else NOTHING_SEEN),
         )
         own = 2 * len(self._signals)
         merge = (*[sum] * own, *_MERGE)
@@ -663,6 +690,7 @@ class Ensemble:
                 bool(row[own + 2]),
                 row[own + 3],
                 Inspection(layout, bool(row[own + 4]), int(row[own + 5])),
+                StateSeen(int(row[own + 6]), bool(row[own + 7]), int(row[own + 8]), bool(row[own + 9])),
             )
             for row in rows
         ]
@@ -699,12 +727,16 @@ class Ensemble:
                 return self._roll_back(watched, started)
             if complete and self.config.overlap_steps:
                 pending = self._averager.start(seen)
+                self._optimizer_state.converge([now.state for now in gathered], (), complete=True)
                 self.last_report = report = self._control(complete)
                 self._flight = _Flight(pending, report, watched, time.perf_counter() - started)
                 return report
             slow = self._slow if complete and self._wants_probe() else None
             can_probe = slow is not None and all(now.can_probe for now in gathered)
             averaged = self._averager.average(seen, slow, keep_points=can_probe)
+            states = [now.state for now in gathered]
+            excluded, sent = self._optimizer_state.converge(states, averaged.excluded, complete=complete)
+            averaged = averaged._replace(excluded=excluded, bytes=averaged.bytes + sent)
         self._converged_at = self._steps
         losses = self._evaluate(averaged.points) if averaged.points else None
         if complete and self._outer is not None:
@@ -836,6 +868,7 @@ class Ensemble:
             started = time.perf_counter()
             with torch.profiler.record_function("hdet::converge"):
                 averaged = self._flight.pending.finish()
+                self._optimizer_state.heal(averaged.excluded)
             seconds = self._flight.seconds + time.perf_counter() - started
             self._tell(self._flight.report, averaged, self._flight.watched, seconds)
             self._flight = None
@@ -956,6 +989,7 @@ def check_arguments(
     gradients: str = "shared",
     outer_momentum: float = 0.0,
     outer_lr: float = 1.0,
+    optimizer_state: str = "auto",
 ) -> tuple[EnsembleConfig, tuple[nn.Module, ...], Probe | None, tuple[Monitor, ...], Replicas]:
     """What an ensemble is made of, or the error that names the bad argument; changes nothing and sends nothing."""
     if converge_every is None and (spread > 0 or hyperparameters):
@@ -998,6 +1032,7 @@ def check_arguments(
         gradients=gradients,
         outer_momentum=outer_momentum,
         outer_lr=outer_lr,
+        optimizer_state=optimizer_state,
     )
     modules = () if model is None else (model,) if isinstance(model, nn.Module) else tuple(model)
     for module in modules:

@@ -170,7 +170,7 @@ class ParamGroupField(Hyperparameter):
                 f"Invalid {field=}. Must be a field of the optimizer's parameter groups, such as 'weight_decay' or "
                 "'betas[0]'; learning rates have spread= and per_group=."
             )
-        self._key, self._index = match[1], None if match[2] is None else int(match[2])
+        self.key, self._index = match[1], None if match[2] is None else int(match[2])
         self._wanted = groups
         self._groups: list[dict[str, Any]] = []
         self._numbers: list[int] = []
@@ -178,16 +178,16 @@ class ParamGroupField(Hyperparameter):
     @property
     def is_momentum(self) -> bool:
         """Whether a schedule that cycles momentum writes the same field."""
-        return self._key == "momentum" or (self._key == "betas" and self._index == 0)
+        return self.key == "momentum" or (self.key == "betas" and self._index == 0)
 
     def _read(self, optimizer: Optimizer) -> list[float]:
         numbers = []
         for i, group in enumerate(optimizer.param_groups):
             if self._wanted is not None and i not in self._wanted and group.get("name") not in self._wanted:
                 continue
-            if self._key not in group:
+            if self.key not in group:
                 raise ValueError(
-                    f"{type(optimizer).__name__} has no {self._key!r} in its parameter groups. It has "
+                    f"{type(optimizer).__name__} has no {self.key!r} in its parameter groups. It has "
                     f"{', '.join(sorted(set(group) - {'params', 'lr', 'initial_lr', 'name'}))}."
                 )
             if self._wanted is None and self.space == "log" and self._get(group) == 0:
@@ -217,16 +217,16 @@ class ParamGroupField(Hyperparameter):
     ) -> None:
         for i, value in zip(self._numbers, values, strict=True):
             group = groups[i]
-            now = group[self._key]
+            now = group[self.key]
             if self._index is not None:
-                group[self._key] = type(now)(
+                group[self.key] = type(now)(
                     written(old, value) if j == self._index else old for j, old in enumerate(now)
                 )
             else:
-                group[self._key] = written(now, value)
+                group[self.key] = written(now, value)
 
     def _get(self, group: dict[str, Any]) -> float:
-        value = group[self._key] if self._index is None else group[self._key][self._index]
+        value = group[self.key] if self._index is None else group[self.key][self._index]
         if isinstance(value, bool) or not isinstance(value, (int, float, Tensor)):
             raise TypeError(f"{self.name} is {value!r}. Must be a number to be explored.")
         return float(value)

@@ -17,6 +17,7 @@ from hdet.forecast import forecast
 from hdet.hyperparameters import Hyperparameter, ParamGroupField
 from hdet.lr_finder import find_lr
 from hdet.monitor import MonitorLike
+from hdet.optimizer_policy import policy_of
 from hdet.probe import LossFunction, Probe
 from hdet.replicas import ReplicasLike
 from hdet.report import Report
@@ -61,6 +62,8 @@ class OneCycleLR(lr_scheduler.OneCycleLR):
         gradients: ``"shared"``, ``"grouped"`` or ``"local"``: over whom they are averaged.
         outer_momentum: with local gradients, momentum on what a whole round has done.
         outer_lr: with local gradients, the share of the way to the mean that is gone.
+        optimizer_state: what a converge does with the optimizer's state: ``"auto"``, ``"verify"``, ``"average"``,
+            ``"keep"`` or ``"reset"``; see docs/optimizer_state.md.
 
     Attributes:
         ensemble: the :class:`hdet.Ensemble`, or ``None`` where this is torch's OneCycleLR and nothing else.
@@ -108,6 +111,7 @@ class OneCycleLR(lr_scheduler.OneCycleLR):
         gradients: Literal["shared", "local", "grouped"] = "shared",
         outer_momentum: float = 0.0,
         outer_lr: float = 1.0,
+        optimizer_state: Literal["auto", "verify", "average", "keep", "reset"] = "auto",
     ) -> None:
         settings: dict[str, Any] = {
             "model": model,
@@ -130,12 +134,14 @@ class OneCycleLR(lr_scheduler.OneCycleLR):
             "gradients": gradients,
             "outer_momentum": outer_momentum,
             "outer_lr": outer_lr,
+            "optimizer_state": optimizer_state,
         }
         length = _length(total_steps, epochs, steps_per_epoch)
         settings["total_steps"] = length
         round_length = max(1, length // 100) if converge_every is None else converge_every
         # Before torch's constructor changes the optimizer.
         check_arguments(converge_every=round_length, **settings)
+        policy_of(optimizer_state, optimizer, hyperparameters, gradients=gradients, overlap_steps=overlap_steps)
         if cycle_momentum and any(isinstance(h, ParamGroupField) and h.is_momentum for h in hyperparameters):
             raise ValueError("cycle_momentum=True sets the momentum in every step. To explore it, pass False.")
         if max_lr == "auto":

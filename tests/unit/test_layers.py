@@ -19,7 +19,8 @@ LAYERS = [
     # communication
     "replicas", "agreement", "sharding",
     # the two phases
-    "averager", "gradients", "outer", "probe", "snapshot", "recovery", "virtual", "noisy_start", "lr_finder",
+    "averager", "optimizer_policy", "optimizer_state", "gradients", "outer", "probe", "snapshot", "recovery",
+    "virtual", "noisy_start", "lr_finder",
     # the state machine
     "ensemble",
     # edge

@@ -556,6 +556,8 @@ class Ensemble:
         self._flight = None
         if self._batches is not None:
             self._batches.forget()
+        if self._recovery is not None:
+            self._recovery.watch()
         self._steps = self._converged_at = steps
         self._written = self._version()
         for signal in self._signals:
@@ -638,6 +640,8 @@ class Ensemble:
     def _start(self) -> None:
         self._agree(converges=False)
         self._started = True
+        if self._recovery is not None:
+            self._recovery.begin()
         for monitor in self._monitors:
             monitor.start(self._settings(), writer=self.replicas.writer, step=self._steps)
 
@@ -745,7 +749,7 @@ class Ensemble:
         if not complete:
             self._restart_virtual()
         report = self._control(complete, losses)
-        if complete and self._recovery is not None and self._may_move():
+        if complete and self._recovery is not None:
             self._recovery.keep()
         return self._tell(report, averaged, watched, time.perf_counter() - started)
 
@@ -877,6 +881,11 @@ class Ensemble:
         squares = self.replicas.all_gather([averaged.squared_distance]) if watched else []
         copies = self.replicas.members if self._weights.whole else 1  # shards add up, copies say the same
         self._written = self._version()
+        if averaged.excluded and self.replicas.writer:
+            logger.warning(
+                f"Step {self._steps}: not finite on replica {', '.join(map(str, averaged.excluded))}: left out of the "
+                "average, and healed from the others, parameters and optimizer state."
+            )
         self.last_report = report = replace(
             report,
             distance=tuple(

@@ -5,12 +5,16 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Sequence
+from weakref import WeakMethod
 
 import torch
 from torch import nn
 from torch.optim import Optimizer
+from torch.utils.hooks import RemovableHandle
 
+from hdet.errors import DivergedError
 from hdet.snapshot import Snapshot
+from hdet.weights import reshard
 
 logger = logging.getLogger("hdet")
 
@@ -30,11 +34,34 @@ class Recovery:
 
     def __init__(self, models: Sequence[nn.Module], optimizer: Optimizer, device: torch.device | None) -> None:
         self._snapshot = Snapshot(models, optimizer, device)
-        self._has_snapshot = False
+        self._models, self._optimizer = models, optimizer
+        self._before_step: RemovableHandle | None = None
+        self.watch()
         self.first_loss = math.nan
         """The first round's mean loss."""
         self.count = 0
         """Rollbacks so far."""
+
+    def watch(self) -> None:
+        """Where the run begins or goes on: copy the state just before the optimizer's next step. Only then is it known
+        to have been loaded, in whatever order that was done."""
+        if self._before_step is not None:
+            self._before_step.remove()
+        begin = WeakMethod(self.begin)
+
+        def before_step(*_: object) -> None:
+            if (method := begin()) is not None:
+                method()
+
+        self._before_step = self._optimizer.register_step_pre_hook(before_step)
+
+    def begin(self) -> None:
+        """The optimizer is about to take its first step, or has let it pass."""
+        if self._before_step is not None:
+            self._before_step.remove()
+            self._before_step = None
+            reshard(self._models)
+            self._snapshot.take()
 
     def observe(self, losses: Sequence[float]) -> None:
         """Take note of the replicas' losses in a round that was kept."""
@@ -45,7 +72,6 @@ class Recovery:
     def keep(self) -> None:
         """Copy the state as it is now."""
         self._snapshot.take()
-        self._has_snapshot = True
 
     def is_needed(self, finite: Sequence[bool], losses: Sequence[float], *, watches_losses: bool) -> bool:
         """Whether the round that just ended is to be undone: no replica is finite, or its losses lie far above the
@@ -55,9 +81,21 @@ class Recovery:
             finite: [replica] whether its parameters are.
             losses: [replica] mean loss of the round; empty if none was reported.
             watches_losses: whether the losses count at all.
+
+        Raises:
+            DivergedError: if it is, and there have been :data:`MAX_ROLLBACKS`.
         """
-        if not self._has_snapshot or self.count >= MAX_ROLLBACKS:
+        if not self._is_bad(finite, losses, watches_losses):
             return False
+        if self.count >= MAX_ROLLBACKS:
+            raise DivergedError(
+                f"The run blew up again after {MAX_ROLLBACKS} rollbacks, each of which divided the learning rate by "
+                f"{CUT:.3g}: the data or the model are bad, not the learning rate. The parameters are as they were in "
+                "that round; look for what is not finite, or restore an earlier checkpoint."
+            )
+        return True
+
+    def _is_bad(self, finite: Sequence[bool], losses: Sequence[float], watches_losses: bool) -> bool:
         if not any(finite):
             return True
         if not watches_losses or not losses:

@@ -13,6 +13,7 @@ from torch.optim import Optimizer, lr_scheduler
 from hdet.controller import Controller, OneSlope
 from hdet.design import Design
 from hdet.ensemble import Ensemble, Loss, check_arguments
+from hdet.fan_out import copied
 from hdet.forecast import forecast
 from hdet.hyperparameters import Hyperparameter, ParamGroupField
 from hdet.lr_finder import find_lr
@@ -218,17 +219,45 @@ class OneCycleLR(lr_scheduler.OneCycleLR):
         """Restore :meth:`state_dict`, or a checkpoint of torch's OneCycleLR.
 
         With an ensemble, the optimizer's learning rates are set to this replica's; its settings stay those of the
-        constructor. Without one, a saved ensemble's gains are left aside, as torch's OneCycleLR would.
+        constructor, ``total_steps`` among them: a state of a run of another length continues at its step with the
+        schedule of this length, and keeps its gains. Without one, all is as in torch: the saved length is loaded, and a
+        saved ensemble's gains are left aside.
         """
         state = dict(state_dict)
         saved = state.pop("hdet", None)
         if self.ensemble is not None and saved is not None:
             self.ensemble.check_state(saved)
+        length = length_of(self)
         super().load_state_dict(state)
+        if self.ensemble is not None and length != length_of(self):
+            if self.last_epoch > length["total_steps"]:
+                raise ValueError(
+                    f"The saved state is of step {self.last_epoch}, beyond this run's total_steps="
+                    f"{length['total_steps']}. Build the scheduler for a longer run."
+                )
+            vars(self).update(length)
+            recompute(self, self.last_epoch)
+            if saved is not None:
+                saved = {**saved, "base_lr": [copied(group["lr"]) for group in self.optimizer.param_groups]}
         if self.ensemble is not None and saved is not None:
             self.ensemble.load_own_state(saved)
         elif self.ensemble is not None:
             self.ensemble.resume_at(self.last_epoch, self._last_lr)
+
+
+def length_of(scheduler: object) -> dict[str, Any]:
+    """What a OneCycleLR derives from ``total_steps``; of another scheduler nothing."""
+    if not isinstance(scheduler, lr_scheduler.OneCycleLR):
+        return {}
+    return {name: vars(scheduler)[name] for name in ("total_steps", "_schedule_phases")}
+
+
+def recompute(scheduler: lr_scheduler.LRScheduler, step: int) -> None:
+    """Write the learning rates that a scheduler of closed form has after ``step`` steps."""
+    count = scheduler._step_count
+    scheduler.last_epoch = step - 1
+    lr_scheduler.LRScheduler.step(scheduler)
+    scheduler._step_count = count
 
 
 def _find(

@@ -14,7 +14,7 @@ from torch.utils.hooks import RemovableHandle
 
 from hdet.errors import DivergedError
 from hdet.snapshot import Snapshot
-from hdet.weights import reshard
+from hdet.weights import Weights, reshard, weights_of
 
 logger = logging.getLogger("hdet")
 
@@ -35,6 +35,7 @@ class Recovery:
     def __init__(self, models: Sequence[nn.Module], optimizer: Optimizer, device: torch.device | None) -> None:
         self._snapshot = Snapshot(models, optimizer, device)
         self._models, self._optimizer = models, optimizer
+        self._has_snapshot = False
         self._before_step: RemovableHandle | None = None
         self.watch()
         self.first_loss = math.nan
@@ -44,9 +45,14 @@ class Recovery:
 
     def watch(self) -> None:
         """Where the run begins or goes on: copy the state just before the optimizer's next step. Only then is it known
-        to have been loaded, in whatever order that was done."""
+        to have been loaded, in whatever order that was done. Where a framework keeps the weights, whose step may be in
+        several parts, the first copy is that of the first converge."""
+        self._has_snapshot = False
         if self._before_step is not None:
             self._before_step.remove()
+            self._before_step = None
+        if type(weights_of(tuple(self._models))) is not Weights:
+            return
         begin = WeakMethod(self.begin)
 
         def before_step(*_: object) -> None:
@@ -61,7 +67,7 @@ class Recovery:
             self._before_step.remove()
             self._before_step = None
             reshard(self._models)
-            self._snapshot.take()
+            self.keep()
 
     def observe(self, losses: Sequence[float]) -> None:
         """Take note of the replicas' losses in a round that was kept."""
@@ -72,6 +78,7 @@ class Recovery:
     def keep(self) -> None:
         """Copy the state as it is now."""
         self._snapshot.take()
+        self._has_snapshot = True
 
     def is_needed(self, finite: Sequence[bool], losses: Sequence[float], *, watches_losses: bool) -> bool:
         """Whether the round that just ended is to be undone: no replica is finite, or its losses lie far above the
@@ -85,7 +92,7 @@ class Recovery:
         Raises:
             DivergedError: if it is, and there have been :data:`MAX_ROLLBACKS`.
         """
-        if not self._is_bad(finite, losses, watches_losses):
+        if not self._has_snapshot or not self._is_bad(finite, losses, watches_losses):
             return False
         if self.count >= MAX_ROLLBACKS:
             raise DivergedError(
@@ -98,7 +105,7 @@ class Recovery:
     def _is_bad(self, finite: Sequence[bool], losses: Sequence[float], watches_losses: bool) -> bool:
         if not any(finite):
             return True
-        if not watches_losses or not losses:
+        if not watches_losses or not losses or math.isnan(self.first_loss):
             return False
         known = [loss for loss in losses if math.isfinite(loss)]
         return not known or math.fsum(known) / len(known) > _BLOWN_UP * abs(self.first_loss)

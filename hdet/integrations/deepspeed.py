@@ -137,6 +137,8 @@ def attach(engine: Any, scheduler: Callable[..., Scheduler], *args: Any, **setti
         settings["replicas"] = groups.mesh["replicate"]
     if settings.get("spread", 0) > 0:
         settings |= {"model": engine.module, "gradients": "shared" if groups is None else "local"}
+        if groups is not None and settings.get("optimizer_state", "auto") == "auto":
+            settings["optimizer_state"] = "keep"
         weights = weights_of(engine)
         keep_elsewhere(engine.module, weights)
         if groups is not None:  # DeepSpeed makes parameters equal inside a replica, and not buffers
@@ -165,6 +167,11 @@ def _check(engine: Any, args: tuple[Any, ...], settings: dict[str, Any]) -> None
         raise ValueError(
             f"Invalid gradients={settings['gradients']!r}. Under DeepSpeed they are {has!r} here: with ReplicaGroups "
             "they are averaged inside a replica only, and without, at ZeRO stage 0, over all ranks."
+        )
+    if engine.mpu is not None and settings.get("optimizer_state", "auto") not in ("auto", "keep"):
+        raise ValueError(
+            f"Invalid optimizer_state={settings['optimizer_state']!r}. With ReplicaGroups each replica keeps its own "
+            "('auto' is 'keep'): ZeRO's last shard ends in memory that nobody has written, and must not be averaged."
         )
     if settings.get("virtual_replicas", 1) != 1:
         raise ValueError("virtual_replicas= is not supported under DeepSpeed: it steps the optimizer itself.")

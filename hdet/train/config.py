@@ -168,12 +168,15 @@ class HdetConfig:
     """Steps of the next round behind which a round's average is computed, in [0, ``converge_every``)."""
     gradients: Literal["shared", "local", "grouped"] = "shared"
     """Over whom gradients are averaged: ``shared``, all processes; ``grouped``, those of a replica; ``local``, nobody
-    beyond a replica: Local SGD. Only with ``shared`` is the optimizer's state the same in all replicas: else a
-    checkpoint has replica 0's, and all of them resume from it."""
+    beyond a replica: Local SGD."""
     outer_momentum: float = 0.0
     """With local gradients, Nesterov momentum on what a whole round has done, in [0, 1)."""
     outer_lr: float = 1.0
     """With local gradients, the share of the way to the replicas' average that is gone, > 0."""
+    optimizer_state: Literal["auto", "verify", "average", "keep", "reset"] = "auto"
+    """What a converge does with the optimizer's state; ``auto``: what is right for gradients and optimizer. With
+    ``keep``, and with ``auto`` under ``overlap_steps`` or DeepSpeed, replicas have state of their own: a checkpoint of
+    ``ddp`` or ``fsdp`` has replica 0's, and all of them resume from it."""
 
     def __post_init__(self) -> None:
         if self.spread == 0:
@@ -198,7 +201,9 @@ class TrainConfig:
     """The loop."""
 
     total_steps: int = 1000
-    """Optimizer steps of the whole run."""
+    """Optimizer steps of the whole run. A run may be resumed with another number, not below the steps it has taken: the
+    schedule is then the one for the new length, from the same step on, and gains, velocities and optimizer state are
+    kept. Without ``hdet.converge_every`` the rounds get longer with it."""
     batch_size: int = 16
     """Sequences or images per replica and micro-batch."""
     accumulate: int = 1

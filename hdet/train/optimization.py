@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 from collections.abc import Callable, Iterable
 from dataclasses import replace
@@ -15,6 +16,7 @@ from torch.optim.lr_scheduler import LambdaLR
 
 import hdet
 from hdet import schedules
+from hdet.lr_scheduler import length_of, recompute
 from hdet.monitor import Monitor
 from hdet.probe import LossFunction
 from hdet.replicas import ReplicasLike
@@ -79,6 +81,10 @@ class Schedule:
         except (TypeError, ValueError) as error:
             raise ConfigError(f"In the sections schedule and hdet: {error}") from error
         scheduler = self._scheduler
+        self._base: Any = scheduler.schedule if isinstance(scheduler, hdet.Ensemble) else scheduler
+        self._length = length_of(self._base)
+        if isinstance(self._base, LambdaLR):  # loading a state writes into these
+            self._length = {"lr_lambdas": copy.deepcopy(self._base.lr_lambdas)}
         self.ensemble = scheduler if isinstance(scheduler, hdet.Ensemble) else getattr(scheduler, "ensemble", None)
         """The ensemble; ``None`` for the baseline."""
 
@@ -116,6 +122,13 @@ class Schedule:
         """Restore :meth:`state_dict`; load the model and the optimizer first."""
         self._scheduler.load_state_dict(state)
 
+    def continue_at(self, step: int) -> None:
+        """After :meth:`load_state_dict` of a run of another length: the schedule for this run's length, at ``step``."""
+        vars(self._base).update(self._length)
+        recompute(self._base, step)
+        if self.ensemble is not None:
+            self.ensemble.resume_at(step, [group["lr"] for group in self._base.optimizer.param_groups])
+
 
 def _build(
     config: Config,
@@ -143,6 +156,7 @@ def _build(
             "gradients": ours.gradients,
             "outer_momentum": ours.outer_momentum,
             "outer_lr": ours.outer_lr,
+            "optimizer_state": ours.optimizer_state,
             "monitor": monitors,
         }
     elif ours.spread < 0:

@@ -78,6 +78,8 @@ class Trainer:
         )
         if saved:
             self.schedule.load_state_dict(self._strategy.load(saved, self.model, self.optimizer))
+            if saved["config"]["train"]["total_steps"] != config.train.total_steps:
+                self.schedule.continue_at(self.step)
         if config.train.compile:
             self.model.compile()
         self._validated: dict[str, float] = {}

@@ -27,6 +27,7 @@ from hdet.fan_out import FanOut, copied
 from hdet.forecast import Forecast, forecast
 from hdet.found_schedule import FoundSchedule, Recorder
 from hdet.gradients import check_gradients, fingerprint_gradients, set_gradients, warn_of_gradients
+from hdet.guards import check_caller, has_rival, warn_of_batch_norm
 from hdet.hyperparameters import Hyperparameter, check_identified
 from hdet.monitor import Monitor, MonitorLike, as_monitors
 from hdet.optimizer_policy import policy_of
@@ -299,10 +300,12 @@ class Ensemble:
         self._written = self._version()
         self._started = False
         self._told_no_loss = False
+        self._told_rival = False
         self._flight: _Flight | None = None
         self.last_report: Report | None = None
         """The report of the latest converge."""
         set_gradients(gradients, models, self.replicas)
+        warn_of_batch_norm(models, gradients, self.replicas)
         self._draw()
         self.fan_out()
 
@@ -638,6 +641,7 @@ class Ensemble:
         )
 
     def _start(self) -> None:
+        check_caller()
         self._agree(converges=False)
         self._started = True
         if self._recovery is not None:
@@ -717,6 +721,13 @@ class Ensemble:
     def _converge(self, gathered: list[_Gathered], complete: bool) -> Report:
         """Average, or send what will be averaged, and let the controller see the round if it is complete."""
         started = time.perf_counter()
+        if complete and has_rival(self._models, self) and not self._told_rival:
+            self._told_rival = True
+            if self.replicas.writer:
+                logger.warning(
+                    "Two hdet schedulers average the same model in turn: the first to converge takes the replicas' "
+                    "differences away before the second sees them. Give each the submodule that its optimizer trains."
+                )
         for signal in self._signals:
             signal.reset()
         since = [totals for now in gathered for totals in now.totals]

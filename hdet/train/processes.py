@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.distributed.rendezvous import rendezvous
 
 from hdet.replicas import Replicas
 from hdet.train.config import ConfigError
@@ -54,9 +55,17 @@ def start(device: str) -> Process:
         torch.set_float32_matmul_precision("high")  # TF32
     if world_size and not dist.is_initialized():
         # Small messages go over gloo even where parameters are on GPUs: waiting for them does not stop the GPU.
-        dist.init_process_group("cpu:gloo,cuda:nccl" if device == "cuda" else "gloo")
+        _join("cpu:gloo,cuda:nccl" if device == "cuda" else "gloo")
     chosen = torch.device(device, local_rank) if device == "cuda" else torch.device(device)
     return Process(rank=rank, world_size=max(1, world_size), device=chosen)
+
+
+def _join(backend: str) -> None:
+    """``init_process_group``, also after torchrun has restarted the processes: it may keep its store, where a restarted
+    process would find the addresses of those that have died."""
+    store, rank, world_size = next(rendezvous("env://"))
+    store = dist.PrefixStore(f"restart{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+    dist.init_process_group(backend, store=store, rank=rank, world_size=world_size)
 
 
 def end() -> None:
@@ -75,7 +84,7 @@ def fail(error: ConfigError) -> int:
     The others wait until it is said: torchrun ends all processes as soon as the first one has failed.
     """
     if "RANK" in os.environ and not dist.is_initialized():
-        dist.init_process_group("gloo")
+        _join("gloo")
     if os.environ.get("RANK", "0") == "0":
         print(f"python -m hdet.train: error: {error}", file=sys.stderr, flush=True)
     end()

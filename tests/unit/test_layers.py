@@ -19,7 +19,7 @@ LAYERS = [
     # communication
     "replicas", "agreement", "sharding",
     # the two phases
-    "averager", "optimizer_policy", "optimizer_state", "gradients", "outer", "probe", "snapshot", "recovery",
+    "averager", "guards", "optimizer_policy", "optimizer_state", "gradients", "outer", "probe", "snapshot", "recovery",
     "virtual", "noisy_start", "lr_finder",
     # the state machine
     "ensemble",
@@ -36,6 +36,8 @@ PROCESS_OWNERS = {"train", "bench"}
 LIFE_CYCLE = {
     "checkpoint",
     "init_process_group",
+    "PrefixStore",
+    "rendezvous",
     "destroy_process_group",
     "barrier",
     "is_initialized",

@@ -32,7 +32,8 @@ def warn_of_batch_norm(modules: Sequence[nn.Module], mode: str, replicas: Replic
             warnings.warn(
                 "The model has batch norm, and DistributedDataParallel overwrites its running statistics with rank 0's "
                 "at every forward pass, though each replica has parameters of its own. Build it with "
-                "broadcast_buffers=False: hdet averages the statistics when it converges.",
+                "broadcast_buffers=False (since torch 2.13: forward_sync_buffers=False): hdet averages the statistics "
+                "when it converges.",
                 stacklevel=3,
             )
             break

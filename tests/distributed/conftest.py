@@ -66,3 +66,8 @@ def launch(tmp_path_factory) -> Launch:
 @pytest.fixture(scope="session")
 def launch_sharded(tmp_path_factory) -> Launch:
     return Launch(tmp_path_factory.mktemp("sharded"), "sharded_worker.py")
+
+
+@pytest.fixture(scope="session")
+def launch_state(tmp_path_factory) -> Launch:
+    return Launch(tmp_path_factory.mktemp("state"), "state_worker.py")

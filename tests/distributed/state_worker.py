@@ -336,6 +336,305 @@ def health(rank, world):
     return results
 
 
+@scenario
+def rollbacks(rank, world):
+    """All replicas bad: in the first round after a resume, and again and again."""
+    reports = []
+
+    def build():
+        model = DDP(net())
+        optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
+        return model, optimizer
+
+    def attach(model, optimizer):
+        return hdet.OneCycleLR(
+            optimizer, 0.01, total_steps=200, model=model, spread=0.2, converge_every=3, auto_lr=True,
+            cycle_momentum=False, monitor=reports.append,
+        )  # fmt: skip
+
+    first = build()
+    scheduler = attach(*first)
+    train(*first, scheduler, rank, 6)
+    saved = copy.deepcopy([first[0].state_dict(), first[1].state_dict(), scheduler.state_dict()])
+    model, optimizer = build()
+    scheduler = attach(model, optimizer)
+    scheduler.load_state_dict(saved[2])  # in the order that is least convenient
+    optimizer.load_state_dict(saved[1])
+    model.load_state_dict(saved[0])
+
+    def poisoned_round(first_step):
+        for i in range(3):
+            train(model, optimizer, scheduler, rank, 1, first=first_step + i)
+            if i == 1:
+                with torch.no_grad():
+                    for p in model.parameters():
+                        p.fill_(float("nan"))
+
+    with Lines() as lines:
+        poisoned_round(6)
+    result = {
+        "rolled_back": reports[-1].rolled_back,
+        "gain": scheduler.ensemble.gains[0],
+        "saved_gain": saved[2]["hdet"]["controller"][0][0],
+        "model": all(torch.equal(model.state_dict()[k], saved[0][k]) for k in saved[0]),
+        "state": all(
+            torch.equal(state[key], saved[1]["state"][i][key])
+            for i, state in enumerate(optimizer.state.values())
+            for key in state
+        ),
+        "lines": lines,
+    }
+    count, error = 1, None
+    try:
+        for _ in range(20):
+            poisoned_round(6 + 3 * count)
+            count += 1
+    except hdet.DivergedError as raised:
+        error = str(raised)
+    return result | {"count": count, "error": error}
+
+
+def loss_of(model, data):
+    return F.cross_entropy(model(data[0]), data[1])
+
+
+class Batches:
+    """A probe's batches that depend on the round alone."""
+
+    def __init__(self, rank):
+        self.rank, self.ensemble = rank, None
+
+    def __iter__(self):
+        while True:
+            yield batch(self.rank, 10_000 + self.ensemble.round)
+
+
+@scenario
+def resume(rank, world):
+    """Rank 0's checkpoint on every rank continues bit for bit, whatever has state; on a round's end and off it."""
+    results = {}
+    kinds = {
+        "two slopes": {"probe": True, "auto_lr": True, "controller": hdet.controller.TwoSlope(threshold=0)},
+        "hyperparameters": {"probe": True, "explored": True, "gradients": "local"},
+        "local": {"gradients": "local"},
+        "outer momentum": {"gradients": "local", "outer_momentum": 0.5},
+        "reset": {"gradients": "local", "optimizer_state": "reset"},
+    }
+    for name, kind in kinds.items():
+
+        def build(kind=kind):
+            settings = dict(kind)
+            model = net()
+            optimizer = torch.optim.AdamW(model.parameters(), lr=0.02, weight_decay=0.1)
+            batches = Batches(rank)
+            if settings.pop("probe", False):
+                settings["probe"] = hdet.Probe(loss_fn=loss_of, batches=batches)
+            if settings.pop("explored", False):
+                settings["hyperparameters"] = [hdet.param_group("betas[0]", spread=0.3)]
+            scheduler = hdet.OneCycleLR(
+                optimizer, 0.02, total_steps=40, cycle_momentum=False, model=model, spread=0.2, converge_every=4,
+                **settings,
+            )  # fmt: skip
+            batches.ensemble = scheduler.ensemble
+            return model, optimizer, scheduler
+
+        def advance(model, optimizer, scheduler, start, stop, shared):
+            for step in range(start, stop):
+                x, y = batch(rank, step)
+                optimizer.zero_grad()
+                loss = F.cross_entropy(model(x), y)
+                loss.backward()
+                if shared:  # not DDP: it lays its buckets anew after one step, and so sums in another order
+                    for p in model.parameters():
+                        dist.all_reduce(p.grad)
+                        p.grad /= world
+                optimizer.step()
+                scheduler.step(loss)
+
+        shared = kind.get("gradients") != "local"
+        for at in (16, 18):
+            if at == 18 and name in ("reset",):
+                continue  # each replica's state is its own inside a round
+            whole, first, second = build(), build(), build()
+            for run in (whole, first):
+                advance(*run, 0, at, shared)
+                run[2].converge()
+            states_ = copy.deepcopy([part.state_dict() for part in first])
+            everyone = gather([bits_of(states(first[1])), repr(states_[2])])
+            box = [states_]
+            dist.broadcast_object_list(box)
+            for part, state in zip(second, box[0], strict=True):
+                part.load_state_dict(state)
+            advance(*whole, at, 32, shared)
+            advance(*second, at, 32, shared)
+            results[name, at] = {
+                "same": all(e == everyone[0] for e in everyone),
+                "model": all(
+                    torch.equal(a, b) for a, b in zip(whole[0].parameters(), second[0].parameters(), strict=True)
+                ),
+                "state": bits_of(states(whole[1])) == bits_of(states(second[1])),
+                "gain": (whole[2].ensemble.gains, second[2].ensemble.gains),
+                "centres": (whole[2].ensemble.centres, second[2].ensemble.centres),
+            }
+    return results
+
+
+@scenario
+def precision(rank, world):
+    """Rounds stay in step whatever the numbers look like, and the replicas are equal after a converge."""
+    results = {}
+
+    def finish(name, model, scheduler, **more):
+        scheduler.converge()
+        everyone = gather([p.detach().double().numpy().tobytes() for p in model.parameters()])
+        results[name] = more | {
+            "equal": all(e == everyone[0] for e in everyone),
+            "finite": all(bool(p.isfinite().all()) for p in model.parameters()),
+            "steps": scheduler.ensemble.steps if hasattr(scheduler, "ensemble") else scheduler.steps,
+        }
+
+    # bfloat16 autocast, shared gradients
+    model = DDP(net())
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
+    scheduler = hdet.Ensemble(optimizer, model=model, spread=0.2, converge_every=4)
+    for step in range(10):
+        x, y = batch(rank, step)
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = F.cross_entropy(model(x), y)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        scheduler.step(loss)
+    finish("autocast", model, scheduler, policy=scheduler._settings()["optimizer_state"])
+
+    # A GradScaler that skips steps on one rank only
+    model = net()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
+    scheduler = hdet.Ensemble(optimizer, model=model, spread=0.2, converge_every=4, gradients="local")
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    scales = []
+    for step in range(10):
+        x, y = batch(rank, step)
+        loss = F.cross_entropy(model(x), y)
+        optimizer.zero_grad()
+        scaler.scale(loss).backward()
+        if rank == world - 1 and step in (2, 5):
+            next(model.parameters()).grad.fill_(float("inf"))
+        scaler.step(optimizer)
+        scaler.update()
+        scheduler.step(loss)
+        scales.append(scaler.get_scale())
+    counts = gather(float(optimizer.state[next(model.parameters())]["step"]))
+    finish("skipped", model, scheduler, scales=gather(scales[-1]), counts=counts)
+
+    # bfloat16 parameters: the mean is taken in fp32, and rounded once
+    model = net().bfloat16()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    scheduler = hdet.Ensemble(optimizer, model=model, spread=0.2, converge_every=4)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.copy_(torch.full_like(p, 1.0 + 2**-7 * rank))
+    scheduler.converge()
+    values = [1.0 + 2**-7 * r for r in range(world)]
+    expected = torch.tensor(sum(values) / world).bfloat16()
+    finish("bfloat16", model, scheduler, error=float((next(model.parameters())[0, 0].detach() - expected).abs()))
+
+    # Gradient accumulation under no_sync
+    model = DDP(net())
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
+    scheduler = hdet.Ensemble(optimizer, model=model, spread=0.2, converge_every=3)
+    for step in range(7):
+        optimizer.zero_grad()
+        total = 0.0
+        for micro in range(2):
+            x, y = batch(rank, 10 * step + micro)
+            with model.no_sync() if micro == 0 else warnings.catch_warnings():
+                loss = F.cross_entropy(model(x), y) / 2
+                loss.backward()
+            total += loss.item()
+        optimizer.step()
+        scheduler.step(total)
+    finish("accumulation", model, scheduler)
+
+    # Two optimizers, each with a scheduler that owns the submodule it trains; and two that own the same
+    for name, own in (("two optimizers", True), ("rivals", False)):
+        model = net()
+        wrapped = DDP(model)
+        parts = (model[0], model[2])
+        optimizers = [torch.optim.AdamW(part.parameters(), lr=0.01) for part in parts]
+        pair = [
+            hdet.Ensemble(o, model=part if own else model, spread=0.2, converge_every=3)
+            for o, part in zip(optimizers, parts, strict=True)
+        ]
+        with Lines() as lines:
+            for step in range(9):
+                x, y = batch(rank, step)
+                loss = F.cross_entropy(wrapped(x), y)
+                loss.backward()
+                for o, ensemble in zip(optimizers, pair, strict=True):
+                    o.step()
+                    ensemble.step(loss)
+                    o.zero_grad()
+        distances = [ensemble.last_report.excluded for ensemble in pair]
+        finish(name, model, pair[0], lines=lines, excluded=distances)
+    return results
+
+
+@scenario
+def surroundings(rank, world):
+    """Batch norm under DDP, SyncBatchNorm, and accelerate's stepping once per process."""
+    results = {}
+
+    class Normed(nn.Module):
+        def __init__(self, norm):
+            super().__init__()
+            torch.manual_seed(0)
+            self.inner = nn.Linear(6, 4)
+            self.norm = norm
+
+        def forward(self, x):
+            return self.norm(self.inner(x))
+
+    def warned(norm, gradients="shared", **settings):
+        # On the CPU, DDP takes no SyncBatchNorm.
+        model = Normed(norm) if isinstance(norm, nn.SyncBatchNorm) else DDP(Normed(norm), **settings)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            hdet.Ensemble(
+                torch.optim.SGD(model.parameters(), lr=0.1), model=model, spread=0.2, converge_every=3,
+                gradients=gradients,
+            )  # fmt: skip
+        return [str(one.message) for one in caught if "batch norm" in str(one.message) or "Batch" in str(one.message)]
+
+    results["broadcast"] = warned(nn.BatchNorm1d(4))
+    results["no broadcast"] = warned(nn.BatchNorm1d(4), broadcast_buffers=False)
+    results["local"] = warned(nn.BatchNorm1d(4), gradients="local")
+    results["layer norm"] = warned(nn.LayerNorm(4))
+    results["sync"] = warned(nn.SyncBatchNorm(4))
+
+    from accelerate import Accelerator
+
+    accelerator = Accelerator(cpu=True)
+    model = net()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
+    scheduler = hdet.OneCycleLR(
+        optimizer, 0.01, total_steps=20, model=model, spread=0.2, converge_every=3, cycle_momentum=False
+    )
+    prepared = accelerator.prepare(model, optimizer, scheduler)
+    x, y = batch(rank, 0)
+    loss = F.cross_entropy(prepared[0](x), y)
+    accelerator.backward(loss)
+    prepared[1].step()
+    try:
+        prepared[2].step(loss)
+        results["accelerate"] = None
+    except RuntimeError as error:
+        results["accelerate"] = str(error)
+    scheduler.step(loss)  # the way out
+    results["steps"] = scheduler.ensemble.steps
+    return results
+
+
 def main():
     dist.init_process_group("gloo")
     rank, world = dist.get_rank(), dist.get_world_size()

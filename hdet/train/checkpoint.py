@@ -51,10 +51,11 @@ def load(path: Path, config: dict[str, dict[str, Any]]) -> dict[str, Any]:
         ConfigError: naming the setting, if it was written under another one that matters.
     """
     state = torch.load(path, map_location="cpu", weights_only=True)
-    if state["step"] > config["train"]["total_steps"]:
+    total_steps = config.get("train", {}).get("total_steps")
+    if total_steps is not None and state["step"] > total_steps:
         raise ConfigError(
-            f"{path} was written after step {state['step']}, and train.total_steps="
-            f"{config['train']['total_steps']}. Pass at least as many."
+            f"{path} was written after step {state['step']}, and train.total_steps={total_steps}. Pass at least as "
+            "many."
         )
     for section, settings in config.items():
         for name, value in settings.items():

@@ -2,6 +2,7 @@
 
 import ast
 import json
+import os
 import signal
 import sys
 from pathlib import Path
@@ -354,6 +355,62 @@ def test_a_crash_while_saving_leaves_the_old_checkpoint(tmp_path, monkeypatch):
     with pytest.raises(OSError, match="disk full"):
         checkpoint.save(path, {"step": 2, "config": {}})
     assert checkpoint.load(path, {})["step"] == 1
+
+
+@pytest.mark.parametrize("at", ["write", "fsync", "replace", "directory"])
+def test_a_kill_while_saving_leaves_a_usable_checkpoint(tmp_path, at):
+    """SIGKILL in the middle of the write, before it is on disk, before and after it takes the old one's place."""
+    path = tmp_path / "checkpoint.pt"
+    checkpoint.save(path, {"step": 1, "config": {}, "x": torch.ones(1000)})
+
+    def die(*_, **__):
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    def half(state, file):
+        file.write(b"half a checkpoint")
+        file.flush()
+        die()
+
+    target, name = {
+        "write": (torch, "save"),
+        "fsync": (os, "fsync"),
+        "replace": (os, "replace"),
+        "directory": (os, "open"),
+    }[at]
+    child = os.fork()
+    if child == 0:
+        try:
+            setattr(target, name, half if at == "write" else die)
+            checkpoint.save(path, {"step": 2, "config": {}, "x": torch.zeros(1000)})
+        finally:
+            os._exit(0)
+    _, status = os.waitpid(child, 0)
+    assert os.WTERMSIG(status) == signal.SIGKILL
+    assert checkpoint.load(path, {})["step"] == (2 if at == "directory" else 1)
+    assert path.with_name("checkpoint.pt.tmp").exists() == (at != "directory")
+    checkpoint.save(path, {"step": 3, "config": {}})  # what is left of the write that was killed does no harm
+    assert checkpoint.load(path, {})["step"] == 3
+    assert [file.name for file in tmp_path.iterdir()] == ["checkpoint.pt"]
+
+
+@pytest.mark.parametrize("schedule", ["one_cycle", "cosine"])
+@pytest.mark.parametrize("spread", ["0.2", "0"])
+def test_a_run_may_be_resumed_with_more_steps(monkeypatch, tmp_path, schedule, spread):
+    """From the step of the checkpoint on, the learning rates are those of the longer run."""
+    settings = ["--task.name=digits", "--model.channels=2", "--train.eval_every=0", "--train.log_every=1"]
+    settings += [f"--schedule.name={schedule}", f"--hdet.spread={spread}"]
+    extended, long = tmp_path / "extended", tmp_path / "long"
+    assert run(monkeypatch, extended, *settings, "--train.total_steps=6") == 0
+    assert run(monkeypatch, extended, *settings, "--train.total_steps=12", "--resume") == 0
+    assert run(monkeypatch, long, *settings, "--train.total_steps=12") == 0
+    rates = [
+        {r["step"]: r["lr"] for r in read_jsonl(directory / "metrics.jsonl") if "lr" in r}
+        for directory in (extended, long)
+    ]
+    assert [rates[0][step] for step in range(7, 13)] == [rates[1][step] for step in range(7, 13)]
+    assert rates[0][6] != rates[1][6]
+    assert torch.load(extended / "checkpoint.pt", weights_only=True)["step"] == 12
+    assert run(monkeypatch, extended, *settings, "--train.total_steps=9", "--resume") == 2  # beyond its end
 
 
 def test_resuming_under_another_setting_is_refused_by_name(tmp_path):

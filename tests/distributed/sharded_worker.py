@@ -427,6 +427,42 @@ def overlap(rank, world):
     }
 
 
+@scenario
+def optimizer_state(rank, world):
+    """Shards of the state are averaged along the replicas, or verified; a poisoned member heals with its replica."""
+    results = {}
+    for gradients in ("shared", "local"):
+        for poison in (False, True):
+            model = shard(plain())
+            optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
+            reports = []
+            ensemble = hdet.Ensemble(
+                optimizer, model=model, spread=0.3, converge_every=4, gradients=gradients, monitor=reports.append,
+                replicas=MESH["replicate"],
+            )  # fmt: skip
+            train(model, optimizer, ensemble, rank, 3)
+            loss = loss_of(model, batch(rank, 3))
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            if poison and rank == 3:
+                for state in optimizer.state.values():
+                    local(state["exp_avg"]).fill_(float("nan"))
+            before = gather([local(state["exp_avg"]).double() for state in optimizer.state.values()])
+            ensemble.step(loss)
+            after = [local(state["exp_avg"]).double() for state in optimizer.state.values()]
+            givers = [rank % 2] if poison else [rank % 2, rank % 2 + 2]
+            expected = [torch.stack([before[r][i] for r in givers]).mean(0) for i in range(len(after))]
+            peers = gather([(a + 0.0).numpy().tobytes() for a in after])
+            results[gradients, poison] = {
+                "error": max(float((a - e).abs().max()) for a, e in zip(after, expected, strict=True) if a.numel()),
+                "equal": peers[rank % 2] == peers[rank % 2 + 2],
+                "excluded": reports[0].excluded,
+                "policy": ensemble._settings()["optimizer_state"],
+            }
+    return results
+
+
 def probing(model, rank, spread=0.3, **settings):
     optimizer = adam(model.parameters())
     reports = []

@@ -287,8 +287,9 @@ def gradient_modes(rank, world):
         with warnings.catch_warnings(record=True) as said:
             warnings.simplefilter("always")
             ensemble = hdet.Ensemble(
-                optimizer, model=model, spread=0.3, converge_every=3, replicas=replicas, gradients=gradients
-            )
+                optimizer, model=model, spread=0.3, converge_every=3, replicas=replicas, gradients=gradients,
+                optimizer_state="keep",  # as the simulation does
+            )  # fmt: skip
             train(model, optimizer, ensemble, rank, 8, gradients=seen)
             ensemble.converge()
         everyone = gather(torch.stack(seen))
@@ -376,7 +377,7 @@ def outer(rank, world):
             model = wrap(plain())
             optimizer = sgd(model.parameters())
             settings = {"spread": 0.3, "converge_every": 3, "replicas": replicas, "gradients": "local"}
-            settings |= {"outer_momentum": momentum, "outer_lr": lr, "bucket_mib": 1e-4}
+            settings |= {"outer_momentum": momentum, "outer_lr": lr, "bucket_mib": 1e-4, "optimizer_state": "keep"}
             ensemble = hdet.Ensemble(optimizer, model=model, **settings)
             train(model, optimizer, ensemble, rank, 9)
             saved, halfway = (

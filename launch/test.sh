@@ -9,4 +9,5 @@ python -m ruff check .
 python -m ruff format --check .
 python -m mypy --config-file setup.cfg
 bash launch/compile_cuda.sh
-python -m pytest "$@"
+# Tests that start processes run on one worker, all others on the other: see tests/distributed/conftest.py.
+python -m pytest -n 2 --dist loadgroup "$@"

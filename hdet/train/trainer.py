@@ -268,18 +268,19 @@ class Trainer:
 
     def _introduce(self) -> None:
         config, ensemble = self.config, self.schedule.ensemble
+        count = self.replicas.size if ensemble is None else ensemble.size
         how = "spread 0: the plain schedule"
         if ensemble is not None:
             how = f"spread {config.hdet.spread:.3g}, converging every {ensemble.config.converge_every} steps"
             how += ", learning rate by the paired probe" if config.hdet.probe else ""
             how += f", {config.hdet.gradients} gradients" if config.hdet.gradients != "shared" else ""
         self.log.say(
-            f"{config.task.name}: {self._parameters / 1e6:.2f}M parameters, {self.replicas.size} "
-            f"replica{'s' * (self.replicas.size > 1)}{self._members()} on {self.process.device.type}, {how}"
+            f"{config.task.name}: {self._parameters / 1e6:.2f}M parameters, {count} "
+            f"replica{'s' * (count > 1)}{self._members()} on {self.process.device.type}, {how}"
         )
         self.log.say(str(ops.backend()))
         self.log.say(f"tensorboard --logdir {config.train.log_dir}")
-        if ensemble is not None and self.replicas.size == 1:
+        if ensemble is not None and ensemble.size == 1:
             self.log.say("One replica has nobody to differ from: this is the plain schedule. Start more with torchrun.")
         if self._finding is not None:
             self._tell_finding(self._finding)
@@ -313,7 +314,7 @@ class Trainer:
                 "converge_seconds": log.converge_seconds,
                 "wall_seconds": log.seconds,
                 "steps": self.step,
-                "replicas": self.replicas.size,
+                "replicas": self.replicas.size if ensemble is None else ensemble.size,
                 "spread": 0.0 if ensemble is None else config.hdet.spread,
                 "converge_every": None if ensemble is None else ensemble.config.converge_every,
                 "parameters": self._parameters,

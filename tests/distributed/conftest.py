@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 HERE = Path(__file__).parent
-LIMIT = 120
+LIMIT = 240
 
 
 def torchrun(processes: int, arguments: list[str], limit: int = LIMIT) -> subprocess.CompletedProcess[str]:
@@ -56,6 +56,13 @@ class Launch:
             assert file.exists(), f"{scenario} did not end on rank {rank}:\n{(out / 'output.txt').read_text()[-6000:]}"
             results.append(pickle.loads(file.read_bytes()))
         return results
+
+
+def pytest_collection_modifyitems(items):
+    """With pytest-xdist, tests that start processes run one after the other, beside those that do not."""
+    for item in items:
+        if HERE in item.path.parents:
+            item.add_marker(pytest.mark.xdist_group("processes"))
 
 
 @pytest.fixture(scope="session")

@@ -287,8 +287,9 @@ def gradient_modes(rank, world):
         with warnings.catch_warnings(record=True) as said:
             warnings.simplefilter("always")
             ensemble = hdet.Ensemble(
-                optimizer, model=model, spread=0.3, converge_every=3, replicas=replicas, gradients=gradients
-            )
+                optimizer, model=model, spread=0.3, converge_every=3, replicas=replicas, gradients=gradients,
+                optimizer_state="keep",  # as the simulation does
+            )  # fmt: skip
             train(model, optimizer, ensemble, rank, 8, gradients=seen)
             ensemble.converge()
         everyone = gather(torch.stack(seen))
@@ -376,7 +377,7 @@ def outer(rank, world):
             model = wrap(plain())
             optimizer = sgd(model.parameters())
             settings = {"spread": 0.3, "converge_every": 3, "replicas": replicas, "gradients": "local"}
-            settings |= {"outer_momentum": momentum, "outer_lr": lr, "bucket_mib": 1e-4}
+            settings |= {"outer_momentum": momentum, "outer_lr": lr, "bucket_mib": 1e-4, "optimizer_state": "keep"}
             ensemble = hdet.Ensemble(optimizer, model=model, **settings)
             train(model, optimizer, ensemble, rank, 9)
             saved, halfway = (
@@ -425,6 +426,42 @@ def overlap(rank, world):
         "equal": all(torch.equal(x, after) for x in gather(after)),
         "finite": bool(after.isfinite().all()),
     }
+
+
+@scenario
+def optimizer_state(rank, world):
+    """Shards of the state are averaged along the replicas, or verified; a poisoned member heals with its replica."""
+    results = {}
+    for gradients in ("shared", "local"):
+        for poison in (False, True):
+            model = shard(plain())
+            optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
+            reports = []
+            ensemble = hdet.Ensemble(
+                optimizer, model=model, spread=0.3, converge_every=4, gradients=gradients, monitor=reports.append,
+                replicas=MESH["replicate"],
+            )  # fmt: skip
+            train(model, optimizer, ensemble, rank, 3)
+            loss = loss_of(model, batch(rank, 3))
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            if poison and rank == 3:
+                for state in optimizer.state.values():
+                    local(state["exp_avg"]).fill_(float("nan"))
+            before = gather([local(state["exp_avg"]).double() for state in optimizer.state.values()])
+            ensemble.step(loss)
+            after = [local(state["exp_avg"]).double() for state in optimizer.state.values()]
+            givers = [rank % 2] if poison else [rank % 2, rank % 2 + 2]
+            expected = [torch.stack([before[r][i] for r in givers]).mean(0) for i in range(len(after))]
+            peers = gather([(a + 0.0).numpy().tobytes() for a in after])
+            results[gradients, poison] = {
+                "error": max(float((a - e).abs().max()) for a, e in zip(after, expected, strict=True) if a.numel()),
+                "equal": peers[rank % 2] == peers[rank % 2 + 2],
+                "excluded": reports[0].excluded,
+                "policy": ensemble._settings()["optimizer_state"],
+            }
+    return results
 
 
 def probing(model, rank, spread=0.3, **settings):

@@ -7,7 +7,7 @@ import math
 
 import pytest
 
-pytestmark = [pytest.mark.distributed, pytest.mark.timeout(180)]
+pytestmark = [pytest.mark.distributed, pytest.mark.timeout(300)]
 
 
 @pytest.fixture(scope="module")
@@ -107,6 +107,17 @@ def test_overlap_of_sharded_replicas(results):
         assert result["apart"]
         assert result["equal"]
         assert result["finite"]
+
+
+@pytest.mark.parametrize("poison", [False, True])
+@pytest.mark.parametrize(("gradients", "policy"), [("shared", "verify"), ("local", "average")])
+def test_the_optimizer_state_of_sharded_replicas(results, gradients, policy, poison):
+    for result in results("optimizer_state"):
+        found = result[gradients, poison]
+        assert found["policy"] == policy
+        assert found["equal"]  # among the ranks that hold the same shard
+        assert found["error"] < 1e-7
+        assert found["excluded"] == ((1,) if poison else ())
 
 
 @pytest.mark.parametrize("gradients", ["shared", "local"])

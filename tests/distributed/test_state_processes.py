@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-pytestmark = [pytest.mark.distributed, pytest.mark.timeout(180)]
+pytestmark = [pytest.mark.distributed, pytest.mark.timeout(300)]
 
 # By optimizer, what auto comes to under shared gradients. Under local ones it is "average", but for LBFGS.
 AUTO = {

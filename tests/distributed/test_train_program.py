@@ -13,7 +13,7 @@ import torch
 
 from hdet.monitor import read_jsonl
 
-pytestmark = [pytest.mark.distributed, pytest.mark.timeout(120)]
+pytestmark = [pytest.mark.distributed, pytest.mark.timeout(300)]
 ROOT = Path(__file__).parents[2]
 LIMIT = 60
 TINY = [

@@ -11,7 +11,7 @@ import torch
 
 from hdet.monitor import read_jsonl
 
-pytestmark = [pytest.mark.distributed, pytest.mark.timeout(150)]
+pytestmark = [pytest.mark.distributed, pytest.mark.timeout(300)]
 ROOT = Path(__file__).parents[2]
 RUN = ["--model.n_layer=1", "--model.n_embd=16", "--model.block_size=16", "--model.dropout=0.1", "--train.batch_size=4",
        "--train.total_steps=12", "--train.eval_every=6", "--train.eval_batches=5", "--train.log_every=2",

@@ -334,6 +334,7 @@ def simulation(rank, world):
             converge_every=every,
             auto_lr=True,
             controller=hdet.controller.Published(warmup_rounds=0),
+            optimizer_state="keep",  # as the simulation does
         )
         real = train(wrapped, optimizer, scheduler.step, rank, steps)
         scheduler.converge()

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import bisect
-import contextlib
 import logging
 import math
 import os
@@ -19,30 +17,30 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler, ReduceLROnPlateau
 
 from hdet.agreement import digest, gather_agreed
-from hdet.averager import Averaged, Averager, Inspection, Pending, Point, SlowAverage
-from hdet.config import EnsembleConfig
+from hdet.arguments import check_arguments
+from hdet.averager import Averaged, Averager, Inspection, Pending, SlowAverage
 from hdet.controller import Controller, OneSlope, ProbeLosses, Published, Slopes, TwoSlope
 from hdet.design import Design, Effect
 from hdet.fan_out import FanOut, copied
 from hdet.forecast import Forecast, forecast
 from hdet.found_schedule import FoundSchedule, Recorder
-from hdet.gradients import check_gradients, fingerprint_gradients, set_gradients, warn_of_gradients
+from hdet.gradients import fingerprint_gradients, set_gradients, warn_of_gradients
 from hdet.guards import check_caller, has_rival, warn_of_batch_norm
-from hdet.hyperparameters import Hyperparameter, check_identified
-from hdet.monitor import Monitor, MonitorLike, as_monitors
+from hdet.hyperparameters import Hyperparameter
+from hdet.monitor import MonitorLike
 from hdet.optimizer_policy import policy_of
 from hdet.optimizer_state import NOTHING_SEEN, OptimizerState, StateSeen
 from hdet.outer import OuterMomentum
 from hdet.prior import Prior
-from hdet.probe import Batches, LossFunction, Probe, evaluate, gathered
+from hdet.probe import LossFunction, Probe
+from hdet.prober import Prober
 from hdet.recovery import CUT, Recovery
-from hdet.replicas import Replicas, ReplicasLike
+from hdet.replicas import ReplicasLike
 from hdet.report import HyperparameterReport, Report
-from hdet.sharding import check_sharding
 from hdet.signal import TrainingLoss, check_loss, mean_losses
 from hdet.steering import Round, Steering, Told
 from hdet.virtual import VirtualReplicas
-from hdet.weights import local, weights_of
+from hdet.weights import weights_of
 
 logger = logging.getLogger("hdet")
 
@@ -281,10 +279,21 @@ class Ensemble:
             self._begin_from(Prior.load(prior))
         self._virtual = VirtualReplicas(optimizer, virtual_replicas) if virtual_replicas > 1 else None
         self._slow: SlowAverage | None = None
-        self._batches: Batches | None = None
+        self._prober: Prober | None = None
         if self._probe is not None:
-            self._batches = Batches(self._probe, self.config.converge_every)
             self._slow = SlowAverage(self._probe.decay, self._probe.dtype, self._probe.place)
+            self._prober = Prober(
+                self._probe,
+                self._slow,
+                models,
+                self._weights,
+                optimizer,
+                self.replicas,
+                self._steering,
+                self._hyperparameters,
+                self._virtual,
+                self.config.converge_every,
+            )
         self._outer = OuterMomentum(outer_momentum, outer_lr) if self.config.outer else None
         self._told_gradients = False
         self._recovery: Recovery | None = None
@@ -449,8 +458,8 @@ class Ensemble:
         if self._steps % self.config.converge_every == 0:
             self._record(self._steps - 1)
             self._converge(self._agree(), complete=True)
-            if self._batches is not None and self._wants_probe():
-                self._batches.offer(batch)
+            if self._prober is not None and self._wants_probe():
+                self._prober.batches.offer(batch)
             self._draw()
 
     def fan_out(self) -> None:
@@ -557,8 +566,8 @@ class Ensemble:
     def resume_at(self, steps: int, base_lr: Sequence[float | Tensor]) -> None:
         """Continue from a converged model after ``steps`` steps, with the schedule at ``base_lr``."""
         self._flight = None
-        if self._batches is not None:
-            self._batches.forget()
+        if self._prober is not None:
+            self._prober.batches.forget()
         if self._recovery is not None:
             self._recovery.watch()
         self._steps = self._converged_at = steps
@@ -681,7 +690,7 @@ class Ensemble:
         payload = (
             *(number for signal in self._signals for number in signal.total()),
             bool(self._monitors),
-            self._batches is not None and self._batches.ready,
+            self._prober is not None and self._prober.batches.ready,
             self._version() != self._written,
             self._mark_gradients(),
             *seen,
@@ -753,7 +762,9 @@ class Ensemble:
             excluded, sent = self._optimizer_state.converge(states, averaged.excluded, complete=complete)
             averaged = averaged._replace(excluded=excluded, bytes=averaged.bytes + sent)
         self._converged_at = self._steps
-        losses = self._evaluate(averaged.points) if averaged.points else None
+        losses = None
+        if self._prober is not None and averaged.points:
+            losses = self._prober.evaluate(averaged.points, self._ended_round)
         if complete and self._outer is not None:
             self._outer.step(self._averager.buckets())
             self._weights.written()
@@ -777,74 +788,6 @@ class Ensemble:
     def _may_move(self) -> bool:
         """Whether the controller may still move the gain: while it may, it can also take it back."""
         return not isinstance(self.config.controller, TwoSlope) or self._wants_probe()
-
-    def _evaluate(self, points: Sequence[Point]) -> ProbeLosses:
-        """Every replica's probe. Collective: one that fails tells the others before it raises."""
-        assert self._batches is not None
-        together = self.replicas.members > 1
-        failure: Exception | None = None
-        count = self.config.virtual_replicas
-        losses = [(math.nan,) * 4] * count
-        try:
-            batches = [self._batches.take() for _ in range(count)]
-        except Exception as error:
-            failure = error
-        # Members go through a sharded model's forward pass together, or not at all.
-        if not (any(row[0] for row in self.replicas.all_gather([failure is not None])) if together else failure):
-            try:
-                with contextlib.ExitStack() as stack:
-                    for h, place in zip(self._hyperparameters, self._steering.places, strict=True):
-                        stack.enter_context(h.neutral(place.position))
-                    losses = [self._evaluate_one(points, k, batch) for k, batch in enumerate(batches)]
-            except Exception as error:
-                failure = error
-        rows = self.replicas.all_gather([float(failure is not None), *(loss for own in losses for loss in own)])
-        if failure is not None:
-            raise failure
-        if failed := [self.replicas.name_of(i) for i, row in enumerate(rows) if row[0]]:
-            raise RuntimeError(f"The probe's loss function failed on {', '.join(failed)}: see there.")
-        means = [[sum(x) / len(x) for x in zip(*of, strict=True)][1:] for of in self.replicas.by_replica(rows)]
-        return gathered([mean[4 * k : 4 * k + 4] for mean in means for k in range(count)])
-
-    def _evaluate_one(self, points: Sequence[Point], k: int, batch: Any) -> tuple[float, float, float, float]:
-        assert self._probe is not None
-        assert self._slow is not None
-        if self._virtual is not None:
-            with self._virtual.at(k):
-                for point in points:
-                    point.bucket.pack(point.displacement)
-                    point.displacement.sub_(point.mean)
-        shares = None
-        if self.config.per_group and len(self._group_names) > 1:
-            own = self.replicas.rank * self.config.virtual_replicas + k
-            shares = self._shares(points, [column[own] for column in self._steering.directions(self._ended_round)])
-        return evaluate(
-            self._models,
-            self._probe.loss_fn,
-            batch,
-            points,
-            self._slow,
-            self._weights,
-            shares=shares,
-            to_the_end=self.replicas.members > 1,
-        )
-
-    def _shares(self, points: Sequence[Point], by_group: Sequence[float]) -> list[list[tuple[int, float]]]:
-        """By bucket, how far the probe goes in each piece of it: as far as in its parameter group."""
-        spans = sorted(
-            (plain.data_ptr(), plain.data_ptr() + plain.nbytes, share)
-            for group, share in zip(self.optimizer.param_groups, by_group, strict=True)
-            for plain in map(local, group["params"])
-            if plain.numel()
-        )
-        starts = [start for start, _, _ in spans]
-
-        def share_of(piece: Tensor) -> float:
-            i = bisect.bisect_right(starts, piece.data_ptr()) - 1
-            # What no optimizer moves has made no progress, and any share of it is none.
-            return spans[i][2] if i >= 0 and piece.data_ptr() < spans[i][1] else 0.0
-
-        return [[(piece.numel(), share_of(piece)) for piece in point.bucket.pieces] for point in points]
 
     @property
     def _ended_round(self) -> int:
@@ -983,89 +926,3 @@ class Ensemble:
             converge_bytes=0,
             writer=self.replicas.writer,
         )
-
-
-def check_arguments(
-    *,
-    model: nn.Module | Iterable[nn.Module] | None,
-    spread: float,
-    converge_every: int | None,
-    auto_lr: bool,
-    probe: LossFunction | Probe | None,
-    controller: Controller | None,
-    per_group: bool,
-    hyperparameters: Sequence[Hyperparameter],
-    hyperparameter_controller: OneSlope | None,
-    design: Design,
-    virtual_replicas: int,
-    prior: str | os.PathLike[str] | None,
-    total_steps: int | None,
-    rollback: bool | str | torch.device,
-    replicas: ReplicasLike,
-    seed: int,
-    bucket_mib: float,
-    overlap_steps: int,
-    monitor: MonitorLike,
-    gradients: str = "shared",
-    outer_momentum: float = 0.0,
-    outer_lr: float = 1.0,
-    optimizer_state: str = "auto",
-) -> tuple[EnsembleConfig, tuple[nn.Module, ...], Probe | None, tuple[Monitor, ...], Replicas]:
-    """What an ensemble is made of, or the error that names the bad argument; changes nothing and sends nothing."""
-    if converge_every is None and (spread > 0 or hyperparameters):
-        raise ValueError("Pass converge_every, the round's length in steps (total steps / 100 is a good start).")
-    if probe is not None and not isinstance(probe, Probe):
-        probe = Probe(loss_fn=probe)
-    if controller is None:
-        controller = Published() if probe is None else TwoSlope()
-    for h in hyperparameters:
-        if not isinstance(h, Hyperparameter):
-            raise TypeError(
-                f"Invalid hyperparameters={h!r}. Must be made by hdet.param_group, hdet.module_attribute or "
-                "hdet.scalar."
-            )
-    check_identified(
-        hyperparameters,
-        gradients=gradients,
-        probe=probe is not None,
-        held_out=probe is not None and probe.held_out,
-    )
-    if prior is not None:
-        Prior.load(prior)
-    config = EnsembleConfig(
-        spread=spread,
-        converge_every=1 if converge_every is None else converge_every,
-        auto_lr=auto_lr,
-        controller=controller,
-        per_group=per_group,
-        total_steps=total_steps,
-        probe=probe is not None,
-        hyperparameters=tuple(map(repr, hyperparameters)),
-        hyperparameter_controller=OneSlope() if hyperparameter_controller is None else hyperparameter_controller,
-        design=design,
-        virtual_replicas=virtual_replicas,
-        moves=auto_lr or any(h.move for h in hyperparameters),
-        rollback=auto_lr and rollback is not False and not overlap_steps,
-        seed=seed,
-        bucket_mib=bucket_mib,
-        overlap_steps=overlap_steps,
-        gradients=gradients,
-        outer_momentum=outer_momentum,
-        outer_lr=outer_lr,
-        optimizer_state=optimizer_state,
-    )
-    modules = () if model is None else (model,) if isinstance(model, nn.Module) else tuple(model)
-    for module in modules:
-        if not isinstance(module, nn.Module):
-            raise TypeError(f"model= takes an nn.Module or several, got {type(module).__name__}.")
-    if (spread > 0 or hyperparameters) and not modules:
-        raise ValueError(
-            "To let replicas differ hdet needs model=: its parameters and buffers are averaged every "
-            "converge_every steps."
-        )
-    if config.outer and not modules:
-        raise ValueError("outer_momentum and outer_lr need model=: they move its averaged parameters.")
-    group = Replicas(replicas)
-    check_sharding(modules, group)
-    check_gradients(gradients, modules, group)
-    return config, modules, probe, as_monitors(monitor), group

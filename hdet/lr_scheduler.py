@@ -10,9 +10,10 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer, lr_scheduler
 
+from hdet.arguments import check_arguments
 from hdet.controller import Controller, OneSlope
 from hdet.design import Design
-from hdet.ensemble import Ensemble, Loss, check_arguments
+from hdet.ensemble import Ensemble, Loss
 from hdet.fan_out import copied
 from hdet.forecast import forecast
 from hdet.hyperparameters import Hyperparameter, ParamGroupField

@@ -21,6 +21,7 @@ LAYERS = [
     # the two phases
     "averager", "guards", "optimizer_policy", "optimizer_state", "gradients", "outer", "probe", "snapshot", "recovery",
     "virtual", "noisy_start", "lr_finder",
+    "prober", "arguments",
     # the state machine
     "ensemble",
     # edge

@@ -58,6 +58,7 @@ class Launch:
         return results
 
 
+@pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads the marks
 def pytest_collection_modifyitems(items):
     """With pytest-xdist, tests that start processes run one after the other, beside those that do not."""
     for item in items:

@@ -863,7 +863,7 @@ class Ensemble:
         gains, steering = self.gains, self._steering
         rates = [self._rate_of(g) for g in range(len(schedule))]
         multipliers = [steering.multipliers(i, round) for i in rates]
-        held, places = steering.held(round), steering.places
+        held, places = steering.held(round), list(steering.places)  # observe() moves the latter
         told = Told((math.nan,) * len(steering.rates), (Effect(math.nan, math.nan),) * len(places), None)
         lag = self._probe.lag if self._probe else 1.0
         if complete:

@@ -28,13 +28,12 @@ from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule
 from torch.nn.parallel import DistributedDataParallel
 
 from hdet.agreement import digest
 from hdet.averager import fingerprint
 from hdet.replicas import GradientScope, Replicas, average_gradients, ranks_of
-from hdet.weights import local
+from hdet.weights import is_instance, local
 
 _undo: WeakKeyDictionary[nn.Module, Callable[[nn.Module], None]] = WeakKeyDictionary()
 """How to undo what was done to a module."""
@@ -213,4 +212,4 @@ def _ddp_modules(modules: Iterable[nn.Module]) -> Iterator[DistributedDataParall
 
 
 def _fsdp_modules(modules: Iterable[nn.Module]) -> Iterator[nn.Module]:
-    return (m for module in modules for m in module.modules() if isinstance(m, FSDPModule))
+    return (m for module in modules for m in module.modules() if is_instance(m, "torch.distributed.fsdp", "FSDPModule"))

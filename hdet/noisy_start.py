@@ -13,9 +13,9 @@ from collections.abc import Iterable
 
 import torch
 from torch import nn
-from torch.distributed.tensor import DTensor
 
 from hdet.replicas import Replicas, ReplicasLike
+from hdet.weights import is_dtensor
 
 
 @torch.no_grad()
@@ -51,7 +51,7 @@ def warm_noisy_start(
     modules = (model,) if isinstance(model, nn.Module) else tuple(model)
     # named_parameters() leaves out what it has seen: tied parameters come once.
     named = [(name, p) for module in modules for name, p in module.named_parameters() if p.requires_grad]
-    if sharded := [name for name, p in named if isinstance(p, DTensor)]:
+    if sharded := [name for name, p in named if is_dtensor(p)]:
         raise TypeError(f"{sharded[0]} is sharded. Call warm_noisy_start() before fully_shard().")
     replica = Replicas(replicas).rank
     done: set[int] = set()

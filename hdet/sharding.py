@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import FullyShardedDataParallel
-from torch.distributed.tensor import DTensor, Replicate
 
 from hdet.replicas import Replicas
-from hdet.weights import reshard
+from hdet.weights import is_dtensor, is_instance, reshard
 
 
 def check_sharding(modules: Sequence[nn.Module], replicas: Replicas) -> None:
@@ -23,7 +22,11 @@ def check_sharding(modules: Sequence[nn.Module], replicas: Replicas) -> None:
         TypeError: for FSDP1, whose flat parameters do not say how they are sharded.
         ValueError: for a parameter that crosses replicas.
     """
-    if any(isinstance(m, FullyShardedDataParallel) for module in modules for m in module.modules()):
+    if any(
+        is_instance(m, "torch.distributed.fsdp", "FullyShardedDataParallel")
+        for module in modules
+        for m in module.modules()
+    ):
         raise TypeError(
             "model= has FullyShardedDataParallel (FSDP1) modules, whose flat parameters do not say how they are "
             "sharded. Shard it with torch.distributed.fsdp.fully_shard (FSDP2) instead."
@@ -33,16 +36,16 @@ def check_sharding(modules: Sequence[nn.Module], replicas: Replicas) -> None:
     reshard(modules)
     for module in modules:
         for name, tensor in (*module.named_parameters(), *module.named_buffers()):
-            if isinstance(tensor, DTensor):
+            if is_dtensor(tensor):
                 _check(name, tensor, replicas)
 
 
-def _check(name: str, tensor: DTensor, replicas: Replicas) -> None:
+def _check(name: str, tensor: Any, replicas: Replicas) -> None:
     for dimension, placement in enumerate(tensor.placements):
         ranks = _ranks_along(tensor.device_mesh, dimension)
         if len(ranks) == 1 or set(ranks) <= set(replicas.own_ranks):
             continue
-        if isinstance(placement, Replicate) and set(ranks) == set(replicas.peers):
+        if placement.is_replicate() and set(ranks) == set(replicas.peers):
             continue
         raise ValueError(
             f"model= has the parameter {name}, a DTensor placed as {placement} over ranks {_short(ranks)}, which "

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
 from weakref import WeakKeyDictionary
 
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule
-from torch.distributed.tensor import DTensor
 
 
 class Weights:
@@ -26,7 +26,7 @@ class Weights:
 
     def __init__(self, models: Sequence[nn.Module], extra: Iterable[Tensor] = ()) -> None:
         self._models, self._extra = tuple(models), tuple(extra)
-        parts = is_sharded(self._models) or any(isinstance(t, DTensor) for t in self._extra)
+        parts = is_sharded(self._models) or any(is_dtensor(t) for t in self._extra)
         self.whole = type(self) is Weights and not parts
 
     def tensors(self) -> Iterator[tuple[Tensor, bool]]:
@@ -42,10 +42,22 @@ class Weights:
         reshard(self._models)
 
 
-def local(tensor: Tensor) -> Tensor:
+def is_instance(value: object, module: str, name: str) -> bool:
+    """``isinstance`` for a class of torch whose module takes a second to import: before somebody has imported it there
+    are no instances."""
+    kind: Any = getattr(sys.modules.get(module), name, None)
+    return kind is not None and isinstance(value, kind)
+
+
+def is_dtensor(tensor: Tensor) -> bool:
+    """Whether it is a DTensor."""
+    return is_instance(tensor, "torch.distributed.tensor", "DTensor")
+
+
+def local(tensor: Any) -> Tensor:
     """This rank's shard of a DTensor, which shares its memory; any other tensor as it is."""
     # to_local() would make another object each time, under autograd.
-    return tensor._local_tensor if isinstance(tensor, DTensor) else tensor
+    return tensor._local_tensor if is_dtensor(tensor) else tensor
 
 
 def reshard(models: Iterable[nn.Module]) -> None:
@@ -53,14 +65,14 @@ def reshard(models: Iterable[nn.Module]) -> None:
     that no backward pass follows: they would hide the shards, and outlive a change of them."""
     for model in models:
         for module in model.modules():
-            if isinstance(module, FSDPModule):
-                module.reshard()
+            if is_instance(module, "torch.distributed.fsdp", "FSDPModule"):
+                module.reshard()  # type: ignore[operator]
 
 
 def is_sharded(models: Iterable[nn.Module]) -> bool:
     """Whether a model has DTensor parameters or buffers."""
     reshard(models := tuple(models))
-    return any(isinstance(t, DTensor) for model in models for t in (*model.parameters(), *model.buffers()))
+    return any(is_dtensor(t) for model in models for t in (*model.parameters(), *model.buffers()))
 
 
 _ELSEWHERE: WeakKeyDictionary[nn.Module, Weights] = WeakKeyDictionary()

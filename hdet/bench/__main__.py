@@ -81,6 +81,7 @@ def settings_of(options: argparse.Namespace) -> Settings:
         processes=tuple(options.processes),
         shapes=tuple(options.shapes or averaged),
         kernel_shapes=tuple(options.shapes or packed),
+        models=((32, 1), (64, 1)) if options.quick else default.models,
         repeat=3 if options.quick else options.repeat,
         seconds=0.2 if options.quick else options.seconds,
         converge_every=10 if options.quick else default.converge_every,

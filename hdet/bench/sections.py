@@ -29,6 +29,8 @@ class Settings:
     """What is averaged."""
     kernel_shapes: tuple[str, ...] = KERNEL_SHAPES
     """What is packed."""
+    models: tuple[tuple[int, int], ...] = ((128, 8), (512, 2))
+    """What virtual replicas train; see :func:`.visits.measure`."""
     repeat: int = 25
     """Rounds of one case, at most."""
     seconds: float = 20.0
@@ -69,7 +71,7 @@ def run(settings: Settings) -> Iterator[Comparison]:
         yield from steps.measure(repeat=settings.repeat, seconds=settings.seconds / 4)
     if "virtual" in settings.sections:
         say("virtual replicas")
-        yield from visits.measure(repeat=settings.repeat, seconds=settings.seconds / 2)
+        yield from visits.measure(settings.models, repeat=settings.repeat, seconds=settings.seconds / 2)
     if {"converge", "overhead", "traffic"} & set(settings.sections):
         for size in settings.processes:
             device = settings.device_for(size)

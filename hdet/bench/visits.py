@@ -4,7 +4,7 @@ accumulation over the same micro-batches."""
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import nn
@@ -18,9 +18,13 @@ _COUNT = 4
 _STEPS = 10**6
 
 
-def measure(*, repeat: int, seconds: float) -> Iterator[Comparison]:
-    """Two GPTs of different width, so of different numbers of parameters per token."""
-    for width, sequences in ((128, 8), (512, 2)):
+def measure(models: Sequence[tuple[int, int]], *, repeat: int, seconds: float) -> Iterator[Comparison]:
+    """GPTs of different width, so of different numbers of parameters per token.
+
+    Args:
+        models: width, and sequences of 64 tokens in a micro-batch.
+    """
+    for width, sequences in models:
         config = ModelConfig(n_layer=2, n_embd=width, block_size=64)
         turns: dict[str, Callable[[], float]] = {
             OURS: _step(config, sequences, virtual=_COUNT),

@@ -58,14 +58,6 @@ class Launch:
         return results
 
 
-@pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads the marks
-def pytest_collection_modifyitems(items):
-    """With pytest-xdist, tests that start processes run one after the other, beside those that do not."""
-    for item in items:
-        if HERE in item.path.parents:
-            item.add_marker(pytest.mark.xdist_group("processes"))
-
-
 @pytest.fixture(scope="session")
 def launch(tmp_path_factory) -> Launch:
     return Launch(tmp_path_factory.mktemp("launch"), "worker.py")

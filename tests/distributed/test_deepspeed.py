@@ -225,6 +225,7 @@ def trained(tmp_path_factory):
 
 
 @pytest.mark.parametrize("stage", [1, 3])
+@pytest.mark.slow
 def test_the_training_program_resumes_bit_for_bit(trained, stage):
     root, output = trained
     assert output.count("2 replicas of 2 processes each on cpu, spread 0.3") == 6  # by one process of each run
@@ -244,6 +245,7 @@ def test_the_training_program_resumes_bit_for_bit(trained, stage):
                 torch.testing.assert_close(mine, whole, rtol=0, atol=0, equal_nan=True)
 
 
+@pytest.mark.slow
 def test_the_baseline_and_what_the_training_program_refuses(trained):
     root, output = trained
     assert json.loads((root / "plain" / "summary.json").read_text())["spread"] == 0

@@ -7,6 +7,7 @@ from hdet.bench import faults
 pytestmark = [pytest.mark.distributed, pytest.mark.timeout(300)]
 
 
+@pytest.mark.slow
 def test_runs_survive_the_death_of_their_processes(capsys, monkeypatch):
     """torchrun restarts them, and they end as the undisturbed run did, bit for bit. It keeps its store, in which the
     restarted processes used to find the addresses of the dead, and gave up."""

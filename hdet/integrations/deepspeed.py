@@ -128,14 +128,15 @@ def attach(engine: Any, scheduler: Callable[..., Scheduler], *args: Any, **setti
         The scheduler. Pass it the loss by ``engine.step(lr_kwargs={"loss": loss})``.
 
     Raises:
-        ValueError: for ZeRO shards over all ranks with ``spread > 0``, an ``mpu`` other than :class:`ReplicaGroups`, a
-            second scheduler, ``max_lr="auto"``, or a feature of DeepSpeed whose weights hdet cannot average.
+        ValueError: for ZeRO shards over all ranks whose settings are to differ, an ``mpu`` other than
+            :class:`ReplicaGroups`, a second scheduler, ``max_lr="auto"``, or a feature of DeepSpeed whose weights hdet
+            cannot average.
     """
     _check(engine, args, settings)
     groups = engine.mpu
-    if groups is not None and settings.get("spread", 0) > 0:
-        settings["replicas"] = groups.mesh["replicate"]
-    if settings.get("spread", 0) > 0:
+    if _has_replicas(settings):
+        if groups is not None:
+            settings["replicas"] = groups.mesh["replicate"]
         settings |= {"model": engine.module, "gradients": "shared" if groups is None else "local"}
         if groups is not None and settings.get("optimizer_state", "auto") == "auto":
             settings["optimizer_state"] = "keep"
@@ -149,6 +150,13 @@ def attach(engine: Any, scheduler: Callable[..., Scheduler], *args: Any, **setti
     engine.lr_scheduler = built
     _count_skipped_steps(engine, built)
     return built
+
+
+def _has_replicas(settings: dict[str, Any]) -> bool:
+    """Whether they ask for replicas that part and are averaged, and not for a schedule alone."""
+    differs = settings.get("spread", 0) > 0 or bool(settings.get("hyperparameters"))
+    outer = settings.get("outer_momentum", 0) != 0 or settings.get("outer_lr", 1) != 1
+    return differs or outer or settings.get("gradients") == "local"
 
 
 def _check(engine: Any, args: tuple[Any, ...], settings: dict[str, Any]) -> None:
@@ -196,11 +204,11 @@ def _check(engine: Any, args: tuple[Any, ...], settings: dict[str, Any]) -> None
             "per_group=True with a probe is not supported at ZeRO stage 3, whose parameter groups are empty "
             "between steps: the probe could not tell them apart. Use per_group=False, or ZeRO stage 1 or 2."
         )
-    if engine.mpu is None and stage > 0 and settings.get("spread", 0) > 0:
+    if engine.mpu is None and stage > 0 and _has_replicas(settings):
         raise ValueError(
             f"ZeRO stage {stage} cuts one model into shards over all {dist.get_world_size()} ranks, so that a learning "
-            "rate per rank would be one per slice of the model, not one per replica. Make replicas of several ranks: "
-            "deepspeed.initialize(..., mpu=ReplicaGroups(replicas))."
+            "rate (or any other setting) per rank would be one per slice of the model, not one per replica. Make "
+            "replicas of several ranks: deepspeed.initialize(..., mpu=ReplicaGroups(replicas))."
         )
 
 

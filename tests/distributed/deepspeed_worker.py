@@ -1,5 +1,6 @@
 """Run by torchrun: what the tests of test_deepspeed.py read, with the real DeepSpeed on 2 replicas x 2 shards."""
 
+import functools
 import itertools
 import os
 import pickle
@@ -95,10 +96,10 @@ def loss_of(model, data, dtype=torch.float32):
     return F.cross_entropy(model(x.to(dtype)).float(), y)
 
 
-def train(engine, rank, steps, with_loss=True):
+def train(engine, rank, steps, with_loss=True, factor=1.0):
     losses = []
     for step in steps:
-        loss = loss_of(engine, batch(rank, step), dtype_of(engine))
+        loss = factor * loss_of(engine, batch(rank, step), dtype_of(engine))
         engine.backward(loss)
         engine.step(lr_kwargs={"loss": loss} if with_loss else None)
         losses.append(loss.item())
@@ -214,6 +215,9 @@ def guards(rank, world):
     engine = start(0, "fp32", groups)
     results["auto"] = message(attach, engine, hdet.OneCycleLR, "auto", total_steps=9, spread=0.3)
     results["model"] = message(attach, engine, hdet.OneCycleLR, max_lr=1, total_steps=9, model=engine.module)
+    for value in ("average", "verify", "reset"):
+        settings = {"total_steps": 9, "spread": 0.3, "converge_every": 3, "optimizer_state": value}
+        results[f"optimizer_state={value}"] = message(attach, engine, hdet.OneCycleLR, max_lr=1, **settings)
     for name, value in {"gradients": "shared", "virtual_replicas": 2}.items():
         results[name] = message(attach, engine, hdet.OneCycleLR, max_lr=1, total_steps=9, spread=0.3, **{name: value})
     results["engine"] = message(attach, engine.module, hdet.OneCycleLR, max_lr=1, total_steps=9)
@@ -350,6 +354,193 @@ def probe(rank, world):
             "gain": scheduler.ensemble.gains[0],
             "rate": scheduler.get_last_lr()[0],
             "first_weight": full(engine)["first.weight"].tolist(),
+        }
+        engine.destroy()
+    return results
+
+
+FEATURES = [(1, "bf16"), (3, "fp32")]
+
+
+def before_each_step(engine):
+    """The masters, each time when the optimizer has stepped and the scheduler has not."""
+    seen = []
+    scheduler = engine.lr_scheduler
+    step = scheduler.step
+
+    def recorded(*args, **kwargs):
+        seen.append(masters(engine))
+        return step(*args, **kwargs)
+
+    scheduler.step = recorded
+    return seen
+
+
+def moments(engine):
+    """Adam's first, whole: by DeepSpeed's own accounting."""
+    trained = [p for p in engine.module.parameters() if p.requires_grad]
+    return [deepspeed.utils.safe_get_full_optimizer_state(p, "exp_avg").detach().float().clone() for p in trained]
+
+
+def same(one, other):
+    return all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
+
+
+def mean_of_replicas(tensors, rank):
+    every = gather(tensors)
+    return [(a + b) / 2 for a, b in zip(every[rank % 2], every[2 + rank % 2], strict=True)]
+
+
+def distance(one, other):
+    return max(((a - b).abs().max().item() for a, b in zip(one, other, strict=True)), default=0.0)
+
+
+def are_equal(engine, rank):
+    """Whether the replicas' masters are, and whether the module computes with them, rounded."""
+    reference = net(0)
+    reference.load_state_dict({**full(engine), "scale": engine.module.scale.float()})
+    reference.to(dtype_of(engine))
+    engine.eval()
+    with torch.no_grad():
+        ours, theirs = (loss_of(model, batch(9, 9), dtype_of(engine)).item() for model in (engine.module, reference))
+    engine.train()
+    every = gather([t.tolist() for t in masters(engine)])
+    return every[rank % 2] == every[2 + rank % 2], abs(ours - theirs) <= 1e-7
+
+
+@scenario
+def rollback(rank, world):
+    results = {}
+    groups = ReplicaGroups(2)
+    for stage, precision in FEATURES:
+        engine, scheduler = attached(stage, precision, groups, auto_lr=True, total_steps=30)
+        train(engine, rank, range(6))
+        good, state, gain = masters(engine), moments(engine), scheduler.ensemble.gains[0]
+        train(engine, rank, [6, 7], factor=1e3)
+        parted = distance(masters(engine), good)
+        train(engine, rank, [8], factor=1e3)
+        report = scheduler.ensemble.last_report
+        results[stage, precision] = {
+            "parted": parted,
+            "rolled_back": report.rolled_back,
+            "masters": same(masters(engine), good),
+            "moments": same(moments(engine), state),
+            "equal": are_equal(engine, rank),
+            "gain": (gain, report.next_gain[0], scheduler.ensemble.gains[0]),
+        }
+        train(engine, rank, range(9, 12))
+        after = scheduler.ensemble.last_report
+        results[stage, precision]["after"] = after.rolled_back, after.gain[0], are_equal(engine, rank)
+        engine.destroy()
+    return results
+
+
+@scenario
+def overlap(rank, world):
+    results = {}
+    groups = ReplicaGroups(2)
+    for stage, precision in FEATURES:
+        engine, scheduler = attached(stage, precision, groups, overlap_steps=1)
+        stepped = before_each_step(engine)
+        train(engine, rank, range(3))
+        sent = masters(engine)
+        mean = mean_of_replicas(sent, rank)
+        train(engine, rank, [3])
+        landed = [own + (m - s) for own, m, s in zip(stepped[3], mean, sent, strict=True)]
+        late = are_equal(engine, rank)
+        error = distance(masters(engine), landed)
+        train(engine, rank, range(4, 6))
+        scheduler.converge()  # with an average under way
+        results[stage, precision] = {
+            "untouched": same(stepped[2], sent),
+            "parted": distance(sent, mean),
+            "error": error,
+            "late": late,
+            "converged": are_equal(engine, rank),
+        }
+        train(engine, rank, range(6, 8))
+        scheduler.converge()
+        results[stage, precision]["converged_inside"] = are_equal(engine, rank)
+        engine.destroy()
+    return results
+
+
+@scenario
+def hyperparameters(rank, world):
+    results = {}
+    groups = ReplicaGroups(2)
+    adam = functools.partial(torch.optim.AdamW, weight_decay=0.1)
+    for stage, precision, spread in [(1, "bf16", 0.0), (3, "fp32", 0.3), (3, "fp32", 0.0)]:
+        reports, applied = [], []
+        settings = {
+            "hyperparameters": [hdet.param_group("weight_decay", spread=0.5)],
+            "probe": hdet.Probe(loss_fn=probe_loss, batches=[batch(rank, 100 + i) for i in range(3)], held_out=True),
+            "monitor": reports.append,
+            "spread": spread,
+            "total_steps": 60,
+        }
+        engine, _ = attached(stage, precision, groups, optimizer=adam, **settings)
+
+        def before(optimizer, *_, applied=applied):
+            applied.append({group["weight_decay"] for group in optimizer.param_groups})
+
+        engine.basic_optimizer.register_step_pre_hook(before)
+        by_round = []
+        for first in range(0, 24, 3):
+            applied.clear()
+            train(engine, rank, range(first, first + 3))
+            by_round.append(set.union(*applied))
+        results[stage, precision, spread] = {
+            "applied": by_round,
+            "reported": [report.hyperparameters[0].values for report in reports],
+            "centres": [report.hyperparameters[0].next_centre for report in reports],
+            "effects": [report.hyperparameters[0].effect for report in reports],
+            "equal": are_equal(engine, rank),
+        }
+        engine.destroy()
+    return results
+
+
+@scenario
+def outer_momentum(rank, world):
+    """Against the recurrence, computed from what the replicas' masters were before each round's end."""
+    results = {}
+    groups = ReplicaGroups(2)
+    mu, nu = 0.5, 0.8
+    for stage, precision in FEATURES:
+        settings = {"gradients": "local", "optimizer_state": "auto"}
+        engine, _ = attached(stage, precision, groups, **settings, spread=0)  # Local SGD, with nothing explored
+        train(engine, rank, range(2))
+        local = [are_equal(engine, rank)]
+        train(engine, rank, [2])
+        local.append(are_equal(engine, rank))
+        engine.destroy()
+
+        engine, _ = attached(stage, precision, groups, **settings)
+        train(engine, rank, range(9))
+        plain, state = masters(engine), gather(moments(engine))
+        engine.destroy()
+
+        engine, _ = attached(stage, precision, groups, **settings, outer_momentum=mu, outer_lr=nu)
+        stepped = before_each_step(engine)
+        errors, equal = [], []
+        for end in (3, 6, 9):
+            train(engine, rank, range(end - 3, end))
+            mean = mean_of_replicas(stepped[-1], rank)
+            if end == 3:
+                anchor, velocity = mean, [torch.zeros_like(m) for m in mean]
+            else:
+                moved = [a - m for a, m in zip(anchor, mean, strict=True)]
+                velocity = [mu * v + d for v, d in zip(velocity, moved, strict=True)]
+                anchor = [a - nu * (d + mu * v) for a, d, v in zip(anchor, moved, velocity, strict=True)]
+            errors.append(distance(masters(engine), anchor))
+            equal.append(are_equal(engine, rank))
+        results[stage, precision] = {
+            "errors": errors,
+            "equal": equal,
+            "from_plain": distance(masters(engine), plain),
+            "local": local,
+            "moments_kept": not same(state[0], state[2]) and same(state[0], state[1]),
         }
         engine.destroy()
     return results

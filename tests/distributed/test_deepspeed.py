@@ -91,6 +91,9 @@ def test_zero_over_the_whole_world_is_refused_with_the_way_out(results):
         assert "Invalid gradients='shared'" in result["gradients"][0]
         assert "virtual_replicas=" in result["virtual_replicas"][0]
         assert "not supported at ZeRO stage 3" in result["per_group"][0]
+        for policy in ("average", "verify", "reset"):
+            assert f"Invalid optimizer_state='{policy}'" in result[f"optimizer_state={policy}"][0]
+            assert "each replica keeps its own" in result[f"optimizer_state={policy}"][0]
         assert "takes the engine" in result["engine"][0]
         assert "deepspeed.utils.groups.mpu = None" in result["left_over"][0]
 
@@ -174,6 +177,76 @@ def test_members_of_a_replica_have_the_same_gain(results):
     for kind in ranks[0]:
         assert len({result[kind]["gain"] for result in ranks}) == 1
         assert ranks[0][kind]["rate"] == ranks[1][kind]["rate"] != ranks[2][kind]["rate"]
+
+
+features = pytest.mark.parametrize("kind", [(1, "bf16"), (3, "fp32")], ids=lambda kind: f"zero{kind[0]}-{kind[1]}")
+
+
+@features
+def test_a_round_that_blew_up_is_undone(results, kind):
+    """Masters, moments and the module's copies are those of the last converge."""
+    ranks = [result[kind] for result in results("rollback")]
+    for result in ranks:
+        assert result["parted"] > 1e-3
+        assert result["rolled_back"]
+        assert result["masters"]
+        assert result["moments"]
+        assert result["equal"] == (True, True)
+        before, *now = result["gain"]
+        assert now == [before / 3, before / 3]
+        assert result["after"] == (False, before / 3, (True, True))
+    assert len({result["gain"] for result in ranks}) == 1
+
+
+@features
+def test_overlap_corrects_the_masters_late(results, kind):
+    for result in results("overlap"):
+        result = result[kind]
+        assert result["untouched"]  # at the round's end
+        assert result["parted"] > 1e-3
+        assert result["error"] <= 1e-7
+        assert result["late"] == (False, True)
+        assert result["converged"] == result["converged_inside"] == (True, True)
+
+
+@pytest.mark.parametrize("kind", [(1, "bf16", 0.0), (3, "fp32", 0.3), (3, "fp32", 0.0)], ids=str)
+def test_hyperparameters_differ_per_replica_and_not_per_shard(results, kind):
+    """As the optimizer inside DeepSpeed's sees them. With a spread, two replicas take turns: every other round tells of
+    the learning rate."""
+    ranks = [result[kind] for result in results("hyperparameters")]
+    explored = []
+    for i, values in enumerate(ranks[0]["reported"]):
+        assert [result["applied"][i] for result in ranks] == [{values[rank // 2]} for rank in RANKS]
+        explored.append(values[0] != values[1])
+    assert sum(explored) == (4 if kind[2] else 8)
+    for result in ranks:
+        assert result["reported"] == ranks[0]["reported"]
+        assert result["centres"] == ranks[0]["centres"]
+        assert result["effects"] == pytest.approx(ranks[0]["effects"], abs=0, nan_ok=True)
+        if not kind[2]:  # then every round tells of it, and 8 are enough
+            assert result["centres"][-1] != pytest.approx(0.1, rel=1e-3)
+        assert result["equal"] == (True, True)
+
+
+@features
+def test_outer_momentum_moves_the_masters(results, kind):
+    for result in results("outer_momentum"):
+        result = result[kind]
+        assert max(result["errors"]) <= 1e-6
+        assert result["equal"] == [(True, True)] * 3
+        assert result["from_plain"] > 1e-3
+
+
+@features
+def test_local_gradients_alone_make_replicas(results, kind):
+    """With ``spread=0`` and nothing explored they converge all the same: Local SGD."""
+    for result in results("outer_momentum"):
+        assert result[kind]["local"] == [(False, True), (True, True)]
+
+
+@features
+def test_each_replica_keeps_its_optimizer_state(results, kind):
+    assert all(result[kind]["moments_kept"] for result in results("outer_momentum"))
 
 
 # Runs one after the other in the same processes, which spares each of them the imports.

@@ -74,7 +74,9 @@ def test_a_quick_run_has_all_sections_and_as_many_samples_of_each_contender(quic
     model = 4 * traffic["local"]["parameters"]
     assert traffic["plain_ddp"]["across"] == model  # every gradient, every step
     assert model < traffic["shared"]["across"] < 1.2 * model  # and the model once in 10 steps
-    assert model / 10 == traffic["local"]["reported"] < traffic["local"]["across"] < 0.2 * model
+    # Once in 10 steps parameters and both of Adam's moments.
+    assert traffic["local"]["reported"] == pytest.approx(3 * model / 10)
+    assert 0.3 * model <= traffic["local"]["across"] < 0.4 * model
     verdicts = {target["name"]: target["verdict"] for target in found["targets"]}
     assert len(verdicts) == 8
     assert verdicts["converge: against every alternative"] != "not measured"

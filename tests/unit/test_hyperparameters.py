@@ -468,7 +468,7 @@ class Tied(nn.Module):
         self.head = nn.Linear(16, 100, bias=False)
         self.head.weight = self.embedding.weight
         self.frozen = nn.Parameter(torch.randn(8), requires_grad=False)
-        self.half = nn.Parameter(torch.randn(200).bfloat16())
+        self.low_precision = nn.Parameter(torch.randn(200).bfloat16())
         self.zero = nn.Parameter(torch.zeros(5))
 
 
@@ -481,7 +481,7 @@ def test_noise_is_in_proportion_and_leaves_the_rest():
     assert torch.equal(torch.get_rng_state(), state)
     assert model.head.weight is model.embedding.weight
     after = model.state_dict()
-    for name in ("embedding.weight", "half"):
+    for name in ("embedding.weight", "low_precision"):
         moved = (after[name].double() - before[name].double()).norm() / before[name].double().norm()
         assert moved.item() == pytest.approx(0.05, rel=0.2)
     for name in ("frozen", "zero", "norm.running_mean", "norm.num_batches_tracked"):

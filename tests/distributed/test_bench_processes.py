@@ -75,7 +75,7 @@ def test_a_quick_run_has_all_sections_and_as_many_samples_of_each_contender(quic
     assert traffic["plain_ddp"]["across"] == model  # every gradient, every step
     assert model < traffic["shared"]["across"] < 1.2 * model  # and the model once in 10 steps
     # Once in 10 steps parameters and both of Adam's moments.
-    assert traffic["local"]["reported"] == pytest.approx(3 * model / 10)
+    assert traffic["local"]["reported"] == pytest.approx(3 * model / 10, rel=1e-3)
     assert 0.3 * model <= traffic["local"]["across"] < 0.4 * model
     verdicts = {target["name"]: target["verdict"] for target in found["targets"]}
     assert len(verdicts) == 8

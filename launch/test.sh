@@ -7,18 +7,20 @@ cd "$HDET_ROOT"
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
 python -m ruff check .
 python -m ruff format --check .
-python -m mypy --config-file setup.cfg
-bash launch/compile_cuda.sh
 if (($#)); then
     exec python -m pytest "$@"
 fi
-# Tests that start processes, and beside them those that do not: together they keep two cores busy.
+# What starts processes, and beside it all the rest: together they keep two cores busy.
 log="$(mktemp)"
-python -m pytest --ignore=tests/distributed >"$log" 2>&1 &
+trap 'rm -f "$log"' EXIT
+{
+    python -m mypy --config-file setup.cfg
+    bash launch/compile_cuda.sh
+    python -m pytest --ignore=tests/distributed
+} >"$log" 2>&1 &
 others=$!
 status=0
 python -m pytest tests/distributed || status=$?
 wait "$others" || status=$?
 cat "$log"
-rm -f "$log"
 exit "$status"

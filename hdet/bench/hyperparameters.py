@@ -1,14 +1,15 @@
 """``python -m hdet.bench.hyperparameters``: do other hyperparameters than the learning rate find their way?
 
-200 labelled digits, a fifth of the labels wrong; an MLP with dropout; AdamW, 3000 steps; 4 processes with local
-gradients, averaged every 20 steps. Another 400 images are the probe's; the rest validate. For every hyperparameter:
+200 labelled digits, a fifth of the labels wrong; an MLP with dropout; AdamW, 3000 steps; 4 processes, averaged every 20
+steps. Another 400 images are the probe's; the rest validate. Weight decay and learning rates are explored under shared
+gradients, where nothing but them tells the replicas apart; dropout and label smoothing, which act through the
+gradient, under local ones. For every hyperparameter:
 
 - **swept**: what each of a few fixed values ends at, all else at the start's values. The best is the optimum.
 - **found**: from a start away from it, moved by hdet, alone and with all others at once.
 
-Weight decay, dropout and label smoothing start on the side of too little regularisation, or, with ``--start strong``,
-of too much. The learning rates of body and head start 10 times too low and 3 times too high. Resumes: every run is kept
-in ``hyperparameters.jsonl``.
+Weight decay and dropout start too low, label smoothing too high, the learning rate of the body 10 times below and that
+of the head 3 times above one that is good for both. Resumes: every run is kept in ``hyperparameters.jsonl``.
 """
 
 from __future__ import annotations
@@ -17,10 +18,10 @@ import argparse
 import json
 import statistics
 import sys
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
@@ -34,16 +35,11 @@ from hdet.hyperparameters import Hyperparameter
 
 _STEPS, _ROUND, _REPLICAS, _BATCH = 3000, 20, 4, 32
 _LR = 3e-3
-STARTS = {
-    "weak": {"weight_decay": 0.1, "dropout": 0.1, "label_smoothing": 0.01},
-    "strong": {"weight_decay": 3.0, "dropout": 0.8, "label_smoothing": 0.4},
-}
-SWEPT = {
-    "weight_decay": (0.01, 0.1, 0.3, 1.0, 3.0, 10.0),
-    "dropout": (0.0, 0.1, 0.3, 0.5, 0.7, 0.85),
-    "label_smoothing": (0.0, 0.01, 0.05, 0.1, 0.2, 0.4),
-    "lr": (0.1, 0.3, 1.0, 3.0),
-}
+Gradients = Literal["shared", "local"]
+WEAK = {"weight_decay": 0.1, "dropout": 0.1, "label_smoothing": 0.01}
+SMOOTH = {**WEAK, "label_smoothing": 0.3}
+RIGHT, WRONG = (1.0, 1.0), (0.1, 3.0)
+"""Learning rates of body and head, in units of a good one for both."""
 SPREADS = {"weight_decay": 0.5, "dropout": 0.15, "label_smoothing": 0.05}
 
 
@@ -51,16 +47,75 @@ SPREADS = {"weight_decay": 0.5, "dropout": 0.15, "label_smoothing": 0.05}
 class Run:
     """One training run: fixed values, and the names of those that hdet moves (``lr``: those of two groups)."""
 
-    start: str
     values: dict[str, float]
+    rates: tuple[float, float]
+    gradients: Gradients
+    seed: int
     moved: tuple[str, ...] = ()
-    rates: tuple[float, float] = (1.0, 1.0)
-    """Learning rates of body and head, in units of a good one."""
-    seed: int = 0
 
     @property
     def key(self) -> str:
-        return json.dumps([self.start, self.values, self.moved, self.rates, self.seed])
+        return json.dumps([self.values, self.rates, self.gradients, self.seed, self.moved])
+
+    @property
+    def processes(self) -> int:
+        """Data parallelism without replicas that differ is one process with a larger batch."""
+        return _REPLICAS if self.moved or self.gradients == "local" else 1
+
+
+@dataclass(frozen=True)
+class Question:
+    """A row of the table: from a start, does hdet find its way?"""
+
+    label: str
+    moved: tuple[str, ...]
+    values: dict[str, float]
+    rates: tuple[float, float]
+    gradients: Gradients
+    swept: dict[str, tuple[float, ...]] = field(default_factory=dict)
+    """By name (``lr body``, ``lr head``), the values that a sweep tries."""
+
+    def kept(self, seed: int) -> Run:
+        """The run that keeps the start's values."""
+        return Run(self.values, self.rates, self.gradients, seed)
+
+    def found(self, seed: int) -> Run:
+        """The run in which they move."""
+        return replace(self.kept(seed), moved=self.moved)
+
+    def fixed(self, name: str, value: float, seed: int) -> Run:
+        """The run with another fixed value of one of them."""
+        if name in self.values:
+            return replace(self.kept(seed), values={**self.values, name: value})
+        body, head = self.rates
+        return replace(self.kept(seed), rates=(value, head) if name == "lr body" else (body, value))
+
+
+_RATES = (0.03, 0.1, 0.3, 1.0, 3.0, 10.0)
+QUESTIONS = (
+    Question(
+        "weight decay 0.1",
+        ("weight_decay",),
+        WEAK,
+        RIGHT,
+        "shared",
+        {"weight_decay": (0.1, 0.3, 1.0, 3.0, 10.0)},
+    ),
+    Question("dropout 0.1", ("dropout",), WEAK, RIGHT, "local", {"dropout": (0.1, 0.3, 0.5, 0.7, 0.85)}),
+    Question(
+        "label smoothing 0.3",
+        ("label_smoothing",),
+        SMOOTH,
+        RIGHT,
+        "local",
+        {"label_smoothing": (0.01, 0.05, 0.1, 0.2, 0.3)},
+    ),
+    Question(
+        "learning rates: body 0.1, head 3", ("lr",), WEAK, WRONG, "shared", {"lr body": _RATES, "lr head": _RATES}
+    ),
+    Question("the three regularisers at once", tuple(SMOOTH), SMOOTH, RIGHT, "local"),
+    Question("all five at once", (*SMOOTH, "lr"), SMOOTH, WRONG, "local"),
+)
 
 
 @dataclass(frozen=True)
@@ -91,7 +146,7 @@ class Data:
 
 def train(run: Run) -> Result:
     """One run in a process group; every process must call it."""
-    rank = dist.get_rank()
+    rank, batch_size = dist.get_rank(), _BATCH * _REPLICAS // dist.get_world_size()
     data = Data(run.seed)
     generator = torch.Generator().manual_seed(10 * run.seed + rank)
     torch.manual_seed(10 * run.seed + rank)  # dropout
@@ -100,7 +155,7 @@ def train(run: Run) -> Result:
         nn.Linear(64, 128), nn.ReLU(), nn.Dropout(dropout), nn.Linear(128, 128), nn.ReLU(), nn.Dropout(dropout)
     )
     head = nn.Linear(128, 10)
-    model = nn.Sequential(body, head)
+    model: nn.Module = nn.Sequential(body, head)
     with torch.random.fork_rng():
         torch.manual_seed(run.seed)  # every replica begins at one point
         for module in model.modules():
@@ -111,6 +166,8 @@ def train(run: Run) -> Result:
         for part, name, rate in zip((body, head), ("body", "head"), run.rates, strict=True)
     ]
     optimizer = torch.optim.AdamW(groups, weight_decay=run.values["weight_decay"], betas=(0.9, 0.99))
+    if run.gradients == "shared" and run.moved:
+        model = nn.parallel.DistributedDataParallel(model)
     smoothing = hdet.scalar(
         "label_smoothing", run.values["label_smoothing"], spread=0.05, bounds=(0.0, 0.9), neutral=0.0
     )
@@ -148,12 +205,12 @@ def train(run: Run) -> Result:
         auto_lr=moves_rates,
         per_group=True,
         converge_every=_ROUND,
-        gradients="local",
+        gradients=run.gradients if run.processes > 1 else "shared",
         hyperparameters=explored,
         probe=probe if run.moved else None,
     )
     for _ in range(_STEPS):
-        x, y = draw(data.train, _BATCH)
+        x, y = draw(data.train, batch_size)
         optimizer.zero_grad()
         loss = F.cross_entropy(model(x), y, label_smoothing=float(smoothing))
         loss.backward()
@@ -174,94 +231,61 @@ def train(run: Run) -> Result:
     return Result(F.cross_entropy(logits, data.validation[1]).item(), right, centres)
 
 
-def plan(start: str, seeds: int, sweep_seeds: int) -> list[Run]:
+def plan(seeds: int, sweep_seeds: int) -> list[Run]:
     """All runs that the table needs."""
-    values = STARTS[start]
-    wrong = (0.1, 3.0)
     runs = [
-        Run(start, {**values, name: value}, seed=seed)
+        question.fixed(name, value, seed)
         for seed in range(sweep_seeds)
-        for name in values
-        for value in SWEPT[name]
-    ]
-    runs += [
-        Run(start, values, rates=(wrong[0] if i else rate, rate if i else wrong[1]), seed=seed)
-        for seed in range(sweep_seeds)
-        for i in (0, 1)
-        for rate in SWEPT["lr"]
+        for question in QUESTIONS
+        for name, values in question.swept.items()
+        for value in values
     ]
     for seed in range(seeds):
-        runs += [Run(start, values, seed=seed), Run(start, values, rates=wrong, seed=seed)]
-        runs += [Run(start, values, (name,), seed=seed) for name in values]
-        runs.append(Run(start, values, ("lr",), wrong, seed))
-        runs += [Run(start, values, tuple(values), seed=seed), Run(start, values, (*values, "lr"), wrong, seed)]
+        runs += [run for question in QUESTIONS for run in (question.kept(seed), question.found(seed))]
     return list({run.key: run for run in runs}.values())
 
 
-def table(start: str, done: dict[str, Result], seeds: int, sweep_seeds: int) -> str:
-    """The table of one start, as far as there are runs for it."""
-    values, wrong = STARTS[start], (0.1, 3.0)
+def table(done: dict[str, Result], seeds: int, sweep_seeds: int) -> str:
+    """The table, as far as there are runs for it."""
 
-    def mean(runs: Sequence[Run]) -> list[Result]:
-        return [done[run.key] for run in runs if run.key in done]
+    def losses(runs: Iterable[Run]) -> list[float]:
+        return [done[run.key].loss for run in runs if run.key in done]
 
-    def show(losses: Sequence[float]) -> str:
-        spread = f" ± {statistics.stdev(losses):.3f}" if len(losses) > 1 else ""
-        return f"{statistics.fmean(losses):.3f}{spread}" if losses else "-"
+    def show(values: Sequence[float]) -> str:
+        spread = f" ± {statistics.stdev(values):.3f}" if len(values) > 1 else ""
+        return f"{statistics.fmean(values):.3f}{spread}" if values else "-"
 
-    def row(label: str, kept: list[Run], moved: list[Run], best: str) -> str:
-        before, after = mean(kept), mean(moved)
-        better = sum(
-            done[b.key].loss < done[a.key].loss for a, b in zip(kept, moved, strict=True) if {a.key, b.key} <= set(done)
-        )
-        names = sorted({name for result in after for name in result.centres})
-        ends = ", ".join(
-            f"{name} {statistics.median(r.centres[name] for r in after):.3g} "
-            f"({min(r.centres[name] for r in after):.3g} to {max(r.centres[name] for r in after):.3g})"
-            for name in names
-        )
-        return (
-            f"| {label} | {best} | {ends} | {show([r.loss for r in before])} | {show([r.loss for r in after])} | "
-            f"{better} of {len(after)} |"
-        )
-
-    def optimum(name: str) -> str:
-        found = {}
-        for value in SWEPT[name]:
-            results = mean([Run(start, {**values, name: value}, seed=seed) for seed in range(sweep_seeds)])
-            if results:
-                found[value] = statistics.fmean(result.loss for result in results)
-        if not found:
+    def best(question: Question, name: str) -> str:
+        swept = {
+            value: losses(question.fixed(name, value, seed) for seed in range(sweep_seeds))
+            for value in question.swept[name]
+        }
+        means = {value: statistics.fmean(found) for value, found in swept.items() if found}
+        if not means:
             return "-"
-        best = min(found, key=found.__getitem__)
-        return f"{best:g} ({found[best]:.3f})"
+        value = min(means, key=means.__getitem__)
+        return f"{name} {value:g} ({means[value]:.3f})"
 
-    def optimum_of_rate(i: int) -> str:
-        found = {}
-        for rate in SWEPT["lr"]:
-            pair = (wrong[0] if i else rate, rate if i else wrong[1])
-            results = mean([Run(start, values, rates=pair, seed=seed) for seed in range(sweep_seeds)])
-            if results:
-                found[rate] = statistics.fmean(result.loss for result in results)
-        return f"{min(found, key=found.__getitem__):g} ({min(found.values()):.3f})" if found else "-"
-
-    kept = [Run(start, values, seed=seed) for seed in range(seeds)]
-    kept_wrong = [Run(start, values, rates=wrong, seed=seed) for seed in range(seeds)]
     lines = [
-        "| moved, from | best of the sweep (loss) | centre at the end: median (range) | loss, start values kept | "
-        "loss, moved | better |",
-        "|---|---|---|---|---|---|",
+        "| moved, from | gradients | best of a sweep (loss) | centre at the end: median (range) | loss, start values "
+        "kept | loss, moved | better |",
+        "|---|---|---|---|---|---|---|",
     ]
-    for name, value in values.items():
-        moved = [Run(start, values, (name,), seed=seed) for seed in range(seeds)]
-        lines.append(row(f"{name} {value:g}", kept, moved, optimum(name)))
-    moved = [Run(start, values, ("lr",), wrong, seed) for seed in range(seeds)]
-    best = f"body {optimum_of_rate(0)}, head {optimum_of_rate(1)}"
-    lines.append(row(f"lr body {wrong[0]:g}, head {wrong[1]:g}", kept_wrong, moved, best))
-    moved = [Run(start, values, tuple(values), seed=seed) for seed in range(seeds)]
-    lines.append(row("the three regularisers at once", kept, moved, ""))
-    moved = [Run(start, values, (*values, "lr"), wrong, seed) for seed in range(seeds)]
-    lines.append(row("all five at once", kept_wrong, moved, ""))
+    for question in QUESTIONS:
+        kept, found = ([run(seed) for seed in range(seeds)] for run in (question.kept, question.found))
+        pairs = [pair for pair in zip(kept, found, strict=True) if all(run.key in done for run in pair)]
+        better = sum(done[moved.key].loss < done[still.key].loss for still, moved in pairs)
+        ends = [done[run.key].centres for run in found if run.key in done]
+        centres = ", ".join(
+            f"{name} {statistics.median(end[name] for end in ends):.2g} "
+            f"({min(end[name] for end in ends):.2g} to {max(end[name] for end in ends):.2g})"
+            for name in (ends[0] if ends else ())
+        )
+        optimum = "; ".join(best(question, name) for name in question.swept)
+        lines.append(
+            f"| {question.label} | {question.gradients} | {optimum} | {centres} | {show(losses(kept))} | "
+            f"{show(losses(found))} | {better} of {len(pairs)} |"
+        )
     return "\n".join(lines)
 
 
@@ -283,7 +307,6 @@ def _read(path: Path) -> dict[str, Result]:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run what is missing, print the tables; returns the exit status."""
     parser = argparse.ArgumentParser(prog="python -m hdet.bench.hyperparameters", description=__doc__)
-    parser.add_argument("--start", nargs="+", choices=STARTS, default=list(STARTS), help="default: both")
     parser.add_argument("--seeds", type=int, default=5, help="of the runs that hdet moves")
     parser.add_argument("--sweep-seeds", type=int, default=3)
     parser.add_argument("--output", type=Path, default=Path("bench"), help="directory of hyperparameters.jsonl")
@@ -293,16 +316,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     options.output.mkdir(parents=True, exist_ok=True)
     path = options.output / "hyperparameters.jsonl"
     done = _read(path)
-    runs = [run for start in options.start for run in plan(start, options.seeds, options.sweep_seeds)]
-    missing: list[Any] = [] if options.report else [run for run in runs if run.key not in done]
-    if missing:
-        results = processes.run(_in_process, _REPLICAS, (missing,), device="cpu", limit=options.limit)
-        for run, result in tqdm(results, total=len(missing), unit="run"):
+    missing = [] if options.report else [r for r in plan(options.seeds, options.sweep_seeds) if r.key not in done]
+    for count in sorted({run.processes for run in missing}):
+        runs: Any = [run for run in missing if run.processes == count]
+        results = processes.run(_in_process, count, (runs,), device="cpu", limit=options.limit)
+        for run, result in tqdm(results, total=len(runs), unit="run"):
             done[run.key] = result
             with path.open("a") as file:
                 file.write(json.dumps([run.key, vars(result)]) + "\n")
-    for start in options.start:
-        print(f"\n**Start {start}**\n\n{table(start, done, options.seeds, options.sweep_seeds)}")
+    print(table(done, options.seeds, options.sweep_seeds))
     return 0
 
 

@@ -40,6 +40,8 @@ def run(
         torch.multiprocessing.ProcessRaisedException: the same if one raised; shows its traceback.
     """
     deadline = time.monotonic() + limit
+    # Processes are forked from one that has imported torch, which takes seconds, and never touched a GPU.
+    mp.get_context("forkserver").set_forkserver_preload(["torch._dynamo", __name__])
     with tempfile.TemporaryDirectory(prefix="hdet-bench-") as folder:
         context = mp.start_processes(
             _enter,
@@ -47,7 +49,7 @@ def run(
             nprocs=processes,
             join=False,
             daemon=True,
-            start_method="spawn",
+            start_method="forkserver",
         )
         assert context is not None
         done, count = False, 0

@@ -13,12 +13,13 @@ HERE = Path(__file__).parent
 LIMIT = 240
 
 
-def torchrun(processes: int, arguments: list[str], limit: int = LIMIT) -> subprocess.CompletedProcess[str]:
-    """Run ``torchrun --nproc-per-node=processes arguments`` in a session of its own; kill all of it at ``limit``."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+def torchrun(processes: int, program: str, *arguments: str, limit: int = LIMIT) -> subprocess.CompletedProcess[str]:
+    """Run a file of this folder, which defines ``main()``, under torchrun's agent in a session of its own; kill all of
+    it at ``limit``."""
+    command = [sys.executable, str(HERE / "forked.py"), str(processes), str(HERE / program)]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(HERE.parent.parent)}
     with subprocess.Popen(
-        command + arguments,
+        [*command, *arguments],
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -46,7 +47,7 @@ class Launch:
         if processes not in self._done:
             out = self._directory / str(processes)
             out.mkdir()
-            run = torchrun(processes, [str(HERE / self._worker), str(out)])
+            run = torchrun(processes, self._worker, str(out))
             (out / "output.txt").write_text(run.stdout)
             self._done[processes] = out
         out = self._done[processes]

@@ -28,7 +28,7 @@ def results(tmp_path_factory):
     out = tmp_path_factory.mktemp("deepspeed")
     with pytest.MonkeyPatch.context() as environment:
         environment.setenv("DS_ACCELERATOR", "cpu")
-        run = torchrun(4, [str(Path(__file__).parent / "deepspeed_worker.py"), str(out)], limit=240)
+        run = torchrun(4, "deepspeed_worker.py", str(out))
 
     def read(scenario):
         files = [out / f"{scenario}.{rank}.pickle" for rank in RANKS]
@@ -249,28 +249,10 @@ def test_each_replica_keeps_its_optimizer_state(results, kind):
     assert all(result[kind]["moments_kept"] for result in results("outer_momentum"))
 
 
-# Runs one after the other in the same processes, which spares each of them the imports.
-SEVERAL = """
-import json, sys
-from hdet.train import processes
-from hdet.train.config import ConfigError, parse
-from hdet.train.trainer import Trainer
-process = processes.start("cpu")
-for arguments in sys.argv[1:]:
-    try:
-        Trainer(parse(json.loads(arguments)), process).run()
-    except ConfigError as error:
-        print("refused:", error, flush=True)
-processes.end()
-"""
-
-
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
     """Runs of the training program, by ZeRO stage: whole, and in two parts. And what it printed."""
     root = tmp_path_factory.mktemp("program")
-    program = root / "several.py"
-    program.write_text(SEVERAL)
     tiny = ["--model.n_layer=1", "--model.n_embd=16", "--model.block_size=16", "--model.dropout=0.1"]
     tiny += ["--train.batch_size=4", "--train.total_steps=8", "--train.eval_every=4", "--train.eval_batches=5"]
     tiny += ["--train.log_every=2", "--hdet.converge_every=2", "--hdet.spread=0.3", "--hdet.auto_lr=false"]
@@ -292,7 +274,7 @@ def trained(tmp_path_factory):
     ]
     with pytest.MonkeyPatch.context() as environment:
         environment.setenv("DS_ACCELERATOR", "cpu")
-        run = torchrun(4, [str(program), *map(json.dumps, runs)], limit=240)
+        run = torchrun(4, "train_runs.py", *map(json.dumps, runs))
     assert run.returncode == 0, run.stdout[-8000:]
     return root, run.stdout
 

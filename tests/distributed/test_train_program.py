@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import torchrun
 
 from hdet.monitor import read_jsonl
 
@@ -27,12 +28,12 @@ RUN = [*TINY, "--train.total_steps=8", "--train.eval_every=4", "--train.eval_bat
 RUN += ["--hdet.converge_every=2", "--hdet.spread=0.3"]
 
 
-def start(processes, log_dir, *arguments, program=("-m", "hdet.train")):
+def start(processes, log_dir, *arguments):
     """torchrun in a session of its own, its output in a file: a pipe nobody reads could block it."""
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
     with open(f"{log_dir}.txt", "a") as output:
         return subprocess.Popen(
-            [*torchrun, *program, f"--train.log_dir={log_dir}", *arguments],
+            [*command, "-m", "hdet.train", f"--train.log_dir={log_dir}", *arguments],
             stdout=output,
             stderr=subprocess.STDOUT,
             env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
@@ -58,8 +59,8 @@ def workers(process):
     return [int(pid) for pid in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()]
 
 
-def launch(processes, log_dir, *arguments, **program):
-    return finish(start(processes, log_dir, *arguments, **program), log_dir)
+def launch(processes, log_dir, *arguments):
+    return finish(start(processes, log_dir, *arguments), log_dir)
 
 
 def load(log_dir):
@@ -97,12 +98,11 @@ def test_a_resumed_run_is_the_uninterrupted_run_bit_for_bit(whole, tmp_path):
     """With three replicas the order of summation shows: without a warm-up backward pass, DistributedDataParallel's
     first step after a resume adds the replicas' gradients in another order than the same step of the whole run did."""
     log_dir = tmp_path / "run"
-    status, output = launch(3, log_dir, *RUN, "--train.stop_at=4")
-    assert status == 0, output
-    assert load(log_dir)["step"] == 4
-    status, output = launch(3, log_dir, *RUN, "--resume")
-    assert status == 0, output
-    assert "Resumed after step 4" in output
+    parts = [[*RUN, f"--train.log_dir={log_dir}", *more] for more in (["--train.stop_at=4"], ["--resume"])]
+    done = torchrun(3, "train_runs.py", *map(json.dumps, parts))
+    assert done.returncode == 0, done.stdout
+    assert "Stopped after step 4 of 8" in done.stdout
+    assert "Resumed after step 4" in done.stdout
     ours, theirs = load(log_dir), load(whole[0])
     torch.testing.assert_close(ours["model"], theirs["model"], rtol=0, atol=0)
     torch.testing.assert_close(ours["optimizer"]["state"], theirs["optimizer"]["state"], rtol=0, atol=0)
@@ -112,19 +112,6 @@ def test_a_resumed_run_is_the_uninterrupted_run_bit_for_bit(whole, tmp_path):
     assert [{**r, "seconds": 0} for r in curves[0]] == [{**r, "seconds": 0} for r in curves[1]]
 
 
-# Runs one after the other in the same processes, which spares each of them torch's start.
-SEVERAL = """
-import json, sys
-from hdet.train import processes
-from hdet.train.config import parse
-from hdet.train.trainer import Trainer
-process = processes.start("cpu")
-for arguments in sys.argv[2:]:
-    Trainer(parse(json.loads(arguments)), process).run()
-processes.end()
-"""
-
-
 def test_a_run_with_a_probe_from_a_learning_rate_that_was_found(tmp_path):
     """Resumed, it takes the learning rate from the checkpoint, and each round's probe the batch it would have taken."""
     auto = [*RUN, "--train.total_steps=24", "--optimizer.max_lr=auto", "--hdet.probe=true", "--hdet.rollback=cpu"]
@@ -132,11 +119,9 @@ def test_a_run_with_a_probe_from_a_learning_rate_that_was_found(tmp_path):
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     runs = ([f"--train.log_dir={whole}"], [f"--train.log_dir={parts}", "--train.stop_at=8"])
     runs += ([f"--train.log_dir={parts}", "--resume"],)
-    program = tmp_path / "several.py"
-    program.write_text(SEVERAL)
-    arguments = [json.dumps([*auto, *run]) for run in runs]
-    status, output = launch(2, tmp_path / "several", *arguments, program=(str(program),))
-    assert status == 0, output
+    done = torchrun(2, "train_runs.py", *(json.dumps([*auto, *run]) for run in runs))
+    output = done.stdout
+    assert done.returncode == 0, output
     assert "Warning" not in output
     assert output.count("found among") == 2  # not when resumed
     assert output.count("Resumed after step 8") == 1

@@ -1,18 +1,14 @@
 """The training program's strategies and gradient modes under torchrun: 4 processes, 2 replicas of 2."""
 
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
+from conftest import torchrun
 
 from hdet.monitor import read_jsonl
 
 pytestmark = [pytest.mark.distributed, pytest.mark.timeout(300)]
-ROOT = Path(__file__).parents[2]
 RUN = ["--model.n_layer=1", "--model.n_embd=16", "--model.block_size=16", "--model.dropout=0.1", "--train.batch_size=4",
        "--train.total_steps=12", "--train.eval_every=6", "--train.eval_batches=5", "--train.log_every=2",
        "--hdet.converge_every=2", "--hdet.spread=0.3", "--train.replicas=2", "--train.accumulate=2"]  # fmt: skip
@@ -20,41 +16,21 @@ FSDP = [*RUN, "--train.strategy=fsdp", "--hdet.probe=true"]
 LOCAL = [*RUN, "--train.strategy=fsdp", "--hdet.gradients=local", "--hdet.outer_momentum=0.5", "--hdet.auto_lr=false"]
 BF16 = [*RUN, "--train.strategy=fsdp", "--train.dtype=bfloat16", "--optimizer.max_lr=auto"]
 DDP = [*RUN, "--hdet.gradients=grouped"]
-# Runs one after the other in the same processes, which spares each of them torch's start.
-SEVERAL = """
-import json, sys
-from hdet.train import processes
-from hdet.train.config import parse
-from hdet.train.trainer import Trainer
-process = processes.start("cpu")
-for arguments in sys.argv[1:]:
-    Trainer(parse(json.loads(arguments)), process).run()
-processes.end()
-"""
 
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
     """Directory of the runs, and what they printed."""
     folder = tmp_path_factory.mktemp("strategies")
-    program = folder / "several.py"
-    program.write_text(SEVERAL)
     wanted = {"whole": FSDP, "parts": [*FSDP, "--train.stop_at=6"], "again": [*FSDP, "--resume"]}
     wanted |= {"local": LOCAL, "bf16": BF16, "ddp": DDP}
     arguments = [
         json.dumps([*run, f"--train.log_dir={folder / ('parts' if name == 'again' else name)}"])
         for name, run in wanted.items()
     ]
-    done = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=4", program, *arguments],
-        capture_output=True,
-        text=True,
-        timeout=120,
-        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
-        check=False,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    return folder, done.stdout + done.stderr
+    done = torchrun(4, "train_runs.py", *arguments)
+    assert done.returncode == 0, done.stdout
+    return folder, done.stdout
 
 
 def load(directory):

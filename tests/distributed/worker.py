@@ -1083,5 +1083,4 @@ def main():
 
 
 if __name__ == "__main__":
-    with contextlib.suppress(json.JSONDecodeError):
-        main()
+    main()

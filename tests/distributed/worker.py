@@ -7,7 +7,6 @@ import contextlib
 import copy
 import dataclasses
 import io
-import json
 import os
 import pickle
 import random

@@ -13,6 +13,9 @@ from typing import Any, Literal
 
 from hdet.controller import Published, TwoSlope
 
+EXPLORED = ("weight_decay", "momentum", "dropout", "label_smoothing")
+"""What ``hdet.hyperparameters`` may name."""
+
 
 class ConfigError(ValueError):
     """The run cannot start as configured. The message is for the user, and the same on every rank."""
@@ -34,11 +37,14 @@ class TaskConfig:
     val_fraction: float = 0.05
     """Share of the data that is held out where there is no ``val_path``, in (0, 1). ``digits`` always holds out 360 of
     1797 images."""
+    probe_fraction: float = 0.05
+    """Share of the training data, its end, that ``hdet.probe=held_out`` keeps for the probe, in (0, 1)."""
     vocab_size: int = 50257
     """Number of different tokens in ``tokens``, at most 65536; default: GPT-2's. ``char_lm`` and ``text`` have 256."""
 
     def __post_init__(self) -> None:
         _require("task.val_fraction", self.val_fraction, 0 < self.val_fraction < 1, "in (0, 1)")
+        _require("task.probe_fraction", self.probe_fraction, 0 < self.probe_fraction < 1, "in (0, 1)")
         _require("task.vocab_size", self.vocab_size, 1 < self.vocab_size <= 65536, "in [2, 65536]: tokens are uint16")
         if self.name == "text" and not self.path:
             raise ConfigError("task.name=text needs a file: pass --task.path FILE.")
@@ -94,6 +100,8 @@ class OptimizerConfig:
     """SGD's momentum, in [0, 1)."""
     grad_clip: float = 1.0
     """Largest norm of the gradient; 0 does not clip."""
+    label_smoothing: float = 0.0
+    """Share of the training loss that asks for all answers alike, in [0, 1). Validation and probe have none of it."""
 
     def __post_init__(self) -> None:
         _require("optimizer.max_lr", self.max_lr, isinstance(self.max_lr, str) or self.max_lr > 0, "> 0, or auto")
@@ -101,6 +109,7 @@ class OptimizerConfig:
         _require("optimizer.betas", self.betas, all(0 <= beta < 1 for beta in self.betas), "two numbers in [0, 1)")
         _require("optimizer.momentum", self.momentum, 0 <= self.momentum < 1, "in [0, 1)")
         _require("optimizer.grad_clip", self.grad_clip, self.grad_clip >= 0, ">= 0")
+        _require("optimizer.label_smoothing", self.label_smoothing, 0 <= self.label_smoothing < 1, "in [0, 1)")
 
     @property
     def known_max_lr(self) -> float:
@@ -141,16 +150,22 @@ class HdetConfig:
     """The ensemble. ``hdet.Ensemble`` documents the arguments."""
 
     spread: float = 1 / 9
-    """Replicas train under ``[1 - spread, 1 + spread]`` times the base learning rate, in [0, 1). 0 is the baseline:
-    the plain schedule and DistributedDataParallel; nothing else in this section has an effect then."""
+    """Replicas train under ``[1 - spread, 1 + spread]`` times the base learning rate, in [0, 1). 0, without
+    ``hyperparameters``, is the baseline: the plain schedule and DistributedDataParallel; nothing else in this section
+    has an effect then."""
     converge_every: int | None = None
     """Steps from one average of the replicas to the next; default ``total_steps // 100``, at least 1."""
     auto_lr: bool = True
     """Whether a controller moves the learning rate."""
-    probe: bool = False
+    probe: bool | Literal["held_out"] = False
     """Whether the paired probe tells the controller ``two_slope`` where to move it: at the end of a round every replica
     evaluates one more training batch, with four forward passes. Without it the controller is ``published``, which goes
-    by the training losses and needs long rounds."""
+    by the training losses and needs long rounds. ``held_out``: batches of ``task.probe_fraction``."""
+    hyperparameters: dict[str, float] = field(default_factory=dict)
+    """What else the replicas differ in, by name, with its spread, and what the probe moves: ``weight_decay`` and
+    ``momentum`` (AdamW's first beta), whose spread is that of a logarithm (0.5 is a good start); ``dropout`` and
+    ``label_smoothing`` (0.1), which need ``gradients=local`` or ``grouped``. All but ``momentum`` need
+    ``probe=held_out``."""
     two_slope: TwoSlope = field(default_factory=TwoSlope)
     """The controller with a probe."""
     published: Published = field(default_factory=Published)
@@ -182,9 +197,11 @@ class HdetConfig:
     ``ddp`` or ``fsdp`` has replica 0's, and all of them resume from it."""
 
     def __post_init__(self) -> None:
-        if self.spread == 0:
+        for name in self.hyperparameters:
+            _require("hdet.hyperparameters", name, name in EXPLORED, f"among {', '.join(EXPLORED)}")
+        if self.is_baseline:
             return
-        if self.probe and not self.auto_lr:
+        if self.probe and not self.auto_lr and not self.hyperparameters:
             raise ConfigError("hdet.probe=true has no use with hdet.auto_lr=false. Leave one of them out.")
         if self.probe and self.overlap_steps:
             raise ConfigError(
@@ -197,6 +214,11 @@ class HdetConfig:
             raise ConfigError("hdet.published has no effect with hdet.probe=true: set hdet.two_slope instead.")
         if not self.probe and self.two_slope != TwoSlope():
             raise ConfigError("hdet.two_slope needs hdet.probe=true; without a probe set hdet.published.")
+
+    @property
+    def is_baseline(self) -> bool:
+        """Whether replicas differ in nothing."""
+        return self.spread == 0 and not self.hyperparameters
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -279,6 +301,13 @@ class Config:
     """The ensemble"""
     train: TrainConfig = field(default_factory=TrainConfig)
     """The loop"""
+
+    def __post_init__(self) -> None:
+        if self.train.compile and "dropout" in self.hdet.hyperparameters:
+            raise ConfigError(
+                "hdet.hyperparameters.dropout and train.compile=true exclude one another: the model would be compiled "
+                "anew in every round. Leave one of them out."
+            )
 
 
 def parse(argv: Sequence[str]) -> Config:

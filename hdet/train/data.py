@@ -33,8 +33,8 @@ class Data(Protocol):
     classes: int
     """Number of different targets."""
 
-    def draw(self, size: int, generator: torch.Generator) -> Batch:
-        """A random training batch."""
+    def draw(self, size: int, generator: torch.Generator, *, held_out: bool = False) -> Batch:
+        """A random training batch, or one of what is held out from training for the probe."""
 
     def validation_batches(self, size: int, limit: int) -> int:
         """Number of validation batches of ``size`` there are, at most ``limit``."""
@@ -57,23 +57,34 @@ class Windows:
         train, val: one-dimensional arrays of uint8 or uint16.
         block_size: tokens the model sees at once.
         classes: size of the vocabulary.
+        probe_fraction: share of ``train``, its end, that is held out.
 
     Raises:
-        ConfigError: if either sequence is shorter than one window.
+        ConfigError: if any of the sequences is shorter than one window.
     """
 
-    def __init__(self, train: NDArray[np.integer], val: NDArray[np.integer], block_size: int, classes: int) -> None:
-        for name, tokens in (("training", train), ("validation", val)):
-            if len(tokens) <= block_size:
+    def __init__(
+        self,
+        train: NDArray[np.integer],
+        val: NDArray[np.integer],
+        block_size: int,
+        classes: int,
+        probe_fraction: float = 0.0,
+    ) -> None:
+        cut = len(train) - int(probe_fraction * len(train))
+        train, self.held_out = train[:cut], train[cut:]
+        for name, tokens in (("training", train), ("validation", val), ("probe's", self.held_out)):
+            if len(tokens) <= block_size and (tokens is not self.held_out or probe_fraction):
                 raise ConfigError(
                     f"The {name} data has {len(tokens)} tokens, and a window takes {block_size + 1} (model.block_size "
-                    "+ 1). Use a longer file, a shorter block_size, or another task.val_fraction."
+                    "+ 1). Use a longer file, a shorter block_size, or another task.val_fraction or probe_fraction."
                 )
         self.train, self.val, self.block_size, self.classes = train, val, block_size, classes
 
-    def draw(self, size: int, generator: torch.Generator) -> Batch:
-        starts = torch.randint(len(self.train) - self.block_size, (size,), generator=generator)
-        return self._windows(self.train, starts.tolist())
+    def draw(self, size: int, generator: torch.Generator, *, held_out: bool = False) -> Batch:
+        tokens = self.held_out if held_out else self.train
+        starts = torch.randint(len(tokens) - self.block_size, (size,), generator=generator)
+        return self._windows(tokens, starts.tolist())
 
     def validation_batches(self, size: int, limit: int) -> int:
         return min(limit, max(1, len(self.val) // (self.block_size * size)))
@@ -94,21 +105,28 @@ class Windows:
 
 
 class Digits:
-    """scikit-learn's 1797 images of digits, shuffled once and for all; the last 360 are the validation set."""
+    """scikit-learn's 1797 images of digits, shuffled once and for all; the last 360 are the validation set.
+
+    Args:
+        probe_fraction: share of the others, their end, that is held out.
+    """
 
     classes = 10
     _HELD_OUT = 360
 
-    def __init__(self) -> None:
+    def __init__(self, probe_fraction: float = 0.0) -> None:
         from sklearn.datasets import load_digits
 
         images, labels = load_digits(return_X_y=True)
         order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))
         self._images = torch.from_numpy(images).float().div(16).view(-1, 1, 8, 8)[order]
         self._labels = torch.from_numpy(labels).long()[order]
+        self._seen = len(labels) - self._HELD_OUT
+        self._trained = self._seen - round(probe_fraction * self._seen)
 
-    def draw(self, size: int, generator: torch.Generator) -> Batch:
-        chosen = torch.randint(len(self._labels) - self._HELD_OUT, (size,), generator=generator)
+    def draw(self, size: int, generator: torch.Generator, *, held_out: bool = False) -> Batch:
+        low, high = (self._trained, self._seen) if held_out else (0, self._trained)
+        chosen = torch.randint(low, high, (size,), generator=generator)
         return Batch(self._images[chosen], self._labels[chosen])
 
     def validation_batches(self, size: int, limit: int) -> int:
@@ -119,14 +137,15 @@ class Digits:
         return Batch(self._images[first : first + size], self._labels[first : first + size])
 
 
-def load(task: TaskConfig, block_size: int) -> Data:
-    """The data of a task.
+def load(task: TaskConfig, block_size: int, *, held_out: bool = False) -> Data:
+    """The data of a task, a share of it ``held_out`` from training for the probe.
 
     Raises:
         ConfigError: if a file is missing or too short.
     """
+    probe_fraction = task.probe_fraction if held_out else 0.0
     if task.name == "digits":
-        return Digits()
+        return Digits(probe_fraction)
     train: NDArray[np.integer]
     val: NDArray[np.integer]
     if task.name == "char_lm":
@@ -142,7 +161,7 @@ def load(task: TaskConfig, block_size: int) -> Data:
         val = np.frombuffer(_existing("task.val_path", task.val_path).read_bytes(), np.uint8)
     else:
         val = _tokens("task.val_path", task.val_path)
-    return Windows(train, val, block_size, task.vocab_size if task.name == "tokens" else 256)
+    return Windows(train, val, block_size, task.vocab_size if task.name == "tokens" else 256, probe_fraction)
 
 
 def _standard_library() -> NDArray[np.uint8]:

@@ -53,7 +53,7 @@ class DeepSpeedStrategy(DDPStrategy):
     def _replicas_argument(self) -> ReplicasLike:
         stage = self._settings.get("zero_optimization", {}).get("stage", 0)
         count, world = self._config.train.replicas, self._process.world_size
-        if self._config.hdet.spread == 0:
+        if self._config.hdet.is_baseline:
             return None  # the baseline: all processes share their gradients
         if count is None and stage and world > 1:
             raise ConfigError(

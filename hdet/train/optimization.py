@@ -77,7 +77,10 @@ class Schedule:
         build: Callable[..., Any] | None = None,
     ) -> None:
         try:
-            self._scheduler = _build(config, optimizer, model, monitors, probe, replicas, build)
+            explored = {} if config.hdet.is_baseline else _explore(config, model)
+            self._scheduler = _build(
+                config, optimizer, model, monitors, probe, replicas, build, list(explored.values())
+            )
         except (TypeError, ValueError) as error:
             raise ConfigError(f"In the sections schedule and hdet: {error}") from error
         scheduler = self._scheduler
@@ -87,6 +90,8 @@ class Schedule:
             self._length = {"lr_lambdas": copy.deepcopy(self._base.lr_lambdas)}
         self.ensemble = scheduler if isinstance(scheduler, hdet.Ensemble) else getattr(scheduler, "ensemble", None)
         """The ensemble; ``None`` for the baseline."""
+        self.label_smoothing: Any = explored.get("label_smoothing", config.optimizer.label_smoothing)
+        """Of the training loss, read anew in every step: ``float()`` of it is this replica's value now."""
 
     def step(self, loss: torch.Tensor | list[torch.Tensor]) -> None:
         """Call after ``optimizer.step()``. Collective at the end of a round."""
@@ -134,6 +139,23 @@ class Schedule:
             self.ensemble.resume_at(step, [group["lr"] for group in self._base.optimizer.param_groups])
 
 
+def _explore(config: Config, model: nn.Module) -> dict[str, hdet.Hyperparameter]:
+    """``hdet.hyperparameters``, by name."""
+    spreads, optimizer = config.hdet.hyperparameters, config.optimizer
+    momentum = "momentum" if optimizer.name == "sgd" else "betas[0]"
+    kinds: dict[str, Callable[[float], hdet.Hyperparameter]] = {
+        "weight_decay": lambda spread: hdet.param_group("weight_decay", spread=spread),
+        "momentum": lambda spread: hdet.param_group(momentum, spread=spread, name="momentum"),
+        "dropout": lambda spread: hdet.module_attribute(
+            model, nn.Dropout, "p", spread=spread, bounds=(0, 0.95), name="dropout"
+        ),
+        "label_smoothing": lambda spread: hdet.scalar(
+            "label_smoothing", optimizer.label_smoothing, spread=spread, bounds=(0, 0.95), neutral=0.0
+        ),
+    }
+    return {name: kinds[name](spread) for name, spread in spreads.items()}
+
+
 def _build(
     config: Config,
     optimizer: Optimizer,
@@ -142,14 +164,18 @@ def _build(
     probe: hdet.Probe | None,
     replicas: ReplicasLike,
     build: Callable[..., Any] | None,
+    explored: list[hdet.Hyperparameter],
 ) -> hdet.OneCycleLR | hdet.Ensemble | LambdaLR:
     total_steps, schedule, ours = config.train.total_steps, config.schedule, config.hdet
     settings: dict[str, Any] = {}
-    if ours.spread > 0:
+    if ours.spread < 0:
+        raise ValueError(f"Invalid spread={ours.spread}. Must be in [0, 1).")
+    if not ours.is_baseline:
         settings = {
             "spread": ours.spread,
             "converge_every": ours.converge_every or max(1, total_steps // 100),
-            "auto_lr": ours.auto_lr,
+            "auto_lr": ours.auto_lr and ours.spread > 0,
+            "hyperparameters": explored,
             "probe": probe if ours.probe else None,
             "controller": ours.two_slope if ours.probe else ours.published,
             "per_group": ours.per_group,
@@ -164,8 +190,6 @@ def _build(
             "optimizer_state": ours.optimizer_state,
             "monitor": monitors,
         }
-    elif ours.spread < 0:
-        raise ValueError(f"Invalid spread={ours.spread}. Must be in [0, 1).")
     if build is None:
         build = partial(_build_on, optimizer, {"model": model, "replicas": replicas} if settings else {})
     if schedule.name == "one_cycle":

@@ -56,7 +56,8 @@ class Trainer:
             saved = checkpoint.load(self._checkpoint, self._settings)
         self.step: int = saved["step"] if saved else 0
         """Optimizer steps taken."""
-        self.data = data.load(config.task, config.model.block_size)
+        holds_out = config.hdet.probe == "held_out" and not config.hdet.is_baseline
+        self.data = data.load(config.task, config.model.block_size, held_out=holds_out)
         torch.manual_seed(config.train.seed)
         self.model = models.build(config.model, config.task.name, self.data.classes).to(process.device)
         self._parameters = sum(p.numel() for p in self.model.parameters())
@@ -72,7 +73,9 @@ class Trainer:
             self._ddp = self._deepspeed.start(self.model, self.optimizer)
             self.optimizer, build = self._deepspeed.optimizer, self._deepspeed.build_scheduler
         self.log = RunLog(directory, _flat(asdict(config)), writer=process.writer)
-        probe = hdet.Probe(loss_fn=self._loss_of, batches=self._probe_batches()) if config.hdet.probe else None
+        probe = None
+        if config.hdet.probe:
+            probe = hdet.Probe(loss_fn=self._loss_of, batches=self._probe_batches(holds_out), held_out=holds_out)
         self.schedule = Schedule(
             config, self.optimizer, self._ddp, self.log.monitors, probe, self._strategy.replicas_argument, build
         )
@@ -156,7 +159,7 @@ class Trainer:
     def _loss_of_micro_batch(self, micro_batch: int) -> Tensor:
         config = self.config
         seed = data.step_seed(config.train.seed, self.process.rank, self.step, micro_batch)
-        if config.model.dropout:
+        if config.model.dropout or "dropout" in config.hdet.hyperparameters:
             torch.manual_seed(seed)  # so that a resumed run drops the same units
         return self._loss(self.data.draw(config.train.batch_size, torch.Generator().manual_seed(seed)))
 
@@ -170,25 +173,25 @@ class Trainer:
             self.optimizer.zero_grad(set_to_none=True)
 
     def _loss(self, batch: data.Batch) -> Tensor:
-        return self._loss_of(self._ddp, batch)
+        return self._loss_of(self._ddp, batch, float(self.schedule.label_smoothing))
 
-    def _loss_of(self, model: nn.Module, batch: data.Batch) -> Tensor:
+    def _loss_of(self, model: nn.Module, batch: data.Batch, label_smoothing: float = 0.0) -> Tensor:
         inputs, targets = self._to_device(batch)
         with self._autocast():
-            return models.loss_of(model(inputs).float(), targets)
+            return models.loss_of(model(inputs).float(), targets, label_smoothing)
 
-    def _draw(self, step: int, purpose: int | str) -> data.Batch:
-        """This rank's training batch for a purpose beside training itself."""
+    def _draw(self, step: int, purpose: int | str, *, held_out: bool = False) -> data.Batch:
+        """This rank's batch for a purpose beside training itself."""
         seed = data.step_seed(self.config.train.seed, self.process.rank, step, purpose)
-        return self.data.draw(self.config.train.batch_size, torch.Generator().manual_seed(seed))
+        return self.data.draw(self.config.train.batch_size, torch.Generator().manual_seed(seed), held_out=held_out)
 
-    def _probe_batches(self) -> Iterator[data.Batch]:
+    def _probe_batches(self, held_out: bool) -> Iterator[data.Batch]:
         """One for each round, which depends on the round and not on how many were taken before: they may go on after a
         resume."""
         ensemble = self.schedule.ensemble
         assert ensemble is not None
         while True:
-            yield self._draw(ensemble.round, "probe")
+            yield self._draw(ensemble.round, "probe", held_out=held_out)
 
     def _find_lr(self) -> float:
         """``max_lr=auto``. Collective."""
@@ -272,7 +275,9 @@ class Trainer:
         how = "spread 0: the plain schedule"
         if ensemble is not None:
             how = f"spread {config.hdet.spread:.3g}, converging every {ensemble.config.converge_every} steps"
-            how += ", learning rate by the paired probe" if config.hdet.probe else ""
+            how += ", learning rate by the paired probe" if config.hdet.probe and config.hdet.auto_lr else ""
+            names = ", ".join(config.hdet.hyperparameters)
+            how += f", exploring {names}" if names else ""
             how += f", {config.hdet.gradients} gradients" if config.hdet.gradients != "shared" else ""
         self.log.say(
             f"{config.task.name}: {self._parameters / 1e6:.2f}M parameters, {count} "
@@ -304,12 +309,14 @@ class Trainer:
         log, config, ensemble = self.log, self.config, self.schedule.ensemble
         overhead = log.converge_seconds / log.seconds
         gains = self.schedule.gains
+        centres = "" if ensemble is None else "".join(f"{name} {c:.3g}, " for name, c in ensemble.centres.items())
         log.summary(
             {
                 **self._validated,
                 "max_lr": config.optimizer.max_lr,
                 "final_lr": lr,
                 "gain": gains,
+                "hyperparameters": {} if ensemble is None else ensemble.centres,
                 "converge_overhead": overhead,
                 "converge_seconds": log.converge_seconds,
                 "wall_seconds": log.seconds,
@@ -322,7 +329,7 @@ class Trainer:
         )
         log.say(
             f"Done in {log.seconds:.0f} s: validation loss {self._validated['validation_loss']:.4f}, "
-            f"final LR {lr:.2e}, gain {', '.join(f'{name} {gain:.3f}' for name, gain in gains.items())}, "
+            f"final LR {lr:.2e}, gain {', '.join(f'{name} {gain:.3f}' for name, gain in gains.items())}, {centres}"
             f"converge overhead {overhead:.2%}"
         )
 

@@ -15,7 +15,8 @@ RUN = ["--model.n_layer=1", "--model.n_embd=16", "--model.block_size=16", "--mod
 FSDP = [*RUN, "--train.strategy=fsdp", "--hdet.probe=true"]
 LOCAL = [*RUN, "--train.strategy=fsdp", "--hdet.gradients=local", "--hdet.outer_momentum=0.5", "--hdet.auto_lr=false"]
 BF16 = [*RUN, "--train.strategy=fsdp", "--train.dtype=bfloat16", "--optimizer.max_lr=auto"]
-DDP = [*RUN, "--hdet.gradients=grouped"]
+DDP = [*RUN, "--hdet.gradients=grouped", "--hdet.probe=held_out", "--optimizer.label_smoothing=0.1",
+       "--hdet.hyperparameters={weight_decay: 0.5, dropout: 0.05, label_smoothing: 0.05}"]  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -76,3 +77,16 @@ def test_other_runs_end(runs, name):
     rounds = read_jsonl(folder / name / "rounds.jsonl")
     assert len(rounds[0]["losses"]) == 2
     assert all(r["distance"][0] > 0 for r in rounds)
+
+
+def test_a_run_explores_hyperparameters(runs):
+    rounds = read_jsonl(runs[0] / "ddp" / "rounds.jsonl")
+    names = ["weight_decay", "dropout", "label_smoothing"]
+    for r in rounds:
+        assert [h["name"] for h in r["hyperparameters"]] == names
+    differing = [[h["values"][0] != h["values"][1] for h in r["hyperparameters"]] for r in rounds]
+    assert max(map(sum, differing)) == 1  # two replicas tell one thing apart at a time
+    for differs, r in zip(differing, rounds, strict=True):
+        assert all((h["effect"] is not None) == d for h, d in zip(r["hyperparameters"], differs, strict=True))
+    summary = json.loads((runs[0] / "ddp" / "summary.json").read_text())
+    assert list(summary["hyperparameters"]) == names

@@ -1,6 +1,7 @@
 """The training program in one process: configuration, data, models, optimizer, checkpoints, signals, the whole run."""
 
 import ast
+import dataclasses
 import json
 import os
 import signal
@@ -58,6 +59,11 @@ def run(monkeypatch, log_dir, *arguments):
         (["--hdet.rollback=cpu", "--hdet.auto_lr=false"], r"hdet\.rollback=cpu"),
         (["--hdet.rollback=cpu", "--hdet.overlap_steps=2"], r"hdet\.rollback=cpu"),
         (["--hdet.rollback=gpu"], "hdet.rollback"),
+        (["--hdet.probe=sometimes"], "hdet.probe"),
+        (["--hdet.hyperparameters={eps: 0.1}"], "Invalid hdet.hyperparameters=eps"),
+        (["--hdet.hyperparameters={dropout: 0.1}", "--train.compile=true"], "train.compile"),
+        (["--task.probe_fraction=1"], "task.probe_fraction"),
+        (["--optimizer.label_smoothing=1"], "optimizer.label_smoothing"),
         (["--optimizer.max_lr=automatic"], "optimizer.max_lr"),
         (["--task.name=text"], "task.path"),
         (["--task.path=somewhere"], "task.path"),
@@ -217,8 +223,25 @@ def test_training_and_validation_data_do_not_overlap(tmp_path):
     assert (len(held_out), len(drawn.unique(dim=0))) == (360, pytest.approx(1437, abs=10))
 
 
+@pytest.mark.parametrize("name", ["tokens", "digits"])
+def test_what_the_probe_sees_is_not_trained_on(tmp_path, name):
+    task = dataclasses.replace(sources(tmp_path)["tokens"] if name == "tokens" else TaskConfig(name=name))
+    drawn = data.load(task, 16, held_out=True)
+    if name == "tokens":
+        assert (len(drawn.train), len(drawn.held_out), len(drawn.val)) == (3610, 190, 200)
+        return
+    images = [
+        torch.cat([drawn.draw(500, generator(0, 0, step), held_out=kept).inputs for step in range(20)]).unique(dim=0)
+        for kept in (False, True)
+    ]
+    assert [len(x) for x in images] == pytest.approx([1365, 72], abs=10)
+    assert len(torch.cat(images).unique(dim=0)) == sum(map(len, images))
+
+
 def test_data_that_do_not_fit_are_refused(tmp_path):
     task = sources(tmp_path)["tokens"]
+    with pytest.raises(ConfigError, match="probe's data has 38 tokens"):
+        data.load(dataclasses.replace(task, probe_fraction=0.01), 64, held_out=True)
     with pytest.raises(ConfigError, match="block_size"):
         data.load(task, 5000)
     small = data.load(TaskConfig(name="tokens", path=task.path, vocab_size=100), 16)
@@ -319,6 +342,22 @@ def test_the_ensemble_gets_what_the_section_says(schedule, arguments):
     assert (ensemble.config.probe, ensemble.config.per_group) == (config.hdet.probe, True)
     assert ensemble.config.controller == (config.hdet.two_slope if probe else hdet.controller.Published())
     assert (ensemble.config.total_steps, ensemble.config.rollback) == (10, True)
+
+
+def test_hyperparameters_are_explored_as_the_section_says():
+    settings = ["--hdet.probe=held_out", "--hdet.gradients=local", "--train.total_steps=10", "--hdet.spread=0"]
+    spreads = "--hdet.hyperparameters={weight_decay: 0.5, momentum: 0.3, dropout: 0.1, label_smoothing: 0.05}"
+    config = parse([*settings, spreads, "--optimizer.label_smoothing=0.2", "--model.dropout=0.3"])
+    model = models.build(config.model, "digits", 10)
+    optimizer = optimization.build_optimizer(config.optimizer, model, torch.device("cpu"))
+    probe = hdet.Probe(loss_fn=nothing_to_probe, batches=[0], held_out=True)
+    schedule = optimization.Schedule(config, optimizer, model, [], probe)
+    centres = {"weight_decay": 0.1, "momentum": 0.9, "dropout": 0.3, "label_smoothing": 0.2}
+    assert schedule.ensemble.centres == pytest.approx(centres)
+    assert float(schedule.label_smoothing) == 0.2
+    shared = parse(["--hdet.probe=held_out", "--hdet.hyperparameters={dropout: 0.1}"])
+    with pytest.raises(ConfigError, match="gradients="):
+        optimization.Schedule(shared, optimizer, model, [], probe)
 
 
 def test_find_max_lr_trains_under_the_run_s_clipping():

@@ -71,7 +71,9 @@ def run(settings: Settings) -> Iterator[Comparison]:
         yield from steps.measure(repeat=settings.repeat, seconds=settings.seconds / 4)
     if "virtual" in settings.sections:
         say("virtual replicas")
-        yield from visits.measure(settings.models, repeat=settings.repeat, seconds=settings.seconds / 2)
+        yield from visits.measure(
+            settings.models, repeat=settings.repeat, seconds=settings.seconds / 2, limit=settings.limit
+        )
     if {"converge", "overhead", "traffic"} & set(settings.sections):
         for size in settings.processes:
             device = settings.device_for(size)

@@ -1,8 +1,10 @@
 """Section ``virtual``: an optimizer step with K micro-batches at K virtual replicas' points, against plain gradient
-accumulation over the same micro-batches."""
+accumulation over the same micro-batches: time, and the peak memory of a process that does nothing else."""
 
 from __future__ import annotations
 
+import resource
+import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 
@@ -10,6 +12,7 @@ import torch
 from torch import nn
 
 import hdet
+from hdet.bench import processes
 from hdet.bench.measure import OURS, Comparison, alternate
 from hdet.train.config import ModelConfig
 from hdet.train.models import GPT, loss_of
@@ -18,11 +21,12 @@ _COUNT = 4
 _STEPS = 10**6
 
 
-def measure(models: Sequence[tuple[int, int]], *, repeat: int, seconds: float) -> Iterator[Comparison]:
+def measure(models: Sequence[tuple[int, int]], *, repeat: int, seconds: float, limit: float) -> Iterator[Comparison]:
     """GPTs of different width, so of different numbers of parameters per token.
 
     Args:
         models: width, and sequences of 64 tokens in a micro-batch.
+        limit: seconds that a process may take.
     """
     for width, sequences in models:
         config = ModelConfig(n_layer=2, n_embd=width, block_size=64)
@@ -31,11 +35,26 @@ def measure(models: Sequence[tuple[int, int]], *, repeat: int, seconds: float) -
             "accumulation": _step(config, sequences, virtual=1),
         }
         parameters = sum(p.numel() for p in GPT(config, 256).parameters())
-        facts = {"parameters": parameters, "micro_batches": _COUNT, "extra_bytes": 8 * parameters}
+        ours, plain = (
+            next(iter(processes.run(_peak, 1, (config, sequences, virtual), device="cpu", limit=limit)))
+            for virtual in (_COUNT, 1)
+        )
+        copies = (ours - plain) / (4 * parameters)
+        facts = {"parameters": parameters, "micro_batches": _COUNT, "peak_bytes": {OURS: ours, "accumulation": plain}}
         case = f"{parameters / 1e6:.1f}M parameters, {_COUNT} micro-batches of {sequences * 64} tokens"
+        case += f", {copies:.1f} copies of the parameters more"
         result = Comparison("virtual", case, facts)
         result.samples = alternate(turns, repeat=repeat, seconds=seconds)
         yield result
+
+
+def _peak(config: ModelConfig, sequences: int, virtual: int) -> Iterator[int]:
+    """Bytes of memory that this process has had at most, after a few steps."""
+    step = _step(config, sequences, virtual=virtual)
+    for _ in range(3):
+        step()
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    yield peak if sys.platform == "darwin" else peak * 1024
 
 
 def _step(config: ModelConfig, sequences: int, *, virtual: int) -> Callable[[], float]:

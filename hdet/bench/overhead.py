@@ -1,13 +1,15 @@
-"""Section ``overhead``: a whole training run under plain DDP and under hdet, in the same processes."""
+"""Section ``overhead``: a whole training run under plain DDP and under hdet, in the same processes: without the probe,
+and with it in rounds of twice the length."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 
 import torch
 import torch.distributed as dist
+from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.lr_scheduler import OneCycleLR
 
@@ -23,14 +25,20 @@ _MODEL = ModelConfig(n_layer=2, n_head=4, n_embd=64, block_size=32)
 _BATCH, _VOCABULARY = 8, 256
 
 
-def measure(*, repeat: int, seconds: float, converge_every: int) -> list[Comparison]:
-    """Time rounds of ``converge_every`` training steps, one converge to each, of the demo's model. Collective.
+def measure(*, repeat: int, seconds: float, converge_every: int) -> Iterator[Comparison]:
+    """Time rounds of ``converge_every`` training steps, one converge to each, of the demo's model; then rounds of twice
+    as many that end with a probe. Collective.
 
-    Returns:
+    Yields:
         Whole rounds; and the part of them spent inside ``scheduler.step``, which tells a difference that is smaller
         than the noise of the whole.
     """
-    runs = {name: _Run(name == OURS, converge_every) for name in (OURS, _DDP)}
+    for probes in (False, True):
+        yield from _measure(repeat, seconds / 2, converge_every * (1 + probes), probes)
+
+
+def _measure(repeat: int, seconds: float, converge_every: int, probes: bool) -> list[Comparison]:
+    runs = {name: _Run(converge_every, ours=name == OURS, probes=probes) for name in (OURS, _DDP)}
     inside: dict[str, list[float]] = {name: [] for name in runs}
 
     def turn(name: str) -> float:
@@ -41,8 +49,8 @@ def measure(*, repeat: int, seconds: float, converge_every: int) -> list[Compari
     turns: dict[str, Callable[[], float]] = {name: partial(turn, name) for name in runs}
     samples = alternate(turns, repeat=repeat, seconds=seconds, agree=from_first)
     size = dist.get_world_size()
-    facts = {"processes": size, "converge_every": converge_every, "parameters": runs[OURS].parameters}
-    case = f"{size} processes, T={converge_every}"
+    facts = {"processes": size, "converge_every": converge_every, "parameters": runs[OURS].parameters, "probe": probes}
+    case = f"{size} processes, T={converge_every}{', probe' * probes}"
     return [
         Comparison("overhead", f"{case}, a round", {**facts, "part": "round"}, samples),
         Comparison(
@@ -57,7 +65,7 @@ def measure(*, repeat: int, seconds: float, converge_every: int) -> list[Compari
 class _Run:
     """A training run that goes on from round to round."""
 
-    def __init__(self, ours: bool, converge_every: int) -> None:
+    def __init__(self, converge_every: int, *, ours: bool, probes: bool) -> None:
         torch.manual_seed(0)
         self._model = DistributedDataParallel(GPT(_MODEL, _VOCABULARY))
         self.parameters = sum(p.numel() for p in self._model.parameters())
@@ -72,6 +80,7 @@ class _Run:
                 spread=0.3,
                 converge_every=converge_every,
                 auto_lr=True,
+                probe=hdet.Probe(loss_fn=_loss, batches=_batches()) if probes else None,
             )
             if ours
             else OneCycleLR(self._optimizer, max_lr=1e-3, total_steps=10**9)
@@ -87,7 +96,7 @@ class _Run:
         meet()
         started = time.perf_counter()
         for batch in tokens:
-            loss = loss_of(self._model(batch[:, :-1]), batch[:, 1:])
+            loss = _loss(self._model, batch)
             self._optimizer.zero_grad()
             loss.backward()
             self._optimizer.step()
@@ -98,3 +107,13 @@ class _Run:
                 self._scheduler.step()
             inside += time.perf_counter() - before
         return slowest(time.perf_counter() - started), slowest(inside)
+
+
+def _loss(model: nn.Module, batch: Tensor) -> Tensor:
+    return loss_of(model(batch[:, :-1]), batch[:, 1:])
+
+
+def _batches() -> Iterator[Tensor]:
+    """As large as a step's."""
+    while True:
+        yield torch.randint(_VOCABULARY, (_BATCH, _MODEL.block_size + 1))

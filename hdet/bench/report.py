@@ -184,7 +184,13 @@ def targets(results: Iterable[Comparison]) -> list[Target]:
         ),
         _judge(
             "a training run, T=50: time added to plain DDP",
-            _overheads([r for r in done if r.section == "overhead" and r.facts["converge_every"] == 50]),
+            _overheads(done, converge_every=50, probe=False),
+            at_most=0.02,
+            show=lambda value: f"{value:.2%}",
+        ),
+        _judge(
+            "a training run with a probe, T=100: time added to plain DDP",
+            _overheads(done, converge_every=100, probe=True),
             at_most=0.02,
             show=lambda value: f"{value:.2%}",
         ),
@@ -226,9 +232,12 @@ def _share_of_bandwidth(result: Comparison) -> Spread:
     return spread_of([result.facts["bytes"] / seconds / full for seconds in result.samples[OURS]])
 
 
-def _overheads(results: Sequence[Comparison]) -> list[tuple[str, Spread]]:
+def _overheads(results: Sequence[Comparison], *, converge_every: int, probe: bool) -> list[tuple[str, Spread]]:
     """hdet's time inside ``scheduler.step`` less torch's, over the time of a plain round: by number of processes."""
-    by_part = {(r.facts["processes"], r.facts["part"]): r for r in results}
+    kind = (converge_every, probe)
+    chosen = [r for r in results if r.section == "overhead"]
+    chosen = [r for r in chosen if (r.facts["converge_every"], r.facts["probe"]) == kind]
+    by_part = {(r.facts["processes"], r.facts["part"]): r for r in chosen}
     found = []
     for (processes, part), inside in by_part.items():
         if part == "scheduler":

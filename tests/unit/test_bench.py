@@ -184,7 +184,7 @@ def test_a_slow_step_is_missed_from_above():
 
 
 def test_overhead_is_what_the_scheduler_adds_to_a_plain_round():
-    facts = {"processes": 2, "converge_every": 50}
+    facts = {"processes": 2, "converge_every": 50, "probe": False}
     whole = comparison("overhead", samples={OURS: [9.0] * 3, "plain_ddp": [10.0] * 3}, part="round", **facts)
     inside = comparison("overhead", samples={OURS: [0.5] * 3, "plain_ddp": [0.2] * 3}, part="scheduler", **facts)
     target = verdicts(whole, inside)["a training run, T=50: time added to plain DDP"]
@@ -245,7 +245,7 @@ def test_json_holds_samples_targets_and_no_host_name():
     assert found["schema"] == report.SCHEMA
     assert found["results"][0]["samples"][OURS] == [1.0, 2.0, 3.0]
     assert found["machine"]["torch"] == torch.__version__
-    assert len(found["targets"]) == 8
+    assert len(found["targets"]) == 9
     assert platform.node() not in text or len(platform.node()) < 4
 
 

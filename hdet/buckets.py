@@ -33,14 +33,17 @@ class Bucket:
 
     def pack(self, memory: Tensor | None = None) -> Tensor:
         """The pieces' wire, at the beginning of ``memory`` or in memory of its own."""
+        return self.pack_counted(memory)[0]
+
+    def pack_counted(self, memory: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """The same, and how many elements are not finite, as a 0-dim tensor."""
         if memory is None:
             memory = torch.empty(self.numel, dtype=self.dtype, device=self.device)
         wire = memory.narrow(0, 0, self.numel)
         if self.dtype.is_floating_point:
-            ops.pack(wire, self._staged())
-        else:
-            torch._foreach_copy_(self._slots(wire), self.pieces)
-        return wire
+            return wire, ops.pack(wire, self._staged())
+        torch._foreach_copy_(self._slots(wire), self.pieces)
+        return wire, torch.zeros((), dtype=torch.int64)
 
     def unpack(self, wire: Tensor, divisor: int = 1, slow: Tensor | None = None, slow_decay: float = 0.0) -> Tensor:
         """Write ``wire / divisor`` into the tensors, in place; returns ``sum((piece - wire / divisor)**2)`` over the

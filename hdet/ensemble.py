@@ -9,6 +9,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import cached_property
 from typing import Any, Literal, NamedTuple, NoReturn
 
 import torch
@@ -249,7 +250,11 @@ class Ensemble:
         extra = [p for group in optimizer.param_groups for p in group["params"] if p not in owned] if models else []
         self._weights = weights_of(models, extra)
         self._averager = Averager(
-            self._weights, self.replicas, int(self.config.bucket_mib * _MIB), has_virtual=virtual_replicas > 1
+            self._weights,
+            self.replicas,
+            int(self.config.bucket_mib * _MIB),
+            rides=overlap_steps == 0,
+            has_virtual=virtual_replicas > 1,
         )
         self._optimizer_state = OptimizerState(
             optimizer,
@@ -306,7 +311,7 @@ class Ensemble:
         self._is_fresh = True
         self._steps = 0
         self._converged_at = 0
-        self._written = self._version()
+        self._written = self._averager.version()
         self._started = False
         self._told_no_loss = False
         self._told_rival = False
@@ -571,7 +576,8 @@ class Ensemble:
         if self._recovery is not None:
             self._recovery.watch()
         self._steps = self._converged_at = steps
-        self._written = self._version()
+        self._averager.restart()
+        self._written = self._averager.version()
         for signal in self._signals:
             signal.reset()
         self._totals = [(0.0, 0)] * self.size
@@ -660,23 +666,23 @@ class Ensemble:
 
     def _settings(self) -> dict[str, Any]:
         """The run's settings as plain values, for error messages and for TensorBoard's hparams."""
+        settings = self._constant_settings | {"optimizer_state": self._optimizer_state.policy}
+        for name, lr in zip(self._group_names, self._fan_out.base, strict=True):
+            settings[f"schedule_lr.{name}"] = float(lr)
+        return settings
+
+    @cached_property
+    def _constant_settings(self) -> dict[str, Any]:
         settings = asdict(self.config)
         for section in ("controller", "hyperparameter_controller"):
             for name, value in settings.pop(section).items():
                 if section == "controller" or self._hyperparameters:
                     settings[f"{section}.{name}"] = str(value) if isinstance(value, tuple) else value
         settings["hyperparameters"] = "; ".join(settings["hyperparameters"])
-        settings["optimizer_state"] = self._optimizer_state.policy
         settings["replicas"] = self.size
         settings["members"] = self.replicas.members
         settings["schedule"] = type(self.schedule).__name__
-        for name, lr in zip(self._group_names, self._fan_out.base, strict=True):
-            settings[f"schedule_lr.{name}"] = float(lr)
         return settings
-
-    def _version(self) -> int:
-        """A number that grows whenever a trained tensor is written in place."""
-        return sum(tensor._version for tensor, trained in self._weights.tensors() if trained)
 
     def _agree(self, *, converges: bool = True) -> list[_Gathered]:
         """Make sure that all replicas are at the same point, and gather what each has to tell."""
@@ -691,14 +697,14 @@ class Ensemble:
             *(number for signal in self._signals for number in signal.total()),
             bool(self._monitors),
             self._prober is not None and self._prober.batches.ready,
-            self._version() != self._written,
+            self._averager.version() != self._written,
             self._mark_gradients(),
             *seen,
             *(self._optimizer_state.inspect() if converges else NOTHING_SEEN),
         )
         own = 2 * len(self._signals)
         merge = (*[sum] * own, *_MERGE)
-        rows = gather_agreed(self.replicas, self._steps, layout, facts, payload, merge)
+        rows = gather_agreed(self.replicas, self._steps, layout, facts, payload, merge, self._averager.gather)
         gathered = [
             _Gathered(
                 tuple((row[i], int(row[i + 1])) for i in range(0, own, 2)),
@@ -834,7 +840,7 @@ class Ensemble:
     def _tell(self, report: Report, averaged: Averaged, watched: bool, seconds: float) -> Report:
         squares = self.replicas.all_gather([averaged.squared_distance]) if watched else []
         copies = self.replicas.members if self._weights.whole else 1  # shards add up, copies say the same
-        self._written = self._version()
+        self._written = self._averager.version()
         if averaged.excluded and self.replicas.writer:
             logger.warning(
                 f"Step {self._steps}: not finite on replica {', '.join(map(str, averaged.excluded))}: left out of the "

@@ -113,6 +113,27 @@ def test_a_non_finite_replica_is_left_out_and_healed(launch, processes):
 
 
 @every_size
+def test_what_travels_with_the_agreement_is_the_same_mean(launch, processes):
+    """The mean of r = 0 .. N-1, without a replica that is not finite, or an error that changes nothing."""
+    mean, rest = (processes - 1) / 2, (processes - 2) / 2
+    for rank, by_bucket in enumerate(launch.results(processes, "agreed_before")):
+        for result in by_bucket.values():
+            assert result.pop("all_bad") == ("DivergedError", math.inf)
+            assert result.pop("layout") == ("ReplicaMismatchError", rank)
+            for case, told in result.items():
+                left_out = case in ("bad_parameter", "bad_buffer")
+                expected = rest if left_out else mean
+                assert told["excluded"] == ((processes - 1,) if left_out else ()), case
+                assert told["weight"] == pytest.approx(expected, abs=1e-5), case
+                assert told["big"] == pytest.approx((expected, expected)), case
+                moving = -math.inf if case == "bad_alike" else 10 + expected
+                assert told["moving"] == pytest.approx(moving), case
+                assert told["count"] == (processes - 2 if left_out else processes - 1), case
+                assert told["equal"], case
+                assert told["again"] is None, case
+
+
+@every_size
 def test_all_replicas_non_finite_is_an_error_that_changes_nothing(launch, processes):
     for result in launch.results(processes, "excluded"):
         assert f"All {processes} replicas hold non-finite values" in result["all_bad"]

@@ -428,6 +428,70 @@ def excluded(rank, world):
 
 
 @scenario
+def agreed_before(rank, world):
+    """From the second converge on the first bucket travels with what the replicas tell one another."""
+    return {bucket_mib: _agreed_before(rank, world, bucket_mib) for bucket_mib in (32.0, 6e-3)}  # in one bucket; in two
+
+
+def _agreed_before(rank, world, bucket_mib):
+    torch.manual_seed(0)
+    model = nn.Module()
+    model.weight, model.big = nn.Parameter(torch.zeros(7, 3)), nn.Parameter(torch.zeros(2000))
+    model.register_buffer("moving", torch.zeros(5))
+    model.register_buffer("constant", torch.randn(6))
+    model.register_buffer("count", torch.zeros((), dtype=torch.int64))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    ensemble = hdet.Ensemble(optimizer, model=model, spread=0.1, converge_every=1000, bucket_mib=bucket_mib)
+    before, bad = model.constant.clone(), world - 1
+
+    @torch.no_grad()
+    def converge(**values):
+        optimizer.step()
+        ensemble.step(1.0)
+        for name, value in {"big": float(rank), "moving": 10.0 + rank, "count": rank, **values}.items():
+            getattr(model, name).fill_(value)
+        model.weight.copy_(torch.arange(21.0).view(7, 3) + rank)
+        try:
+            report = ensemble.converge()
+        except (hdet.ReplicaMismatchError, hdet.DivergedError) as error:
+            return type(error).__name__, model.big[0].item()
+        digests = gather(bits(model))
+        return {
+            "weight": model.weight[1, 2].item() - 5,
+            "big": (model.big[0].item(), model.big[-1].item()),
+            "moving": model.moving[0].item(),
+            "count": model.count.item(),
+            "excluded": report.excluded,
+            "again": ensemble.converge(),
+            "equal": all(d == digests[0] for d in digests) and torch.equal(model.constant, before),
+        }
+
+    nan, inf = float("nan"), float("inf")
+    result = {
+        "first": converge(),
+        "second": converge(),
+        "third": converge(),
+        "bad_parameter": converge(big=nan if rank == bad else float(rank)),
+        "bad_buffer": converge(moving=nan if rank == bad else 10.0 + rank),
+        "all_bad": converge(big=inf),
+        "bad_alike": converge(moving=-inf),
+        "after": converge(),
+    }
+    model.weight.requires_grad_(rank != bad)
+    result["layout"] = converge()
+    model.weight.requires_grad_(True)
+    result["layout_restored"] = converge()
+    model.weight.requires_grad_(False)
+    result["frozen"] = converge()
+    result["frozen_again"] = converge()
+    if rank == bad:
+        model.moving = model.moving.clone()  # elsewhere, on one rank only
+    result["elsewhere"] = converge()
+    result["elsewhere_again"] = converge()
+    return result
+
+
+@scenario
 def overlap(rank, world):
     """theta += mean(snapshot) - snapshot, tau steps late, against the same sum done by hand in float64."""
     reports = []

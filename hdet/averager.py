@@ -313,14 +313,17 @@ class Averager:
                 points.append(self._point(flight, excluded))
 
         has_arrived, self._has_arrived = self._has_arrived and not excluded, False
+        letter = self._current_letter()
         flying: _Flight | None = None
         for i, bucket in enumerate(trained + differing):
             keep = keep_points and i < len(trained) and bucket.dtype.is_floating_point
-            if i == 0 and has_arrived:
-                assert self._letter is not None
-                started = _Flight(
-                    bucket, self._letter.wire, None, self._count(excluded), bucket.pack() if keep else None
-                )
+            if i == 0 and letter is not None:
+                snapshot = bucket.pack() if keep else None
+                if has_arrived:
+                    started = _Flight(bucket, letter.wire, None, self._count(excluded), snapshot)
+                else:
+                    bucket.pack(letter.wire)
+                    started = self._launch(bucket, excluded, letter.wire, snapshot, letter.memory)
             else:
                 wire = bucket.pack(None if keep_points else self._wire(bucket, i % 2))
                 started = self._launch(bucket, excluded, wire, wire.clone() if keep else None)
@@ -332,7 +335,6 @@ class Averager:
         if flying:
             land(flying)
         self._weights.written()
-        self._write_letters()
         return Averaged(_total(squares), excluded, sent, points)
 
     @torch.no_grad()
@@ -356,13 +358,19 @@ class Averager:
         return [] if self._plan is None else self._plan.buckets
 
     def _launch(
-        self, bucket: Bucket, excluded: tuple[int, ...], wire: Tensor, snapshot: Tensor | None = None
+        self,
+        bucket: Bucket,
+        excluded: tuple[int, ...],
+        wire: Tensor,
+        snapshot: Tensor | None = None,
+        memory: Tensor | None = None,
     ) -> _Flight:
+        """Send the wire, or the ``memory`` that it lies in."""
         is_mean = bucket.dtype.is_floating_point
         if self._replicas.rank in excluded:
             wire.fill_(0 if is_mean else torch.iinfo(bucket.dtype).min)
         op = dist.ReduceOp.SUM if is_mean else dist.ReduceOp.MAX
-        work = self._replicas.all_reduce(wire, op, everyone=self.everyone)
+        work = self._replicas.all_reduce(wire if memory is None else memory, op, everyone=self.everyone)
         return _Flight(bucket, wire, work, self._count(excluded) if is_mean else 0, snapshot)
 
     def _count(self, excluded: tuple[int, ...]) -> int:
@@ -391,19 +399,23 @@ class Averager:
             wire = self._wires[key] = torch.empty(bucket.numel, dtype=bucket.dtype, device=bucket.device)
         return wire
 
-    def _write_letters(self) -> None:
-        """The replicas agree on the plan: from now on its first bucket rides."""
+    def _current_letter(self) -> Letter | None:
+        """In which the first bucket of the plan travels, now that the replicas agree on it.
+
+        At the first average too, when it holds nothing else: a backend's order of summation may depend on a message's
+        size, and a resumed run must be the uninterrupted one bit for bit."""
         plan = self._plan
         assert plan is not None
-        if not self._rides or not self._numbers or (self._letter is not None and self._letter.layout == plan.layout):
-            return
-        self._letter = None
-        first = plan.buckets[0] if plan.buckets else None
-        if first is None or 64 * self._replicas.size * self._numbers > self._bucket_bytes:
-            return  # among very many what all say is better gathered than added up
-        wire = torch.empty(first.numel, dtype=first.dtype, device=first.device)
-        self._letter = Letter(plan.layout, wire, self._replicas.size, self._replicas.rank, self._numbers)
-        self._wires[first.device, first.dtype, 0] = self._letter.memory
+        if self._letter is None or self._letter.layout != plan.layout:
+            self._letter = None
+            numbers, ranks = self._numbers, self._replicas.size
+            # Among very many what all say is better gathered than added up.
+            if self._rides and plan.buckets and 0 < 64 * ranks * numbers <= self._bucket_bytes:
+                first = plan.buckets[0]
+                wire = torch.empty(first.numel, dtype=first.dtype, device=first.device)
+                self._letter = Letter(plan.layout, wire, ranks, self._replicas.rank, numbers)
+                self._wires[first.device, first.dtype, 0] = self._letter.memory
+        return self._letter
 
     def _current_plan(self) -> _Plan:
         """The plan, made anew if a tensor is another, lies elsewhere, or was frozen or released since."""

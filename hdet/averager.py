@@ -12,6 +12,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from hdet.agreement import digest
+from hdet.anchors import Anchors
 from hdet.buckets import Bucket, fill_buckets
 from hdet.errors import DivergedError
 from hdet.letter import Letter
@@ -74,11 +75,11 @@ class SlowAverage:
         """Begin again at the next mean."""
         self._parts = []
 
-    def unpack(self, index: int, bucket: Bucket, wire: Tensor, count: int) -> Tensor:
-        """``bucket.unpack(wire, count)``, and move bucket ``index``'s part towards the mean."""
+    def unpack(self, index: int, bucket: Bucket, wire: Tensor, count: int, anchor: Tensor | None = None) -> Tensor:
+        """``bucket.unpack(wire, count, anchor=anchor)``, and move bucket ``index``'s part towards the mean."""
         if index == len(self._parts):
-            slow = torch.empty_like(wire)
-            distance = bucket.unpack(wire, count, slow)
+            slow = torch.empty_like(wire, dtype=bucket.dtype)
+            distance = bucket.unpack(wire, count, slow, anchor=anchor)
             kept = slow.to(self.device or wire.device, self.dtype or wire.dtype)
             self._parts.append((kept, kept.clone()))
             return distance
@@ -88,8 +89,8 @@ class SlowAverage:
                 "The trainable parameters changed since the probe's slow average began. Freeze and release layers "
                 "before the scheduler is built."
             )
-        slow = kept.to(wire.device, wire.dtype)
-        distance = bucket.unpack(wire, count, slow, self.decay)
+        slow = kept.to(wire.device, bucket.dtype)
+        distance = bucket.unpack(wire, count, slow, self.decay, anchor)
         if slow is not kept:
             kept.copy_(slow)
         trail.lerp_(kept, 1 - self.decay)
@@ -166,6 +167,8 @@ class _Flight:
     """What the replica had sent, where that is needed later."""
     index: int | None = None
     """Of the bucket among those of the trainable parameters."""
+    anchor: Tensor | None = None
+    """From which the wire holds the differences."""
 
     def arrive(self) -> None:
         """Wait until the wire holds the sum or maximum."""
@@ -225,20 +228,30 @@ class Averager:
         weights: what is averaged; tied tensors once.
         replicas: the group.
         bucket_bytes: size of one bucket.
+        wire_dtype: bf16 for trainable parameters to travel as differences: see :mod:`hdet.anchors`.
         rides: whether the first bucket may travel with :meth:`gather`: not where averages are only started there.
         has_virtual: whether even a single process holds several replicas. Their mean is where its parameters are, but
             it must be finite, and slow averages follow it.
     """
 
     def __init__(
-        self, weights: Weights, replicas: Replicas, bucket_bytes: int, *, rides: bool = True, has_virtual: bool = False
+        self,
+        weights: Weights,
+        replicas: Replicas,
+        bucket_bytes: int,
+        *,
+        wire_dtype: torch.dtype | None = None,
+        rides: bool = True,
+        has_virtual: bool = False,
     ) -> None:
         self._weights, self._replicas, self._bucket_bytes = weights, replicas, bucket_bytes
         # Members hold different shards, whose buckets only their peers may add up, but all must hear what all say.
         self._rides = rides and replicas.size > 1 and replicas.members == 1
         self._letter: Letter | None = None
         self._numbers = 0  # that each rank has to say
-        self._has_arrived = False  # the first bucket of the plan, with the letter
+        self._has_packed = False  # the first bucket of the plan into the letter
+        self._has_arrived = False  # it has been added up
+        self._anchors = Anchors(wire_dtype if replicas.size > 1 else None)
         self._is_idle = replicas.size == 1 and not has_virtual
         self._plan: _Plan | None = None
         # Copies that several ranks of a replica hold are averaged over all ranks, so that they cannot drift apart.
@@ -253,10 +266,10 @@ class Averager:
             return Inspection(0, True, 0)
         plan = self._current_plan()
         self._has_arrived = False
-        buckets = plan.buckets
-        finite = True
-        if self._letter is not None and self._letter.layout == plan.layout:
-            finite = not buckets[0].pack_counted(self._letter.wire)[1]
+        buckets, finite = plan.buckets, True
+        self._has_packed = self._letter is not None and self._fits(self._letter, plan)
+        if self._letter is not None and self._has_packed:
+            finite = not buckets[0].pack_counted(self._letter.wire, self._anchors.of(plan.layout, 0))[1]
             buckets = buckets[1:]
         finite = finite and all(bucket.is_finite() for bucket in buckets)
         if not all(bucket.is_finite() for bucket in plan.moving_buckets):
@@ -275,8 +288,7 @@ class Averager:
         work = self._replicas.all_reduce(letter.memory, dist.ReduceOp.SUM)
         if work is not None:
             work.wait()
-        assert self._plan is not None
-        self._has_arrived = letter.layout == self._plan.layout  # else it held nothing, and all are about to hear so
+        self._has_arrived = self._has_packed
         return letter.read()
 
     def version(self) -> int:
@@ -286,6 +298,13 @@ class Averager:
     def restart(self) -> None:
         """The model may be another from here on. On every replica, or on none."""
         self._plan = None
+        self._anchors.drop()
+
+    @torch.no_grad()
+    def moved_on(self) -> None:
+        """The replicas went on from the mean together, to where they are now."""
+        if self._plan is not None:
+            self._anchors.set(self._plan.layout, self._plan.buckets)
 
     @torch.no_grad()
     def average(
@@ -304,6 +323,7 @@ class Averager:
         if self._is_idle:
             return Averaged(0.0, (), 0)
         trained, differing, excluded, sent = self._select(seen)
+        assert self._plan is not None
         squares: list[Tensor] = []
         points: list[Point] = []
 
@@ -314,20 +334,27 @@ class Averager:
 
         has_arrived, self._has_arrived = self._has_arrived and not excluded, False
         letter = self._current_letter()
+        layout = self._plan.layout
         flying: _Flight | None = None
         for i, bucket in enumerate(trained + differing):
-            keep = keep_points and i < len(trained) and bucket.dtype.is_floating_point
+            is_trained = i < len(trained)
+            keep = keep_points and is_trained and bucket.dtype.is_floating_point
+            snapshot = bucket.pack() if keep else None
+            anchor = self._anchors.of(layout, i) if is_trained else None
             if i == 0 and letter is not None:
-                snapshot = bucket.pack() if keep else None
                 if has_arrived:
                     started = _Flight(bucket, letter.wire, None, self._count(excluded), snapshot)
                 else:
-                    bucket.pack(letter.wire)
+                    bucket.pack(letter.wire, anchor)
                     started = self._launch(bucket, excluded, letter.wire, snapshot, letter.memory)
+            elif anchor is not None:
+                wire = bucket.pack(self._wire(bucket, i % 2, self._anchors.dtype), anchor)
+                started = self._launch(bucket, excluded, wire, snapshot)
             else:
                 wire = bucket.pack(None if keep_points else self._wire(bucket, i % 2))
-                started = self._launch(bucket, excluded, wire, wire.clone() if keep else None)
-            started.index = i if i < len(trained) and bucket.dtype.is_floating_point else None
+                started = self._launch(bucket, excluded, wire, snapshot)
+            started.index = i if is_trained and bucket.dtype.is_floating_point else None
+            started.anchor = anchor
             sent += started.wire.nbytes
             if flying:
                 land(flying)
@@ -335,6 +362,8 @@ class Averager:
         if flying:
             land(flying)
         self._weights.written()
+        self._anchors.keep(layout, trained)
+        self._current_letter()  # the next one's
         return Averaged(_total(squares), excluded, sent, points)
 
     @torch.no_grad()
@@ -380,24 +409,32 @@ class Averager:
     def _land(self, flight: _Flight, slow: SlowAverage | None) -> Tensor:
         flight.arrive()
         if slow is None or flight.index is None:
-            return flight.bucket.unpack(flight.wire, flight.count or 1)
-        return slow.unpack(flight.index, flight.bucket, flight.wire, flight.count)
+            return flight.bucket.unpack(flight.wire, flight.count or 1, anchor=flight.anchor)
+        return slow.unpack(flight.index, flight.bucket, flight.wire, flight.count, flight.anchor)
 
     def _point(self, flight: _Flight, excluded: tuple[int, ...]) -> Point:
         assert flight.snapshot is not None
-        mean = flight.wire.div_(flight.count)
+        mean = flight.wire.div_(flight.count) if flight.anchor is None else flight.anchor.clone()
         displacement = flight.snapshot.sub_(mean)
         if self._replicas.rank in excluded:  # it stood nowhere
             displacement.zero_()
         return Point(flight.bucket, mean, displacement)
 
-    def _wire(self, bucket: Bucket, parity: int) -> Tensor:
+    def _wire(self, bucket: Bucket, parity: int, dtype: torch.dtype | None = None) -> Tensor:
         """Memory for the bucket's wire, kept from converge to converge: new pages would cost as much as the packing."""
-        key = (bucket.device, bucket.dtype, parity)
+        key = (bucket.device, dtype or bucket.dtype, parity)
         wire = self._wires.get(key)
         if wire is None or wire.numel() < bucket.numel:
-            wire = self._wires[key] = torch.empty(bucket.numel, dtype=bucket.dtype, device=bucket.device)
+            wire = self._wires[key] = torch.empty(bucket.numel, dtype=key[1], device=bucket.device)
         return wire
+
+    def _fits(self, letter: Letter, plan: _Plan) -> bool:
+        """Whether the plan's first bucket can travel in it."""
+        return letter.layout == plan.layout and letter.wire.dtype == self._first_dtype(plan)
+
+    def _first_dtype(self, plan: _Plan) -> torch.dtype:
+        anchored = self._anchors.of(plan.layout, 0) is not None
+        return self._anchors.dtype if anchored and self._anchors.dtype else plan.buckets[0].dtype
 
     def _current_letter(self) -> Letter | None:
         """In which the first bucket of the plan travels, now that the replicas agree on it.
@@ -406,15 +443,16 @@ class Averager:
         size, and a resumed run must be the uninterrupted one bit for bit."""
         plan = self._plan
         assert plan is not None
-        if self._letter is None or self._letter.layout != plan.layout:
+        if self._letter is None or not self._fits(self._letter, plan):
             self._letter = None
+            self._wires.clear()
             numbers, ranks = self._numbers, self._replicas.size
             # Among very many what all say is better gathered than added up.
             if self._rides and plan.buckets and 0 < 64 * ranks * numbers <= self._bucket_bytes:
                 first = plan.buckets[0]
-                wire = torch.empty(first.numel, dtype=first.dtype, device=first.device)
+                wire = torch.empty(first.numel, dtype=self._first_dtype(plan), device=first.device)
                 self._letter = Letter(plan.layout, wire, ranks, self._replicas.rank, numbers)
-                self._wires[first.device, first.dtype, 0] = self._letter.memory
+                self._wires[first.device, wire.dtype, 0] = self._letter.memory
         return self._letter
 
     def _current_plan(self) -> _Plan:

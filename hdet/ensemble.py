@@ -158,6 +158,12 @@ class Ensemble:
             it in the first three converges and every 32nd after; ``"average"`` it, in fp32 and in place; ``"keep"``
             each replica's own; ``"reset"`` it at a round's end. ``"auto"`` verifies where gradients are shared and
             the optimizer makes its state of them alone, and averages elsewhere; see docs/optimizer_state.md.
+        wire_dtype: ``torch.bfloat16`` lets trainable parameters travel in half the bytes: as bf16 differences from the
+            last converged mean, of which a copy is kept in fp32. The mean, the same on all replicas, is then off by at
+            most about ``(N + 3) / 2 * 2**-9`` of the largest distance that a parameter has moved since; see
+            :mod:`hdet.anchors`. The first converge, and the first after a rollback or a resume, travels in fp32, so
+            that a resumed run is not the uninterrupted one bit for bit. fp64, buffers and optimizer state travel as
+            they are. Not with ``overlap_steps``.
 
     Raises:
         TypeError, ValueError: for a bad argument, before anything was changed. No argument causes communication: ranks
@@ -202,6 +208,7 @@ class Ensemble:
         outer_momentum: float = 0.0,
         outer_lr: float = 1.0,
         optimizer_state: Literal["auto", "verify", "average", "keep", "reset"] = "auto",
+        wire_dtype: torch.dtype | None = None,
     ) -> None:
         if not isinstance(optimizer, Optimizer):
             raise TypeError(f"{type(optimizer).__name__} is not an Optimizer")
@@ -231,6 +238,7 @@ class Ensemble:
             outer_momentum=outer_momentum,
             outer_lr=outer_lr,
             optimizer_state=optimizer_state,
+            wire_dtype=wire_dtype,
         )
         policy = policy_of(
             optimizer_state, optimizer, hyperparameters, gradients=gradients, overlap_steps=overlap_steps
@@ -253,6 +261,7 @@ class Ensemble:
             self._weights,
             self.replicas,
             int(self.config.bucket_mib * _MIB),
+            wire_dtype=wire_dtype,
             rides=overlap_steps == 0,
             has_virtual=virtual_replicas > 1,
         )
@@ -774,6 +783,7 @@ class Ensemble:
         if complete and self._outer is not None:
             self._outer.step(self._averager.buckets())
             self._weights.written()
+            self._averager.moved_on()
         if not complete:
             self._restart_virtual()
         report = self._control(complete, losses)
@@ -812,6 +822,7 @@ class Ensemble:
         """Undo the round: the model and the optimizer as they last converged, under a smaller gain."""
         assert self._recovery is not None
         self._recovery.go_back()
+        self._averager.restart()
         self._converged_at = self._steps
         report = self._control(False)
         self._totals = [(0.0, 0)] * self.size

@@ -48,6 +48,7 @@ logger = logging.getLogger("hdet")
 
 Loss = float | Tensor | Sequence[float | Tensor] | None
 
+_SINGLE = frozenset((float, Tensor))
 _MIB = 2**20
 _STATE_VERSION = 3
 
@@ -448,28 +449,30 @@ class Ensemble:
     def end_step(self, loss: Loss, batch: Any = None) -> None:
         """First part of :meth:`step`, for adapters around a scheduler of their own: observe, and converge if the round
         is over."""
-        if loss is None:
-            checked = None
-        elif self._virtual is None and not isinstance(loss, (list, tuple)):
-            checked = [check_loss(loss)]
-        else:
+        # Between converges this is all that a step costs: what most runs pass, one loss, goes the short way.
+        one = checked = None
+        if self._virtual is None and type(loss) in _SINGLE:
+            one = check_loss(loss)
+        elif loss is not None:
             checked = self._checked(loss)
         fan_out = self._fan_out
         if not fan_out.is_current or len(self.optimizer.param_groups) != len(fan_out.base):
             self._refuse()
         if not self._started:
             self._start()
-        if checked is not None:
+        if one is not None:
+            self._signals[0].add(one)
+        elif checked is not None:
             for signal, own in zip(self._signals, checked, strict=True):
                 signal.add(own)
         elif self.config.auto_lr and not self._told_no_loss:
             self._told_no_loss = True
             if self.replicas.writer:
                 logger.warning("scheduler.step() was called without a loss: the gain does not move until it gets one.")
-        self._steps += 1
-        if self._flight and self._steps == self._flight.report.step + self.config.overlap_steps:
+        steps = self._steps = self._steps + 1
+        if self._flight and steps == self._flight.report.step + self.config.overlap_steps:
             self._land()
-        if self._steps % self.config.converge_every == 0:
+        if steps % self.config.converge_every == 0:
             self._record(self._steps - 1)
             self._converge(self._agree(), complete=True)
             if self._prober is not None and self._wants_probe():

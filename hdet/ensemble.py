@@ -164,7 +164,8 @@ class Ensemble:
             most about ``(N + 3) / 2 * 2**-9`` of the largest distance that a parameter has moved since; see
             :mod:`hdet.anchors`. The first converge, and the first after a rollback or a resume, travels in fp32, so
             that a resumed run is not the uninterrupted one bit for bit. fp64, buffers and optimizer state travel as
-            they are. Not with ``overlap_steps``.
+            they are. Worth it where the network is what a converge waits for: packing and unpacking take more memory
+            traffic, and between processes of one machine it is not faster. Not with ``overlap_steps``.
 
     Raises:
         TypeError, ValueError: for a bad argument, before anything was changed. No argument causes communication: ranks

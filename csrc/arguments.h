@@ -74,18 +74,21 @@ inline std::vector<Piece> table_of(const Tensors& pieces, int32_t device_type) {
   std::vector<Piece> table;
   table.reserve(pieces.size());
   int64_t end = 0;
+  int32_t device_index = 0;
   for (size_t i = 0; i < pieces.size(); ++i) {
-    int32_t type, dtype;
+    int32_t type, index, dtype;
     int64_t numel;
     bool contiguous;
     void* data;
     TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(pieces[i], &type));
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(pieces[i], &index));
     TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(pieces[i], &dtype));
     TORCH_ERROR_CODE_CHECK(aoti_torch_is_contiguous(pieces[i], &contiguous));
     TORCH_ERROR_CODE_CHECK(aoti_torch_get_numel(pieces[i], &numel));
     TORCH_ERROR_CODE_CHECK(aoti_torch_get_data_ptr(pieces[i], &data));
     const auto name = [i] { return "pieces[" + std::to_string(i) + "]"; };
-    if (type != device_type) reject(name(), "must be on the op's device");
+    if (i == 0) device_index = index;
+    if (type != device_type || index != device_index) reject(name(), "must be on the op's device");
     if (!contiguous) reject(name(), "must be contiguous");
     Dtype kind;
     if (!known(dtype, kind)) reject(name(), "must be float32, float64, float16 or bfloat16");

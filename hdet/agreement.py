@@ -16,6 +16,7 @@ def gather_agreed(
     facts: Mapping[str, object],
     payload: Sequence[float],
     merge: Sequence[Callable[[list[float]], float]],
+    gather: Callable[[Sequence[float]], list[list[float]]] | None = None,
 ) -> list[list[float]]:
     """Gather ``payload`` from every rank in one small message that also proves that they agree. Collective.
 
@@ -26,6 +27,7 @@ def gather_agreed(
         facts: settings and state by name, all of which must be the same on every rank.
         payload: what to gather.
         merge: for each value of the payload, what a replica's value is, given its members' values.
+        gather: how; default ``replicas.all_gather``.
 
     Returns:
         Every replica's payload, by replica.
@@ -33,7 +35,7 @@ def gather_agreed(
     Raises:
         ReplicaMismatchError: on every rank alike, naming what differs, the values and the replicas or ranks.
     """
-    rows = replicas.all_gather([steps, digest(facts), layout, *payload])
+    rows = (gather or replicas.all_gather)([steps, digest(facts), layout, *payload])
     members = replicas.members
     if any(row[:2] != rows[0][:2] or row[2] != rows[i % members][2] for i, row in enumerate(rows)):
         raise ReplicaMismatchError(_explain(replicas, rows, replicas.all_gather_object(dict(facts))))

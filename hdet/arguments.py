@@ -45,6 +45,7 @@ def check_arguments(
     outer_momentum: float = 0.0,
     outer_lr: float = 1.0,
     optimizer_state: str = "auto",
+    wire_dtype: torch.dtype | None = None,
 ) -> tuple[EnsembleConfig, tuple[nn.Module, ...], Probe | None, tuple[Monitor, ...], Replicas]:
     """What an ensemble is made of, or the error that names the bad argument; changes nothing and sends nothing."""
     if converge_every is None and (spread > 0 or hyperparameters):
@@ -65,6 +66,8 @@ def check_arguments(
         probe=probe is not None,
         held_out=probe is not None and probe.held_out,
     )
+    if wire_dtype not in (None, torch.bfloat16):
+        raise ValueError(f"Invalid wire_dtype={wire_dtype!r}. Must be None or torch.bfloat16.")
     if prior is not None:
         Prior.load(prior)
     config = EnsembleConfig(
@@ -88,6 +91,7 @@ def check_arguments(
         outer_momentum=outer_momentum,
         outer_lr=outer_lr,
         optimizer_state=optimizer_state,
+        wire_dtype="own" if wire_dtype is None else str(wire_dtype).removeprefix("torch."),
     )
     modules = () if model is None else (model,) if isinstance(model, nn.Module) else tuple(model)
     for module in modules:

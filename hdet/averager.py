@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
@@ -12,13 +12,17 @@ import torch.distributed as dist
 from torch import Tensor
 
 from hdet.agreement import digest
+from hdet.anchors import Anchors
 from hdet.buckets import Bucket, fill_buckets
 from hdet.errors import DivergedError
+from hdet.letter import Letter
 from hdet.replicas import Replicas
 from hdet.weights import Weights
 
 # Multipliers (of splitmix64 and MurmurHash3) that tell positions in a fingerprint apart.
 _COLUMN, _ROW = 0x9E3779B97F4A7C15 - 2**64, 0xFF51AFD7ED558CCD - 2**64
+_SMALL = 2**16
+"""Bytes of a tensor up to which it is cheaper copied than hashed by itself."""
 
 
 _Signature = tuple[list[int], list[int], list[bool]]
@@ -71,11 +75,11 @@ class SlowAverage:
         """Begin again at the next mean."""
         self._parts = []
 
-    def unpack(self, index: int, bucket: Bucket, wire: Tensor, count: int) -> Tensor:
-        """``bucket.unpack(wire, count)``, and move bucket ``index``'s part towards the mean."""
+    def unpack(self, index: int, bucket: Bucket, wire: Tensor, count: int, anchor: Tensor | None = None) -> Tensor:
+        """``bucket.unpack(wire, count, anchor=anchor)``, and move bucket ``index``'s part towards the mean."""
         if index == len(self._parts):
-            slow = torch.empty_like(wire)
-            distance = bucket.unpack(wire, count, slow)
+            slow = torch.empty_like(wire, dtype=bucket.dtype)
+            distance = bucket.unpack(wire, count, slow, anchor=anchor)
             kept = slow.to(self.device or wire.device, self.dtype or wire.dtype)
             self._parts.append((kept, kept.clone()))
             return distance
@@ -85,8 +89,8 @@ class SlowAverage:
                 "The trainable parameters changed since the probe's slow average began. Freeze and release layers "
                 "before the scheduler is built."
             )
-        slow = kept.to(wire.device, wire.dtype)
-        distance = bucket.unpack(wire, count, slow, self.decay)
+        slow = kept.to(wire.device, bucket.dtype)
+        distance = bucket.unpack(wire, count, slow, self.decay, anchor)
         if slow is not kept:
             kept.copy_(slow)
         trail.lerp_(kept, 1 - self.decay)
@@ -128,7 +132,7 @@ class Inspection(NamedTuple):
     finite: bool
     """Whether all trainable parameters are finite, on every member of the replica once its members have been heard."""
     constants: int
-    """Hash of the bits of frozen parameters and buffers; the same."""
+    """Hash of the bits of frozen parameters and buffers that are thought to be equal; the same."""
 
 
 @dataclass
@@ -138,11 +142,16 @@ class _Plan:
     signature: _Signature
     tensors: list[Tensor]
     """Kept alive, so that no other tensor can have the same id."""
+    trained: list[Tensor]
+    """Trainable ones among them."""
     constant: list[Tensor]
-    """Frozen parameters and buffers."""
+    """Frozen parameters and buffers, each once."""
     buckets: list[Bucket]
     """Of the trainable parameters."""
     layout: int
+    moving: tuple[int, ...] = ()
+    """Which of ``constant`` differed when they were last compared: BatchNorm's statistics. Taken to differ again."""
+    moving_buckets: list[Bucket] = field(default_factory=list)
 
 
 @dataclass
@@ -158,6 +167,8 @@ class _Flight:
     """What the replica had sent, where that is needed later."""
     index: int | None = None
     """Of the bucket among those of the trainable parameters."""
+    anchor: Tensor | None = None
+    """From which the wire holds the differences."""
 
     def arrive(self) -> None:
         """Wait until the wire holds the sum or maximum."""
@@ -204,22 +215,43 @@ class Averager:
     r"""Averages a model over the replicas: ``theta <- (1/N) sum_r theta_r``.
 
     Trainable parameters are always averaged. Frozen parameters and buffers are first compared by a fingerprint of their
-    bits and, where all replicas agree, left alone: constants stay exactly as they are and cost no traffic. Integer
-    buffers that differ become their maximum.
+    bits and, where all replicas agree, left alone: constants stay exactly as they are and cost no traffic. Those that
+    once differed are averaged from then on without comparing. Integer buffers that differ become their maximum.
 
     Sums are taken in fp32 (fp64 for fp64 tensors). Extra memory is two buckets, not a copy of the model: while one is
     being reduced the next is packed. A replica with a non-finite value contributes nothing and receives the mean.
+
+    From the second average on the first bucket travels in the same message as what the replicas tell one another
+    (:meth:`gather`). If it turns out that they do not agree, or that one is not finite, it is thrown away.
 
     Args:
         weights: what is averaged; tied tensors once.
         replicas: the group.
         bucket_bytes: size of one bucket.
+        wire_dtype: bf16 for trainable parameters to travel as differences: see :mod:`hdet.anchors`.
+        rides: whether the first bucket may travel with :meth:`gather`: not where averages are only started there.
         has_virtual: whether even a single process holds several replicas. Their mean is where its parameters are, but
             it must be finite, and slow averages follow it.
     """
 
-    def __init__(self, weights: Weights, replicas: Replicas, bucket_bytes: int, *, has_virtual: bool = False) -> None:
+    def __init__(
+        self,
+        weights: Weights,
+        replicas: Replicas,
+        bucket_bytes: int,
+        *,
+        wire_dtype: torch.dtype | None = None,
+        rides: bool = True,
+        has_virtual: bool = False,
+    ) -> None:
         self._weights, self._replicas, self._bucket_bytes = weights, replicas, bucket_bytes
+        # Members hold different shards, whose buckets only their peers may add up, but all must hear what all say.
+        self._rides = rides and replicas.size > 1 and replicas.members == 1
+        self._letter: Letter | None = None
+        self._numbers = 0  # that each rank has to say
+        self._has_packed = False  # the first bucket of the plan into the letter
+        self._has_arrived = False  # it has been added up
+        self._anchors = Anchors(wire_dtype if replicas.size > 1 else None)
         self._is_idle = replicas.size == 1 and not has_virtual
         self._plan: _Plan | None = None
         # Copies that several ranks of a replica hold are averaged over all ranks, so that they cannot drift apart.
@@ -233,9 +265,46 @@ class Averager:
         if self._is_idle:
             return Inspection(0, True, 0)
         plan = self._current_plan()
-        finite = all(bucket.is_finite() for bucket in plan.buckets)
-        fingerprints = [fingerprint(t) for t in plan.constant]
-        return Inspection(plan.layout, finite, digest(fingerprints))
+        self._has_arrived = False
+        buckets, finite = plan.buckets, True
+        self._has_packed = self._letter is not None and self._fits(self._letter, plan)
+        if self._letter is not None and self._has_packed:
+            finite = not buckets[0].pack_counted(self._letter.wire, self._anchors.of(plan.layout, 0))[1]
+            buckets = buckets[1:]
+        finite = finite and all(bucket.is_finite() for bucket in buckets)
+        if not all(bucket.is_finite() for bucket in plan.moving_buckets):
+            return Inspection(plan.layout, finite, -1 - self._replicas.rank)  # so that all are compared
+        equal = [t for i, t in enumerate(plan.constant) if i not in plan.moving]
+        return Inspection(plan.layout, finite, digest((plan.moving, fingerprint_all(equal))))
+
+    def gather(self, numbers: Sequence[float]) -> list[list[float]]:
+        """Every rank's ``numbers``, replica by replica: as :meth:`Replicas.all_gather`. Collective, after
+        :meth:`inspect`. Where an earlier average has shown that the replicas agree, it also adds up their first
+        buckets."""
+        letter, self._numbers = self._letter, len(numbers)
+        if letter is None:
+            return self._replicas.all_gather(numbers)
+        letter.write(numbers)
+        work = self._replicas.all_reduce(letter.memory, dist.ReduceOp.SUM)
+        if work is not None:
+            work.wait()
+        self._has_arrived = self._has_packed
+        return letter.read()
+
+    def version(self) -> int:
+        """A number that grows whenever a trained tensor is written in place. Not collective."""
+        return sum([t._version for t in (self._plan or self._current_plan()).trained])
+
+    def restart(self) -> None:
+        """The model may be another from here on. On every replica, or on none."""
+        self._plan = None
+        self._anchors.drop()
+
+    @torch.no_grad()
+    def moved_on(self) -> None:
+        """The replicas went on from the mean together, to where they are now."""
+        if self._plan is not None:
+            self._anchors.set(self._plan.layout, self._plan.buckets)
 
     @torch.no_grad()
     def average(
@@ -254,6 +323,7 @@ class Averager:
         if self._is_idle:
             return Averaged(0.0, (), 0)
         trained, differing, excluded, sent = self._select(seen)
+        assert self._plan is not None
         squares: list[Tensor] = []
         points: list[Point] = []
 
@@ -262,12 +332,29 @@ class Averager:
             if flight.snapshot is not None:
                 points.append(self._point(flight, excluded))
 
+        has_arrived, self._has_arrived = self._has_arrived and not excluded, False
+        letter = self._current_letter()
+        layout = self._plan.layout
         flying: _Flight | None = None
         for i, bucket in enumerate(trained + differing):
-            keep = keep_points and i < len(trained) and bucket.dtype.is_floating_point
-            wire = bucket.pack(None if keep else self._wire(bucket, i % 2))
-            started = self._launch(bucket, excluded, wire, wire.clone() if keep else None)
-            started.index = i if i < len(trained) and bucket.dtype.is_floating_point else None
+            is_trained = i < len(trained)
+            keep = keep_points and is_trained and bucket.dtype.is_floating_point
+            snapshot = bucket.pack() if keep else None
+            anchor = self._anchors.of(layout, i) if is_trained else None
+            if i == 0 and letter is not None:
+                if has_arrived:
+                    started = _Flight(bucket, letter.wire, None, self._count(excluded), snapshot)
+                else:
+                    bucket.pack(letter.wire, anchor)
+                    started = self._launch(bucket, excluded, letter.wire, snapshot, letter.memory)
+            elif anchor is not None:
+                wire = bucket.pack(self._wire(bucket, i % 2, self._anchors.dtype), anchor)
+                started = self._launch(bucket, excluded, wire, snapshot)
+            else:
+                wire = bucket.pack(None if keep_points else self._wire(bucket, i % 2))
+                started = self._launch(bucket, excluded, wire, snapshot)
+            started.index = i if is_trained and bucket.dtype.is_floating_point else None
+            started.anchor = anchor
             sent += started.wire.nbytes
             if flying:
                 land(flying)
@@ -275,6 +362,8 @@ class Averager:
         if flying:
             land(flying)
         self._weights.written()
+        self._anchors.keep(layout, trained)
+        self._current_letter()  # the next one's
         return Averaged(_total(squares), excluded, sent, points)
 
     @torch.no_grad()
@@ -298,37 +387,73 @@ class Averager:
         return [] if self._plan is None else self._plan.buckets
 
     def _launch(
-        self, bucket: Bucket, excluded: tuple[int, ...], wire: Tensor, snapshot: Tensor | None = None
+        self,
+        bucket: Bucket,
+        excluded: tuple[int, ...],
+        wire: Tensor,
+        snapshot: Tensor | None = None,
+        memory: Tensor | None = None,
     ) -> _Flight:
+        """Send the wire, or the ``memory`` that it lies in."""
         is_mean = bucket.dtype.is_floating_point
         if self._replicas.rank in excluded:
             wire.fill_(0 if is_mean else torch.iinfo(bucket.dtype).min)
         op = dist.ReduceOp.SUM if is_mean else dist.ReduceOp.MAX
-        work = self._replicas.all_reduce(wire, op, everyone=self.everyone)
-        count = (self._replicas.size - len(excluded)) * (self._replicas.members if self.everyone else 1)
-        return _Flight(bucket, wire, work, count if is_mean else 0, snapshot)
+        work = self._replicas.all_reduce(wire if memory is None else memory, op, everyone=self.everyone)
+        return _Flight(bucket, wire, work, self._count(excluded) if is_mean else 0, snapshot)
+
+    def _count(self, excluded: tuple[int, ...]) -> int:
+        """How many wires make a mean."""
+        return (self._replicas.size - len(excluded)) * (self._replicas.members if self.everyone else 1)
 
     def _land(self, flight: _Flight, slow: SlowAverage | None) -> Tensor:
         flight.arrive()
         if slow is None or flight.index is None:
-            return flight.bucket.unpack(flight.wire, flight.count or 1)
-        return slow.unpack(flight.index, flight.bucket, flight.wire, flight.count)
+            return flight.bucket.unpack(flight.wire, flight.count or 1, anchor=flight.anchor)
+        return slow.unpack(flight.index, flight.bucket, flight.wire, flight.count, flight.anchor)
 
     def _point(self, flight: _Flight, excluded: tuple[int, ...]) -> Point:
         assert flight.snapshot is not None
-        mean = flight.wire.div_(flight.count)
+        mean = flight.wire.div_(flight.count) if flight.anchor is None else flight.anchor.clone()
         displacement = flight.snapshot.sub_(mean)
         if self._replicas.rank in excluded:  # it stood nowhere
             displacement.zero_()
         return Point(flight.bucket, mean, displacement)
 
-    def _wire(self, bucket: Bucket, parity: int) -> Tensor:
+    def _wire(self, bucket: Bucket, parity: int, dtype: torch.dtype | None = None) -> Tensor:
         """Memory for the bucket's wire, kept from converge to converge: new pages would cost as much as the packing."""
-        key = (bucket.device, bucket.dtype, parity)
+        key = (bucket.device, dtype or bucket.dtype, parity)
         wire = self._wires.get(key)
         if wire is None or wire.numel() < bucket.numel:
-            wire = self._wires[key] = torch.empty(bucket.numel, dtype=bucket.dtype, device=bucket.device)
+            wire = self._wires[key] = torch.empty(bucket.numel, dtype=key[1], device=bucket.device)
         return wire
+
+    def _fits(self, letter: Letter, plan: _Plan) -> bool:
+        """Whether the plan's first bucket can travel in it."""
+        return letter.layout == plan.layout and letter.wire.dtype == self._first_dtype(plan)
+
+    def _first_dtype(self, plan: _Plan) -> torch.dtype:
+        anchored = self._anchors.of(plan.layout, 0) is not None
+        return self._anchors.dtype if anchored and self._anchors.dtype else plan.buckets[0].dtype
+
+    def _current_letter(self) -> Letter | None:
+        """In which the first bucket of the plan travels, now that the replicas agree on it.
+
+        At the first average too, when it holds nothing else: a backend's order of summation may depend on a message's
+        size, and a resumed run must be the uninterrupted one bit for bit."""
+        plan = self._plan
+        assert plan is not None
+        if self._letter is None or not self._fits(self._letter, plan):
+            self._letter = None
+            self._wires.clear()
+            numbers, ranks = self._numbers, self._replicas.size
+            # Among very many what all say is better gathered than added up.
+            if self._rides and plan.buckets and 0 < 64 * ranks * numbers <= self._bucket_bytes:
+                first = plan.buckets[0]
+                wire = torch.empty(first.numel, dtype=self._first_dtype(plan), device=first.device)
+                self._letter = Letter(plan.layout, wire, ranks, self._replicas.rank, numbers)
+                self._wires[first.device, wire.dtype, 0] = self._letter.memory
+        return self._letter
 
     def _current_plan(self) -> _Plan:
         """The plan, made anew if a tensor is another, lies elsewhere, or was frozen or released since."""
@@ -355,7 +480,8 @@ class Averager:
             seen.add(key)
             (trained if is_trained else constant).append(tensor)
         facts = [[(tuple(t.shape), t.stride(), str(t.dtype)) for t in kind] for kind in (trained, constant)]
-        return _Plan(signature, [t for t, _ in kinds], constant, self._fill(trained), digest(facts))
+        tensors, versioned = [t for t, _ in kinds], [t for t, is_trained in kinds if is_trained]
+        return _Plan(signature, tensors, versioned, constant, self._fill(trained), digest(facts))
 
     def _fill(self, tensors: list[Tensor]) -> list[Bucket]:
         return fill_buckets(tensors, self._bucket_bytes, self._replicas.device_for)
@@ -365,7 +491,6 @@ class Averager:
         it took to find out."""
         plan = self._plan  # inspect() has just made sure of it
         assert plan is not None
-        others: list[Bucket] = []
         sent = 0
         excluded = {replica for replica, inspection in enumerate(seen) if not inspection.finite}
         if len({inspection.constants for inspection in seen}) > 1:
@@ -374,13 +499,13 @@ class Averager:
             rows = gather(mine, dtype=torch.int64) if mine else []
             members = self._replicas.members if self.everyone else 1
             sent = 8 * len(mine)
-            differing: list[Tensor] = []
-            for i, tensor in enumerate(plan.constant):
+            differing: list[int] = []
+            for i in range(len(plan.constant)):
                 column = [(row[2 * i], row[2 * i + 1]) for row in rows]
                 if len({bits for bits, _ in column}) > 1:
-                    differing.append(tensor)
+                    differing.append(i)
                     excluded |= {i // members for i, (_, finite) in enumerate(column) if not finite}
-            others = self._fill(differing)
+            plan.moving, plan.moving_buckets = tuple(differing), self._fill([plan.constant[i] for i in differing])
             if self._replicas.members > 1:  # each knows what its peers hold, and all must leave out the same replicas
                 flags = [float(replica in excluded) for replica in range(self._replicas.size)]
                 everyone = self._replicas.all_gather(flags)
@@ -390,7 +515,7 @@ class Averager:
                 f"All {self._replicas.size} replicas hold non-finite values: the learning rate is too high or the data "
                 "is bad. Restore the last checkpoint and lower max_lr."
             )
-        return plan.buckets, others, tuple(sorted(excluded)), sent
+        return plan.buckets, plan.moving_buckets, tuple(sorted(excluded)), sent
 
 
 def _total(squares: list[Tensor]) -> float:
@@ -409,10 +534,9 @@ def fingerprint(tensor: Tensor) -> int:
     ``sum_ij bits_ij * (c_j + r_i) mod 2**64`` over rows ``i`` and columns ``j``; every ``c_j + r_i`` is odd, and so
     invertible.
     """
-    flat = tensor.detach().reshape(-1)
-    if flat.stride(0) != 1 or flat.storage_offset() * flat.element_size() % 8:  # the words must lie alike on all ranks
-        flat = flat.clone(memory_format=torch.contiguous_format)
-    octets = (torch.view_as_real(flat) if flat.is_complex() else flat).view(torch.uint8).reshape(-1)
+    octets = _octets(tensor)
+    if octets.storage_offset() % 8:  # the words must lie alike on all ranks
+        octets = octets.clone()
     words = {8: torch.int64, 4: torch.int32, 2: torch.int16, 1: torch.uint8}
     bits = octets.view(words[math.gcd(octets.numel(), 8)])
     width = min(bits.numel(), 4096)
@@ -421,6 +545,25 @@ def fingerprint(tensor: Tensor) -> int:
     for rows in (bits[:body].view(-1, width), bits[body:].view(1, -1)):
         total += _mix(rows.sum(0, dtype=torch.int64), _COLUMN, 1) + _mix(rows.sum(1, dtype=torch.int64), _ROW, 0)
     return int(total)
+
+
+def fingerprint_all(tensors: Sequence[Tensor]) -> list[int]:
+    """Of many tensors: of each large one, and of the small ones laid end to end."""
+    small: dict[torch.device, list[Tensor]] = {}
+    found = []
+    for tensor in tensors:
+        if tensor.nbytes <= _SMALL:
+            small.setdefault(tensor.device, []).append(_octets(tensor))
+        else:
+            found.append(fingerprint(tensor))
+    return found + [fingerprint(torch.cat(octets)) for octets in small.values()]
+
+
+def _octets(tensor: Tensor) -> Tensor:
+    flat = tensor.detach().reshape(-1)
+    if flat.stride(0) != 1:
+        flat = flat.clone(memory_format=torch.contiguous_format)
+    return (torch.view_as_real(flat) if flat.is_complex() else flat).view(torch.uint8).reshape(-1)
 
 
 def _mix(sums: Tensor, multiplier: int, parity: int) -> Tensor:

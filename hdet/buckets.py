@@ -31,27 +31,39 @@ class Bucket:
     pieces: list[Tensor] = field(default_factory=list)
     numel: int = 0
 
-    def pack(self, memory: Tensor | None = None) -> Tensor:
-        """The pieces' wire, at the beginning of ``memory`` or in memory of its own."""
+    def pack(self, memory: Tensor | None = None, anchor: Tensor | None = None) -> Tensor:
+        """The pieces' wire, at the beginning of ``memory`` or in memory of its own; of the memory's dtype. With an
+        ``anchor``, flat like the wire, the difference from it."""
+        return self.pack_counted(memory, anchor)[0]
+
+    def pack_counted(self, memory: Tensor | None = None, anchor: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """The same, and how many elements are not finite, as a 0-dim tensor."""
         if memory is None:
             memory = torch.empty(self.numel, dtype=self.dtype, device=self.device)
         wire = memory.narrow(0, 0, self.numel)
         if self.dtype.is_floating_point:
-            ops.pack(wire, self._staged())
-        else:
-            torch._foreach_copy_(self._slots(wire), self.pieces)
-        return wire
+            return wire, ops.pack(wire, self._staged(), anchor=anchor)
+        torch._foreach_copy_(self._slots(wire), self.pieces)
+        return wire, torch.zeros((), dtype=torch.int64)
 
-    def unpack(self, wire: Tensor, divisor: int = 1, slow: Tensor | None = None, slow_decay: float = 0.0) -> Tensor:
+    def unpack(
+        self,
+        wire: Tensor,
+        divisor: int = 1,
+        slow: Tensor | None = None,
+        slow_decay: float = 0.0,
+        anchor: Tensor | None = None,
+    ) -> Tensor:
         """Write ``wire / divisor`` into the tensors, in place; returns ``sum((piece - wire / divisor)**2)`` over the
         pieces as they were, as a 0-dim float64 tensor (for integers, which are not divided: 0).
 
-        ``slow``, flat like the wire, moves towards the mean by ``1 - slow_decay``; see :func:`hdet.ops.unpack`."""
+        ``slow``, flat like the wire, moves towards the mean by ``1 - slow_decay``. With an ``anchor``, which becomes
+        the mean, ``anchor + wire / divisor`` is written; see :func:`hdet.ops.unpack`."""
         if not self.dtype.is_floating_point:
             torch._foreach_copy_(self.pieces, self._slots(wire))
             return torch.zeros((), dtype=torch.float64, device=self.device)
         staged = self._staged()
-        squared_distance = ops.unpack(wire, staged, divisor=divisor, slow=slow, slow_decay=slow_decay)
+        squared_distance = ops.unpack(wire, staged, divisor=divisor, anchor=anchor, slow=slow, slow_decay=slow_decay)
         if staged is not self.pieces:
             for piece, stage in zip(self.pieces, staged, strict=True):
                 if stage is not piece:

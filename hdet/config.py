@@ -63,6 +63,9 @@ class EnsembleConfig:
     optimizer_state: str = "auto"
     """What a converge does with the optimizer's state: ``auto``, ``verify``, ``average``, ``keep`` or ``reset``."""
 
+    wire_dtype: str = "own"
+    """In what trainable parameters travel: ``bfloat16``, as differences, or their ``own``: fp32, fp64 for fp64."""
+
     def __post_init__(self) -> None:
         check_spread(self.spread)
         if isinstance(self.converge_every, bool) or not isinstance(self.converge_every, int):
@@ -132,6 +135,11 @@ class EnsembleConfig:
             raise ValueError(
                 f'optimizer_state="average" and overlap_steps={self.overlap_steps} exclude one another: moments cannot '
                 'be corrected late. Pass "auto", which averages them in converge() only, or "keep" or "reset".'
+            )
+        if self.wire_dtype != "own" and self.overlap_steps:
+            raise ValueError(
+                f"wire_dtype={self.wire_dtype} and overlap_steps={self.overlap_steps} exclude one another: replicas "
+                "send how far they moved since they were equal, and with overlap they never are."
             )
         if self.auto_lr and self.spread == 0:
             raise ValueError(

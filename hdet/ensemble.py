@@ -9,6 +9,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import cached_property
 from typing import Any, Literal, NamedTuple, NoReturn
 
 import torch
@@ -47,6 +48,7 @@ logger = logging.getLogger("hdet")
 
 Loss = float | Tensor | Sequence[float | Tensor] | None
 
+_SINGLE = frozenset((float, Tensor))
 _MIB = 2**20
 _STATE_VERSION = 3
 
@@ -157,6 +159,13 @@ class Ensemble:
             it in the first three converges and every 32nd after; ``"average"`` it, in fp32 and in place; ``"keep"``
             each replica's own; ``"reset"`` it at a round's end. ``"auto"`` verifies where gradients are shared and
             the optimizer makes its state of them alone, and averages elsewhere; see docs/optimizer_state.md.
+        wire_dtype: ``torch.bfloat16`` lets trainable parameters travel in half the bytes: as bf16 differences from the
+            last converged mean, of which a copy is kept in fp32. The mean, the same on all replicas, is then off by at
+            most about ``(N + 3) / 2 * 2**-9`` of the largest distance that a parameter has moved since; see
+            :mod:`hdet.anchors`. The first converge, and the first after a rollback or a resume, travels in fp32, so
+            that a resumed run is not the uninterrupted one bit for bit. fp64, buffers and optimizer state travel as
+            they are. Worth it where the network is what a converge waits for: packing and unpacking take more memory
+            traffic, and between processes of one machine it is not faster. Not with ``overlap_steps``.
 
     Raises:
         TypeError, ValueError: for a bad argument, before anything was changed. No argument causes communication: ranks
@@ -201,6 +210,7 @@ class Ensemble:
         outer_momentum: float = 0.0,
         outer_lr: float = 1.0,
         optimizer_state: Literal["auto", "verify", "average", "keep", "reset"] = "auto",
+        wire_dtype: torch.dtype | None = None,
     ) -> None:
         if not isinstance(optimizer, Optimizer):
             raise TypeError(f"{type(optimizer).__name__} is not an Optimizer")
@@ -230,6 +240,7 @@ class Ensemble:
             outer_momentum=outer_momentum,
             outer_lr=outer_lr,
             optimizer_state=optimizer_state,
+            wire_dtype=wire_dtype,
         )
         policy = policy_of(
             optimizer_state, optimizer, hyperparameters, gradients=gradients, overlap_steps=overlap_steps
@@ -249,7 +260,12 @@ class Ensemble:
         extra = [p for group in optimizer.param_groups for p in group["params"] if p not in owned] if models else []
         self._weights = weights_of(models, extra)
         self._averager = Averager(
-            self._weights, self.replicas, int(self.config.bucket_mib * _MIB), has_virtual=virtual_replicas > 1
+            self._weights,
+            self.replicas,
+            int(self.config.bucket_mib * _MIB),
+            wire_dtype=wire_dtype,
+            rides=overlap_steps == 0,
+            has_virtual=virtual_replicas > 1,
         )
         self._optimizer_state = OptimizerState(
             optimizer,
@@ -306,7 +322,7 @@ class Ensemble:
         self._is_fresh = True
         self._steps = 0
         self._converged_at = 0
-        self._written = self._version()
+        self._written = self._averager.version()
         self._started = False
         self._told_no_loss = False
         self._told_rival = False
@@ -434,28 +450,30 @@ class Ensemble:
     def end_step(self, loss: Loss, batch: Any = None) -> None:
         """First part of :meth:`step`, for adapters around a scheduler of their own: observe, and converge if the round
         is over."""
-        if loss is None:
-            checked = None
-        elif self._virtual is None and not isinstance(loss, (list, tuple)):
-            checked = [check_loss(loss)]
-        else:
+        # Between converges this is all that a step costs: what most runs pass, one loss, goes the short way.
+        one = checked = None
+        if self._virtual is None and type(loss) in _SINGLE:
+            one = check_loss(loss)
+        elif loss is not None:
             checked = self._checked(loss)
         fan_out = self._fan_out
         if not fan_out.is_current or len(self.optimizer.param_groups) != len(fan_out.base):
             self._refuse()
         if not self._started:
             self._start()
-        if checked is not None:
+        if one is not None:
+            self._signals[0].add(one)
+        elif checked is not None:
             for signal, own in zip(self._signals, checked, strict=True):
                 signal.add(own)
         elif self.config.auto_lr and not self._told_no_loss:
             self._told_no_loss = True
             if self.replicas.writer:
                 logger.warning("scheduler.step() was called without a loss: the gain does not move until it gets one.")
-        self._steps += 1
-        if self._flight and self._steps == self._flight.report.step + self.config.overlap_steps:
+        steps = self._steps = self._steps + 1
+        if self._flight and steps == self._flight.report.step + self.config.overlap_steps:
             self._land()
-        if self._steps % self.config.converge_every == 0:
+        if steps % self.config.converge_every == 0:
             self._record(self._steps - 1)
             self._converge(self._agree(), complete=True)
             if self._prober is not None and self._wants_probe():
@@ -571,7 +589,8 @@ class Ensemble:
         if self._recovery is not None:
             self._recovery.watch()
         self._steps = self._converged_at = steps
-        self._written = self._version()
+        self._averager.restart()
+        self._written = self._averager.version()
         for signal in self._signals:
             signal.reset()
         self._totals = [(0.0, 0)] * self.size
@@ -660,23 +679,23 @@ class Ensemble:
 
     def _settings(self) -> dict[str, Any]:
         """The run's settings as plain values, for error messages and for TensorBoard's hparams."""
+        settings = self._constant_settings | {"optimizer_state": self._optimizer_state.policy}
+        for name, lr in zip(self._group_names, self._fan_out.base, strict=True):
+            settings[f"schedule_lr.{name}"] = float(lr)
+        return settings
+
+    @cached_property
+    def _constant_settings(self) -> dict[str, Any]:
         settings = asdict(self.config)
         for section in ("controller", "hyperparameter_controller"):
             for name, value in settings.pop(section).items():
                 if section == "controller" or self._hyperparameters:
                     settings[f"{section}.{name}"] = str(value) if isinstance(value, tuple) else value
         settings["hyperparameters"] = "; ".join(settings["hyperparameters"])
-        settings["optimizer_state"] = self._optimizer_state.policy
         settings["replicas"] = self.size
         settings["members"] = self.replicas.members
         settings["schedule"] = type(self.schedule).__name__
-        for name, lr in zip(self._group_names, self._fan_out.base, strict=True):
-            settings[f"schedule_lr.{name}"] = float(lr)
         return settings
-
-    def _version(self) -> int:
-        """A number that grows whenever a trained tensor is written in place."""
-        return sum(tensor._version for tensor, trained in self._weights.tensors() if trained)
 
     def _agree(self, *, converges: bool = True) -> list[_Gathered]:
         """Make sure that all replicas are at the same point, and gather what each has to tell."""
@@ -691,14 +710,14 @@ class Ensemble:
             *(number for signal in self._signals for number in signal.total()),
             bool(self._monitors),
             self._prober is not None and self._prober.batches.ready,
-            self._version() != self._written,
+            self._averager.version() != self._written,
             self._mark_gradients(),
             *seen,
             *(self._optimizer_state.inspect() if converges else NOTHING_SEEN),
         )
         own = 2 * len(self._signals)
         merge = (*[sum] * own, *_MERGE)
-        rows = gather_agreed(self.replicas, self._steps, layout, facts, payload, merge)
+        rows = gather_agreed(self.replicas, self._steps, layout, facts, payload, merge, self._averager.gather)
         gathered = [
             _Gathered(
                 tuple((row[i], int(row[i + 1])) for i in range(0, own, 2)),
@@ -768,6 +787,7 @@ class Ensemble:
         if complete and self._outer is not None:
             self._outer.step(self._averager.buckets())
             self._weights.written()
+            self._averager.moved_on()
         if not complete:
             self._restart_virtual()
         report = self._control(complete, losses)
@@ -806,6 +826,7 @@ class Ensemble:
         """Undo the round: the model and the optimizer as they last converged, under a smaller gain."""
         assert self._recovery is not None
         self._recovery.go_back()
+        self._averager.restart()
         self._converged_at = self._steps
         report = self._control(False)
         self._totals = [(0.0, 0)] * self.size
@@ -834,7 +855,7 @@ class Ensemble:
     def _tell(self, report: Report, averaged: Averaged, watched: bool, seconds: float) -> Report:
         squares = self.replicas.all_gather([averaged.squared_distance]) if watched else []
         copies = self.replicas.members if self._weights.whole else 1  # shards add up, copies say the same
-        self._written = self._version()
+        self._written = self._averager.version()
         if averaged.excluded and self.replicas.writer:
             logger.warning(
                 f"Step {self._steps}: not finite on replica {', '.join(map(str, averaged.excluded))}: left out of the "

@@ -58,12 +58,11 @@ class FanOut:
         """Read the schedule's learning rates and write this replica's."""
         base, factors = self.base, self._factors
         for i, group in enumerate(self._optimizer.param_groups):
-            lr = group["lr"]
+            base[i] = lr = group["lr"]
             if type(lr) is not float and isinstance(lr, Tensor):
                 base[i] = lr.clone()
                 lr.mul_(factors[i])  # in place: compiled optimizers and CUDA graphs hold on to the tensor
             else:
-                base[i] = lr
                 group["lr"] = lr * factors[i]
 
     def undo(self, rates: Sequence[float | Tensor] | None = None) -> None:

@@ -66,6 +66,7 @@ class OneCycleLR(lr_scheduler.OneCycleLR):
         outer_lr: with local gradients, the share of the way to the mean that is gone.
         optimizer_state: what a converge does with the optimizer's state: ``"auto"``, ``"verify"``, ``"average"``,
             ``"keep"`` or ``"reset"``; see docs/optimizer_state.md.
+        wire_dtype: ``torch.bfloat16`` averages parameters in half the traffic, and less exactly.
 
     Attributes:
         ensemble: the :class:`hdet.Ensemble`, or ``None`` where this is torch's OneCycleLR and nothing else.
@@ -114,6 +115,7 @@ class OneCycleLR(lr_scheduler.OneCycleLR):
         outer_momentum: float = 0.0,
         outer_lr: float = 1.0,
         optimizer_state: Literal["auto", "verify", "average", "keep", "reset"] = "auto",
+        wire_dtype: torch.dtype | None = None,
     ) -> None:
         settings: dict[str, Any] = {
             "model": model,
@@ -137,6 +139,7 @@ class OneCycleLR(lr_scheduler.OneCycleLR):
             "outer_momentum": outer_momentum,
             "outer_lr": outer_lr,
             "optimizer_state": optimizer_state,
+            "wire_dtype": wire_dtype,
         }
         length = _length(total_steps, epochs, steps_per_epoch)
         settings["total_steps"] = length

@@ -53,7 +53,7 @@ def check_loss(loss: object) -> float | Tensor:
     """
     if type(loss) is float:
         return loss
-    if isinstance(loss, Tensor):
+    if type(loss) is Tensor or isinstance(loss, Tensor):
         if loss.is_cpu:
             try:
                 if type(value := loss.item()) is float:

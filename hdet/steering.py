@@ -76,6 +76,7 @@ class Steering:
         # A learning rate alone spreads evenly, as in the paper: there is nothing to be orthogonal to.
         self._design: Design = design if names or rates > 1 else "independent"
         self._factors = [f"lr/{i}" for i in range(rates if spread else 0)] + [f"hyperparameter/{n}" for n in names]
+        self._drawn: tuple[int, tuple[tuple[float, ...], ...]] | None = None  # a round and its levels
         self.rates = [ControllerState()] * rates
         """[learning rate] gain and memory."""
         self.places = [Place()] * len(self._names)
@@ -83,7 +84,10 @@ class Steering:
 
     def levels(self, round: int) -> tuple[tuple[float, ...], ...]:
         """[factor][replica]; learning rates first, if they are spread."""
-        return levels(self._replicas, self._factors, design=self._design, seed=self._seed, round=round)
+        if self._drawn is None or self._drawn[0] != round:
+            drawn = levels(self._replicas, self._factors, design=self._design, seed=self._seed, round=round)
+            self._drawn = round, drawn
+        return self._drawn[1]
 
     def multipliers(self, rate: int, round: int) -> tuple[float, ...]:
         """[replica] ``rho`` of one learning rate."""

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 from weakref import WeakKeyDictionary
 
 from torch import Tensor, nn
+from torch.nn import Parameter
 
 
 class Weights:
@@ -29,13 +30,13 @@ class Weights:
         parts = is_sharded(self._models) or any(is_dtensor(t) for t in self._extra)
         self.whole = type(self) is Weights and not parts
 
-    def tensors(self) -> Iterator[tuple[Tensor, bool]]:
+    def tensors(self) -> Iterable[tuple[Tensor, bool]]:
         """Every tensor and whether it is trained, in the same order on every rank. One that is tied may come twice."""
         reshard(self._models)
         modules = [module for model in self._models for module in model.modules()]
-        parameters = (p for module in modules for p in module._parameters.values())
-        buffers = (b for module in modules for b in module._buffers.values())
-        return ((local(t), t.requires_grad) for t in (*parameters, *self._extra, *buffers) if t is not None)
+        parameters = [p for module in modules for p in module._parameters.values()]
+        buffers = [b for module in modules for b in module._buffers.values()]
+        return [(local(t), t.requires_grad) for t in (*parameters, *self._extra, *buffers) if t is not None]
 
     def written(self) -> None:
         """Called after trained tensors were written, before the model runs on them."""
@@ -51,7 +52,8 @@ def is_instance(value: object, module: str, name: str) -> bool:
 
 def is_dtensor(tensor: Tensor) -> bool:
     """Whether it is a DTensor."""
-    return is_instance(tensor, "torch.distributed.tensor", "DTensor")
+    kind = type(tensor)
+    return kind is not Parameter and kind is not Tensor and is_instance(tensor, "torch.distributed.tensor", "DTensor")
 
 
 def local(tensor: Any) -> Tensor:

@@ -1,4 +1,4 @@
-// hdet::pack and hdet::unpack for CUDA tensors: checks, scratch memory and the current stream for the kernels.
+// hdet::pack, hdet::unpack and hdet::all_finite for CUDA tensors: checks, scratch memory and the current stream for the kernels.
 
 #include <torch/csrc/stable/accelerator.h>
 
@@ -61,10 +61,23 @@ Tensor unpack(const Tensor& wire, StableListHandle piece_list, double divisor, c
   return squared_distance;
 }
 
+Tensor all_finite(StableListHandle piece_list) {
+  const Tensors pieces(piece_list);
+  const std::vector<Piece> table = table_of(pieces, aoti_torch_device_type_cuda());
+  int32_t device = 0;
+  if (pieces.size() > 0) TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(pieces[0], &device));
+  const torch::stable::accelerator::DeviceGuard guard(device);
+  const Tensor finite = empty(0, 0, aoti_torch_dtype_bool(), device);
+  check(hdet_cuda_all_finite(table.data(), static_cast<int64_t>(table.size()), table.empty() ? 0 : table.back().end,
+                             static_cast<bool*>(finite.data_ptr()), current_stream(device)));
+  return finite;
+}
+
 }  // namespace
 }  // namespace hdet
 
 STABLE_TORCH_LIBRARY_IMPL(hdet, CUDA, m) {
   m.impl("pack", TORCH_BOX(&hdet::pack));
   m.impl("unpack", TORCH_BOX(&hdet::unpack));
+  m.impl("all_finite", TORCH_BOX(&hdet::all_finite));
 }

@@ -1,4 +1,4 @@
-// The CUDA ops, binding and kernels, for CPU tensors: torch.ops.hdet_emulated.pack and unpack, which only tests load.
+// The CUDA ops, binding and kernels, for CPU tensors: torch.ops.hdet_emulated, which only tests load.
 
 #define hdet hdet_emulated
 

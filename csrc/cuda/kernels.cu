@@ -1,4 +1,4 @@
-// CUDA kernels of hdet::pack and hdet::unpack. Without nvcc, emulation.h runs them on the CPU, thread by thread.
+// CUDA kernels of hdet::pack, hdet::unpack and hdet::all_finite. Without nvcc, emulation.h runs them on the CPU, thread by thread.
 //
 // A thread block takes a tile of kUnroll blocks of the wire, whatever tensors they belong to; thread t owns elements
 // 4 t to 4 t + 3 of each. A tile inside one aligned tensor goes through 16-byte accesses, all issued before the first
@@ -108,12 +108,18 @@ __device__ double replace(const Unpacking<Real>& u, T& element, Real wire, Real&
   return square;
 }
 
+// In place of the accumulator's type, for pieces of all dtypes together.
+struct Any {};
+
 // Calls run(pointer) with the piece's dtype; fp64 travels with fp64 only.
 template <class Real, class Run>
 __device__ void with_dtype(uint8_t dtype, void* data, Run&& run) {
-  if constexpr (sizeof(Real) == 8) {
+  if constexpr (std::is_same_v<Real, double>) {
     run(static_cast<double*>(data));
   } else {
+    if constexpr (std::is_same_v<Real, Any>) {
+      if (dtype == kFloat64) return run(static_cast<double*>(data));
+    }
     if (dtype == kFloat32) run(static_cast<float*>(data));
     else if (dtype == kBFloat16) run(static_cast<BFloat16*>(data));
     else run(static_cast<Half*>(data));
@@ -255,6 +261,30 @@ __global__ void __launch_bounds__(kThreads)
   if (lane == 0) p.sums[slice.begin / kBlock + in_slice] = sums[0];
 }
 
+template <int Capacity>
+__global__ void __launch_bounds__(kThreads)
+    all_finite_kernel(const __grid_constant__ Slice<Capacity> slice, bool* finite) {
+  int found = 0;
+  for_tile<Any>(
+      slice, true,
+      [&](auto* data) {
+        using T = std::remove_pointer_t<decltype(data)>;
+        Four<T> values[kUnroll];
+#pragma unroll
+        for (int u = 0; u < kUnroll; ++u) values[u] = four(static_cast<const T*>(data + u * kBlock));
+#pragma unroll
+        for (int u = 0; u < kUnroll; ++u)
+#pragma unroll
+          for (int j = 0; j < 4; ++j) found |= is_nonfinite(values[u].at[j]);
+      },
+      [&](auto* element, int64_t) {
+        found |= is_nonfinite(*element);
+        return 0.0;
+      },
+      [](int, const double*) {});
+  if (found) *finite = false;  // whoever writes, writes the same
+}
+
 __device__ void write_rates(const Rates& rates) {
   if (threadIdx.x < static_cast<unsigned>(rates.count)) write_rate(rates.rate[threadIdx.x], rates.factors, rates.first + threadIdx.x);
 }
@@ -363,6 +393,15 @@ extern "C" int hdet_cuda_unpack(const Piece* table, int64_t pieces, int64_t nume
     }
     first += kRates;
   } while (first < groups);
+  return cudaGetLastError();
+}
+
+extern "C" int hdet_cuda_all_finite(const Piece* table, int64_t pieces, int64_t numel, bool* finite, void* stream) {
+  const cudaError_t error = cudaMemsetAsync(finite, 1, sizeof(*finite), static_cast<cudaStream_t>(stream));
+  if (error != cudaSuccess) return error;
+  for_slices(table, pieces, numel, [&](const auto& slice, uint32_t tiles) {
+    HDET_LAUNCH(all_finite_kernel, tiles, kThreads, stream, slice, finite);
+  });
   return cudaGetLastError();
 }
 

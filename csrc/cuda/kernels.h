@@ -17,5 +17,8 @@ int hdet_cuda_unpack(const hdet::Piece* table, int64_t pieces, int64_t numel, co
                      double divisor, void* anchor, void* slow, double weight, const hdet::Rate* rates, int64_t groups,
                      hdet::Factors factors, double* sums, double* squared_distance, void* stream);
 
+// finite: one bool on the device.
+int hdet_cuda_all_finite(const hdet::Piece* table, int64_t pieces, int64_t numel, bool* finite, void* stream);
+
 const char* hdet_cuda_error(int error);
 }

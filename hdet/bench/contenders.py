@@ -27,6 +27,10 @@ _NEVER = 2**62
 class Contender:
     """One way to average a model.
 
+    Attributes:
+        averages_buffers: whether the model's buffers too.
+        tolerance: how far from the mean it may end, in units of values of about 1.
+
     Args:
         model: averaged in place, though ``p.data`` may become another tensor. All its tensors are on one device.
 
@@ -35,6 +39,7 @@ class Contender:
     """
 
     averages_buffers = False
+    tolerance = 1e-6
 
     def __init__(self, model: nn.Module) -> None:
         self.model, self.size = model, dist.get_world_size()
@@ -55,17 +60,28 @@ class Ours(Contender):
     """``scheduler.converge()`` as users call it: with its checks of agreement and finiteness, and its report."""
 
     averages_buffers = True
+    wire_dtype: torch.dtype | None = None
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__(model)
         optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-        self._ensemble = hdet.Ensemble(optimizer, model=model, spread=1 / 9, converge_every=_NEVER)
+        self._ensemble = hdet.Ensemble(
+            optimizer, model=model, spread=1 / 9, converge_every=_NEVER, wire_dtype=self.wire_dtype
+        )
 
     def prepare(self) -> None:
         self._ensemble.step()  # there is something to converge only after a step
 
     def average(self) -> None:
         self._ensemble.converge()
+
+
+class OursInBfloat16(Ours):
+    """The same with ``wire_dtype=torch.bfloat16``: half the traffic, a copy of the parameters, and a mean that is a
+    little off."""
+
+    tolerance = 5e-2
+    wire_dtype = torch.bfloat16
 
 
 class AverageOnly(Contender):
@@ -204,6 +220,7 @@ class ForeachFlat(Contender):
 
 CONTENDERS: dict[str, type[Contender]] = {
     OURS: Ours,
+    "hdet_bf16": OursInBfloat16,
     "hdet_average": AverageOnly,
     "per_tensor": PerTensor,
     "torch_averager": TorchAverager,

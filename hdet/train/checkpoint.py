@@ -24,7 +24,7 @@ _FREE = {
         "resume",
         "total_steps",
     },
-    "hdet": {"bucket_mib", "rollback"},
+    "hdet": {"bucket_mib", "rollback", "wire_dtype"},
     "task": {"path", "val_path"},
 }
 

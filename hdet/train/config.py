@@ -182,6 +182,9 @@ class HdetConfig:
     """Seeds the assignment of multipliers to replicas."""
     bucket_mib: float = 32.0
     """Size of a communication bucket in MiB."""
+    wire_dtype: Literal["float32", "bfloat16"] = "float32"
+    """In what parameters travel to be averaged; ``bfloat16``: as differences from the last mean, in half the bytes. Not
+    with ``overlap_steps``."""
     overlap_steps: int = 0
     """Steps of the next round behind which a round's average is computed, in [0, ``converge_every``)."""
     gradients: Literal["shared", "local", "grouped"] = "shared"

@@ -183,6 +183,7 @@ def _build(
             "rollback": ours.rollback,
             "seed": ours.seed,
             "bucket_mib": ours.bucket_mib,
+            "wire_dtype": torch.bfloat16 if ours.wire_dtype == "bfloat16" else None,
             "overlap_steps": ours.overlap_steps,
             "gradients": ours.gradients,
             "outer_momentum": ours.outer_momentum,

@@ -427,6 +427,129 @@ def excluded(rank, world):
 
 
 @scenario
+def agreed_before(rank, world):
+    """From the second converge on the first bucket travels with what the replicas tell one another."""
+    return {bucket_mib: _agreed_before(rank, world, bucket_mib) for bucket_mib in (32.0, 6e-3)}  # in one bucket; in two
+
+
+def _agreed_before(rank, world, bucket_mib):
+    torch.manual_seed(0)
+    model = nn.Module()
+    model.weight, model.big = nn.Parameter(torch.zeros(7, 3)), nn.Parameter(torch.zeros(2000))
+    model.register_buffer("moving", torch.zeros(5))
+    model.register_buffer("constant", torch.randn(6))
+    model.register_buffer("count", torch.zeros((), dtype=torch.int64))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    ensemble = hdet.Ensemble(optimizer, model=model, spread=0.1, converge_every=1000, bucket_mib=bucket_mib)
+    before, bad = model.constant.clone(), world - 1
+
+    @torch.no_grad()
+    def converge(**values):
+        optimizer.step()
+        ensemble.step(1.0)
+        for name, value in {"big": float(rank), "moving": 10.0 + rank, "count": rank, **values}.items():
+            getattr(model, name).fill_(value)
+        model.weight.copy_(torch.arange(21.0).view(7, 3) + rank)
+        try:
+            report = ensemble.converge()
+        except (hdet.ReplicaMismatchError, hdet.DivergedError) as error:
+            return type(error).__name__, model.big[0].item()
+        digests = gather(bits(model))
+        return {
+            "weight": model.weight[1, 2].item() - 5,
+            "big": (model.big[0].item(), model.big[-1].item()),
+            "moving": model.moving[0].item(),
+            "count": model.count.item(),
+            "excluded": report.excluded,
+            "again": ensemble.converge(),
+            "equal": all(d == digests[0] for d in digests) and torch.equal(model.constant, before),
+        }
+
+    nan, inf = float("nan"), float("inf")
+    result = {
+        "first": converge(),
+        "second": converge(),
+        "third": converge(),
+        "bad_parameter": converge(big=nan if rank == bad else float(rank)),
+        "bad_buffer": converge(moving=nan if rank == bad else 10.0 + rank),
+        "all_bad": converge(big=inf),
+        "bad_alike": converge(moving=-inf),
+        "after": converge(),
+    }
+    model.weight.requires_grad_(rank != bad)
+    result["layout"] = converge()
+    model.weight.requires_grad_(True)
+    result["layout_restored"] = converge()
+    model.weight.requires_grad_(False)
+    result["frozen"] = converge()
+    result["frozen_again"] = converge()
+    if rank == bad:
+        model.moving = model.moving.clone()  # elsewhere, on one rank only
+    result["elsewhere"] = converge()
+    result["elsewhere_again"] = converge()
+    return result
+
+
+@scenario
+def bfloat16_wire(rank, world):
+    """Trainable parameters travel as bf16 differences from the last converged mean."""
+    results = {}
+    cases = {
+        "one bucket": {},
+        "two buckets": {"bucket_mib": 6e-3},
+        "probe": {"probe": lambda model, batch: model.weight.square().sum() * batch},
+        "outer momentum": {"gradients": "local", "outer_momentum": 0.5},
+        "rollback": {"blows_up_at": 3},
+        "resume": {"resumes_at": 3},
+        "bad replica": {"bad_at": 2},
+    }
+    for case, settings in cases.items():
+        settings = dict(settings)
+        blows_up, resumes, bad = (settings.pop(key, None) for key in ("blows_up_at", "resumes_at", "bad_at"))
+        torch.manual_seed(0)
+        model = nn.Module()
+        model.weight, model.big = nn.Parameter(torch.randn(7, 3)), nn.Parameter(torch.randn(2000))
+        model.fp64, model.bf16 = nn.Parameter(torch.randn(9).double()), nn.Parameter(torch.randn(9).bfloat16())
+        model.register_buffer("moving", torch.zeros(5))
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+        ensemble = hdet.Ensemble(
+            optimizer, model=model, spread=0.1, converge_every=1, total_steps=100,
+            auto_lr=case in ("probe", "rollback"), wire_dtype=torch.bfloat16, seed=1, **settings,
+        )  # fmt: skip
+        rows = []
+        generator = torch.Generator().manual_seed(rank)
+        with torch.no_grad():
+            for step in range(6):
+                if step == resumes:
+                    ensemble.load_state_dict(ensemble.state_dict())
+                optimizer.step()
+                for p in model.parameters():
+                    p.add_(0.1 * torch.randn(p.shape, generator=generator).to(p.dtype))
+                model.moving.fill_(rank)
+                if step == bad and rank == world - 1:
+                    model.weight[0, 0] = float("nan")
+                mine = [p.detach().double() for p in model.parameters()]
+                everyone = gather(mine)
+                ensemble.step(1e9 if step == blows_up else 1.0, batch=1.0 if case == "probe" else None)
+                chosen = everyone[:-1] if step == bad else everyone
+                means = [torch.stack(theirs).mean(0) for theirs in zip(*chosen, strict=True)]
+                now = [p.detach().double() for p in model.parameters()]
+                digests = gather(bits(model))
+                rows.append(
+                    {
+                        "errors": [float((a - b).abs().max()) for a, b in zip(now, means, strict=True)],
+                        "equal": all(d == digests[0] for d in digests),
+                        "bytes": ensemble.last_report.converge_bytes,
+                        "excluded": ensemble.last_report.excluded,
+                        "rolled_back": ensemble.last_report.rolled_back,
+                        "moving": model.moving[0].item(),
+                    }
+                )
+        results[case] = rows
+    return results
+
+
+@scenario
 def overlap(rank, world):
     """theta += mean(snapshot) - snapshot, tau steps late, against the same sum done by hand in float64."""
     reports = []

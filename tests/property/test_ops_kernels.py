@@ -26,12 +26,13 @@ needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a C
 
 @pytest.fixture(scope="module", params=["cpu", "emulated", pytest.param("cuda", marks=[pytest.mark.gpu, needs_cuda])])
 def kernels(request):
-    """``pack`` and ``unpack`` as torch's dispatcher picks them for ``device``."""
+    """The ops as torch's dispatcher picks them for ``device``."""
     name, device, definitions = "hdet", request.param, None
     if request.param == "emulated":
         name, device, definitions = "hdet_emulated", "cpu", emulate(request.getfixturevalue("tmp_path_factory"))
     namespace = getattr(torch.ops, name)
-    return SimpleNamespace(device=device, pack=namespace.pack, unpack=namespace.unpack, definitions=definitions)
+    ops = {name: getattr(namespace, name) for name in ("pack", "unpack", "all_finite")}
+    return SimpleNamespace(device=device, definitions=definitions, **ops)
 
 
 def emulate(tmp_path_factory):
@@ -159,6 +160,24 @@ def test_unpack_gives_the_references_bits(kernels, data):
         assert a is None or same_bits(a, b)
     if n <= 100:
         assert all(guards_hold(t) for t in [*pieces, anchor, slow] if t is not None and t.numel())
+
+
+@settings(max_examples=60, deadline=None)
+@given(data=st.data())
+def test_all_finite_looks_at_every_element_and_at_no_other(kernels, data):
+    """In any mix of dtypes; one element decides, wherever it lies, and what lies around the pieces does not."""
+    dtypes = st.sampled_from([torch.float32, torch.float64, torch.bfloat16, torch.float16])
+    sizes = data.draw(SIZES.filter(lambda sizes: sum(sizes) > 0))
+    memory = [torch.full((size + 7,), float("nan"), dtype=data.draw(dtypes)) for size in sizes[:12]]
+    memory += [torch.full((size + 7,), float("nan")) for size in sizes[12:]]
+    pieces = [flat.to(kernels.device)[3 : 3 + size] for flat, size in zip(memory, sizes, strict=True)]
+    for piece in pieces:
+        piece.fill_(-1.5)
+    assert bool(kernels.all_finite(pieces))
+    spoilt = data.draw(st.sampled_from([piece for piece in pieces if piece.numel()]))
+    spoilt[data.draw(st.integers(0, spoilt.numel() - 1))] = data.draw(st.sampled_from([float("nan"), -float("inf")]))
+    assert not bool(kernels.all_finite(pieces))
+    assert not bool(_reference.all_finite(pieces))
 
 
 @settings(max_examples=60, deadline=None)

@@ -46,6 +46,9 @@ BAD = [
     ({"overlap_steps": 2}, ValueError, r"Invalid overlap_steps=2.*\[0, converge_every=2\)"),
     ({"overlap_steps": -1}, ValueError, "Invalid overlap_steps=-1"),
     ({"overlap_steps": 0.5}, TypeError, "Invalid overlap_steps=0.5"),
+    ({"wire_dtype": torch.float16}, ValueError, "Invalid wire_dtype=torch.float16"),
+    ({"wire_dtype": "bfloat16"}, ValueError, "Invalid wire_dtype='bfloat16'"),
+    ({"wire_dtype": torch.bfloat16, "overlap_steps": 1}, ValueError, "exclude one another: replicas send how far"),
     ({"monitor": 3}, TypeError, "monitor=3"),
     ({"replicas": "world"}, TypeError, "ProcessGroup, a 1-D DeviceMesh or None, got str"),
 ]

@@ -15,7 +15,7 @@ LAYERS = [
     "errors", "spread", "design", "controller", "steering", "config", "report", "prior",
     # local: torch, no communication
     "schedules", "forecast", "found_schedule", "hyperparameters", "fan_out", "ops",
-    "signal", "buckets", "weights", "monitor", "tensorboard",
+    "signal", "buckets", "letter", "anchors", "weights", "monitor", "tensorboard",
     # communication
     "replicas", "agreement", "sharding",
     # the two phases

@@ -155,7 +155,7 @@ ERRORS = {
     "fp32 piece": (TypeError, r"pieces\[0\] has dtype torch.float32.*Must be torch.float64", (y.double(), [x])),
     "complex": (TypeError, r"pieces\[0\] has dtype torch.complex64", (y, [torch.ones(4, dtype=torch.complex64)])),
     "another device": (ValueError, r"pieces\[1\] is on meta", (both, [x, torch.empty(4, device="meta")])),
-    "holes": (ValueError, r"pieces\[0\] has strides \(2,\) for shape \(4,\)", (y, [torch.empty(8)[::2]])),
+    "holes": (ValueError, r"pieces\[0\] has strides \(2,\) for shape \(4,\)", (y, [torch.zeros(8)[::2]])),
     "transposed": (ValueError, r"pieces\[0\] has strides \(1, 2\)", (y, [torch.empty(2, 2).t()])),
     "expanded": (ValueError, r"pieces\[0\] has strides \(0,\)", (y, [torch.empty(1).expand(4)])),
     "wire too long": (ValueError, r"wire has 8 elements and the pieces together have 4", (both, [x])),

@@ -149,7 +149,7 @@ class HdetConfig:
     """Whether a controller moves the learning rate."""
     probe: bool = False
     """Whether the paired probe tells the controller ``two_slope`` where to move it: at the end of a round every replica
-    evaluates one more training batch, with four forward passes. Without it the controller is ``published``, which goes
+    evaluates one more training batch, with six forward passes. Without it the controller is ``published``, which goes
     by the training losses and needs long rounds."""
     two_slope: TwoSlope = field(default_factory=TwoSlope)
     """The controller with a probe."""

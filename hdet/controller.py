@@ -132,7 +132,7 @@ class Slopes(NamedTuple):
     """``A``: the same, once the noise of the iterates is averaged out: lasting progress per round."""
     noise: float
     """``E``: how far above the slow average the iterates' noise keeps the loss."""
-    further: float = math.nan
+    further: float
     """``F``: by how much the loss at the far point is above that at ``e + (e - f)``. Below 0, the learning rate is far
     too low. NaN if the far point's loss is not finite."""
 

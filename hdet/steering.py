@@ -159,13 +159,17 @@ class Steering:
 
     def _divide(self, round: int, seen: Round, probes: list[ProbeLosses | None], first: Slopes) -> Slopes | None:
         """With several learning rates: put into ``probes`` each one's own share of the lasting progress, by
-        :meth:`directions`, and an equal share of the noise, which nothing divides. Returns the sums."""
+        :meth:`directions`, and an equal share of the noise, which nothing divides; the far point, where all have gone
+        forward, is compared with all of one step forward. Returns the sums."""
         probe, lag, count = seen.probe, seen.lag, len(self.rates)
         assert probe is not None
         odd = [(above - below) / 2 for above, below in zip(probe.slow_above, probe.slow_below, strict=True)]
         progress = [-effect.value / lag for effect in effects(self.directions(round), odd)]
         known = [a for a in progress if math.isfinite(a)]
         debiased = math.fsum(known) * count / max(1, len(known))
+        further = first.further
+        if math.isfinite(further):
+            further = math.fsum(probe.far) / len(odd) - (level_of(probe) - first.noise - lag * debiased)
         raws = []
         for i, own in enumerate(probes):
             if own is None or not math.isfinite(progress[i]):
@@ -173,14 +177,15 @@ class Steering:
                 continue
             # The mean of m and its mirror image, less an equal share of what lies between that and the slow average.
             there = level_of(own) - first.noise / count
+            above, below = there - lag * progress[i], there + lag * progress[i]
             probes[i] = own._replace(
-                slow_above=(there - lag * progress[i],) * len(odd), slow_below=(there + lag * progress[i],) * len(odd)
+                slow_above=(above,) * len(odd), slow_below=(below,) * len(odd), far=(above + further,) * len(odd)
             )
             slopes = slopes_of(probes[i], self.multipliers(i, round), lag)  # type: ignore[arg-type]
             raws.append(math.nan if slopes is None else slopes.raw)
         if not known:
             return None
-        return Slopes(math.fsum(raws) if raws else math.nan, debiased, first.noise, first.further)
+        return Slopes(math.fsum(raws) if raws else math.nan, debiased, first.noise, further)
 
     def cut(self, factor: float) -> None:
         """Divide all gains, and forget what was seen: the run has been taken back."""

@@ -12,12 +12,13 @@ from torch import nn
 import hdet
 from hdet.averager import Point, SlowAverage
 from hdet.buckets import fill_buckets
-from hdet.controller import ControllerState, Observation, ProbeLosses, Slopes, TwoSlope, slopes_of
+from hdet.controller import ControllerState, Observation, OneSlope, ProbeLosses, Slopes, TwoSlope, slopes_of
 from hdet.forecast import forecast
 from hdet.found_schedule import Recorder
 from hdet.probe import FORGOTTEN, Batches, evaluate
 from hdet.snapshot import Snapshot
 from hdet.spread import multipliers
+from hdet.steering import Round, Steering
 from hdet.weights import Weights
 
 RHO = multipliers(4, 0.11)
@@ -107,7 +108,7 @@ def test_which_way_the_gain_moves(slopes, progress, direction):
 
 def test_evidence_is_the_documented_sum():
     config = TwoSlope(ramp=0.2, noise_weight=(0.3, 0.1))
-    slopes = Slopes(2.0, 3.0, 5.0)
+    slopes = Slopes(2.0, 3.0, 5.0, math.nan)
     for final in (0.0, 1.0):
         assert config.evidence(slopes, 0.0, 0.6, final) == 2.0
         assert config.evidence(slopes, 0.1, 0.6, final) == pytest.approx(0.5 * 2.0 + 0.5 * (3.0 - 0.3 * 5.0))
@@ -155,6 +156,23 @@ def test_non_finite_losses_lower_the_gain_and_no_probe_moves_nothing():
     assert state.gain == pytest.approx(math.exp(-0.4))
     assert slope == -math.inf
     assert TwoSlope().update(ControllerState(), seen(None)) == (ControllerState(), None)
+
+
+def test_several_learning_rates_share_what_one_probe_says():
+    """Two groups whose progress along the slow average is 0.3 and -0.1 a round, with a noise of 0.2: some replicas go
+    forward in one and back in the other, and the far point is judged by all going forward."""
+    steering = Steering(
+        TwoSlope(), OneSlope(), auto_lr=True, rates=2, names=(), replicas=4, spread=0.1, design="orthogonal", seed=0
+    )
+    lag, level, progress, noise = 4.0, 5.0, (0.3, -0.1), 0.2
+    columns = zip(*steering.directions(0), strict=True)
+    odd = [-lag * sum(p * z for p, z in zip(progress, column, strict=True)) for column in columns]
+    there = (level + noise,) * 4
+    probe = ProbeLosses(there, there, tuple(level + x for x in odd), tuple(level - x for x in odd), there, (4.0,) * 4)
+    told = steering.observe(0, Round((), (0.1, 0.1), 0.3, 1.0, 0.55, 0.0, lag, probe))
+    assert told.slopes == pytest.approx((0.0, 0.2, 0.2, 4.0 - (level - lag * 0.2)), abs=1e-9)
+    k = TwoSlope().evidence(Slopes(0.0, 0.0, -1.0, 0.0), 0.3, 0.55, 0.0)
+    assert told.hypergradient == pytest.approx([p - k * noise / 2 for p in progress])
 
 
 losses = st.floats(allow_nan=True, allow_infinity=True)

@@ -96,8 +96,8 @@ class SlowAverage:
         trail.lerp_(kept, 1 - self.decay)
         return distance
 
-    def point(self, index: int, sign: int, like: Tensor, shares: Sequence[tuple[int, float]] = ()) -> Tensor:
-        """``e + sign (e - f)`` in bucket ``index``, on the device and in the dtype of ``like``.
+    def point(self, index: int, distance: float, like: Tensor, shares: Sequence[tuple[int, float]] = ()) -> Tensor:
+        """``e + distance (e - f)`` in bucket ``index``, on the device and in the dtype of ``like``.
 
         Args:
             shares: (number of elements, share) from the bucket's first element to its last: how far to go in each.
@@ -107,7 +107,12 @@ class SlowAverage:
         if shares:
             for part, (_, share) in zip(progress.split([count for count, _ in shares]), shares, strict=True):
                 part.mul_(share)
-        return torch.add(slow, progress, alpha=sign)
+        return torch.add(slow, progress, alpha=distance)
+
+    def mirrored(self, index: int, mean: Tensor) -> Tensor:
+        """``e - (m - e)`` in bucket ``index``: the mean's mirror image in the slow average."""
+        slow, _ = self._parts[index]
+        return slow.to(mean.device, mean.dtype).mul(2).sub_(mean)
 
     def state(self) -> list[tuple[Tensor, Tensor]]:
         """What must be saved: both averages, by bucket."""

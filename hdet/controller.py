@@ -19,6 +19,7 @@ The published controller (arXiv 2604.24708), with ``h_r`` the replicas' values a
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -43,6 +44,8 @@ class ProbeLosses(NamedTuple):
     below: tuple[float, ...]
     slow_above: tuple[float, ...]
     slow_below: tuple[float, ...]
+    mirror: tuple[float, ...]
+    far: tuple[float, ...]
 
 
 class Observation(NamedTuple):
@@ -106,6 +109,10 @@ class Published:
         """It has no use for one."""
         return False
 
+    def reach(self, height: float) -> float:
+        """Nor for a far point."""
+        return 1.0
+
     def update(self, state: ControllerState, observation: Observation) -> tuple[ControllerState, float | None]:
         """One round: ``(state, observation) -> (next state, hypergradient)``.
 
@@ -117,7 +124,7 @@ class Published:
 
 
 class Slopes(NamedTuple):
-    """What one probe says; all three in units of the loss."""
+    """What one probe says, in units of the loss."""
 
     raw: float
     """``R``: by how much a round at a relatively larger learning rate would have ended lower, per unit of log LR."""
@@ -125,6 +132,9 @@ class Slopes(NamedTuple):
     """``A``: the same, once the noise of the iterates is averaged out: lasting progress per round."""
     noise: float
     """``E``: how far above the slow average the iterates' noise keeps the loss."""
+    further: float
+    """``F``: by how much the loss at the far point is above that at ``e + (e - f)``. Below 0, the learning rate is far
+    too low. NaN if the far point's loss is not finite."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -135,18 +145,23 @@ class TwoSlope:
 
         R = -sum_r(sign(z_r) (above_r - below_r) / 2) / sum_r(|z_r|)    raw slope
         A = -mean_r(slow_above_r - slow_below_r) / (2 lag)              debiased slope
-        E = mean_r(above_r + below_r - slow_above_r - slow_below_r) / 2 + lag A      noise
+        E = mean_r((above_r + below_r) / 2 + mirror_r - slow_above_r - slow_below_r) / 2     noise
+        F = mean_r(far_r - slow_above_r)      at reach = far / height: is a rate so much higher still too low?
         x = (1 - u) R + u (A - (k + 2 final s^2) E)
         u = min(1, progress / ramp),  s = clip((progress - ramp) / (until - ramp), 0, 1),  k: noise_weight[0] -> [1]
         t = mean(x) / standard error                                     over recent rounds, memory ``smoothing``
         q = sign(t) clip((|t| - threshold) / slack, 0, 1)                inside the noise nothing moves
-        log gain += step * (down q if q < 0 else height q)
+        log gain += step * (down q if q < 0 else climb q if F < 0 else height q)
 
     The raw slope sees at once that a learning rate is too high, but prefers a low one: that damps the iterates' noise,
     and what it gives up only shows later. So it rules the warm-up, as in a learning-rate range test. The debiased slope
     cannot see noise, and lasting progress is positive until the learning rate is so high that none is left; a little of
     the noise is held against it, ``k``, and more where no annealing will remove it: under a constant schedule ``x``
-    ends as the raw slope again (in expectation ``R = A - 2 E``), and the gain anneals. A round whose losses are not
+    ends as the raw slope again (in expectation ``R = A - 2 E``), and the gain anneals.
+
+    The slopes say "more", not how much. By the line identity a run at ``c`` times the learning rate is, to first order,
+    ``c`` times as far along: where ``far`` times the progress that there would be at the schedule's peak still does not
+    overshoot, the gain climbs ``climb`` steps at once, whatever the schedule's height. A round whose losses are not
     finite moves the log gain down by ``step``. Once the schedule has fallen below ``rest_below`` for good, after
     ``until``, the gain rests: its own annealing is not fought.
 
@@ -155,7 +170,7 @@ class TwoSlope:
     """
 
     step: float = 0.2
-    """> 0: how far the log gain moves in a round, at most."""
+    """> 0: how far the log gain rises in a round, at most, unless it climbs."""
     ramp: float = 0.2
     """In (0, 1]: share of the run over which the debiased slope takes over from the raw one."""
     noise_weight: tuple[float, float] = (0.25, 0.05)
@@ -168,6 +183,10 @@ class TwoSlope:
     """> 0: standard errors beyond ``threshold`` at which the step is whole."""
     down: float = 2.0
     """> 0: how much faster the gain falls than it rises."""
+    far: float = 8.0
+    """>= 1: by how much a learning rate must be too low for the gain to climb."""
+    climb: float = 4.0
+    """> 0: steps by which it then rises."""
     rest_below: float = 0.7
     """In [0, 1]: height of the schedule, as a share of its peak, below which the gain rests. OneCycle with torch's
     defaults gets there after 56% of the run."""
@@ -183,12 +202,18 @@ class TwoSlope:
         _require("threshold", self.threshold, self.threshold >= 0, "finite and >= 0")
         _require("slack", self.slack, self.slack > 0, "finite and > 0")
         _require("down", self.down, self.down > 0, "finite and > 0")
+        _require("far", self.far, self.far >= 1, "finite and >= 1")
+        _require("climb", self.climb, self.climb > 0, "finite and > 0")
         _require("rest_below", self.rest_below, 0 <= self.rest_below <= 1, "in [0, 1]")
         _check_bounds(self.bounds)
 
     def wants_probe(self, progress: float, until: float) -> bool:
         """Whether a round that ends at ``progress`` may still move the gain."""
         return progress <= until
+
+    def reach(self, height: float) -> float:
+        """How far the far point is to be from the slow average, in units of ``e - f``."""
+        return self.far / max(height, _LOWEST)
 
     def update(self, state: ControllerState, observation: Observation) -> tuple[ControllerState, float | None]:
         """One round: ``(state, observation) -> (next state, x)``.
@@ -205,7 +230,8 @@ class TwoSlope:
         before = _Memory(state.velocity, state.rounds, state.variance)
         memory, q = _weigh(before, evidence, self.smoothing, self.threshold, self.slack)
         moved = ControllerState(state.gain, *memory)
-        change = self.step * (self.down * q if q < 0 else observation.height * q)
+        rise = self.climb if slopes.further < 0 else observation.height
+        change = self.step * (self.down if q < 0 else rise) * q
         if change:
             moved = moved._replace(gain=_clamped(math.log(state.gain) + change, self.bounds))
         return moved, evidence
@@ -304,27 +330,43 @@ def _weigh(memory: _Memory, evidence: float, smoothing: float, threshold: float,
 
 
 _VARIANCE_MEMORY = 0.9
+_LOWEST = 0.02
+"""Height of the schedule below which the far point goes no farther."""
 _TOO_LARGE = 1e100
 """A loss whose square would be no number any more is none itself."""
 
 
 def slopes_of(probe: ProbeLosses, multipliers: tuple[float, ...], lag: float) -> Slopes | None:
-    """The slopes that :class:`TwoSlope` weighs, from the replicas whose four losses are finite; ``None`` if fewer than
-    two are left, or only such as trained at the base learning rate while others did not. If all did, the raw slope is
-    NaN."""
+    """The slopes that :class:`TwoSlope` weighs, from the replicas whose losses are finite, ``far`` aside.
+
+    ``None`` if fewer than two are left, or only such as trained at the base learning rate while others did not. If all
+    did, the raw slope is NaN."""
     rows = [
-        (rho - 1, *losses)
+        (rho - 1, losses)
         for rho, *losses in zip(multipliers, *probe, strict=True)
-        if all(abs(loss) < _TOO_LARGE for loss in losses)
+        if all(abs(loss) < _TOO_LARGE for loss in losses[:-1])
     ]
-    spread = math.fsum(abs(z) for z, *_ in rows)
+    spread = math.fsum(abs(z) for z, _ in rows)
     if len(rows) < 2 or (spread == 0 and any(rho != 1 for rho in multipliers)):
         return None
-    odd = math.fsum((above - below) * ((z > 0) - (z < 0)) / 2 for z, above, below, _, _ in rows)
-    raw = -odd / spread if spread else math.nan
-    debiased = -math.fsum(high - low for _, _, _, high, low in rows) / len(rows) / (2 * lag)
-    noise = math.fsum(above + below - high - low for _, above, below, high, low in rows) / len(rows) / 2
-    return Slopes(raw, debiased, noise + lag * debiased)
+    odd = math.fsum((losses[0] - losses[1]) * ((z > 0) - (z < 0)) / 2 for z, losses in rows)
+    above, below, high, low, mirror = (_mean([losses[i] for _, losses in rows]) for i in range(5))
+    reached = [losses[-1] - losses[2] for _, losses in rows]
+    return Slopes(
+        -odd / spread if spread else math.nan,
+        -(high - low) / (2 * lag),
+        (above + below) / 4 + mirror / 2 - (high + low) / 2,
+        _mean(reached) if all(abs(further) < _TOO_LARGE for further in reached) else math.nan,
+    )
+
+
+def level_of(probe: ProbeLosses) -> float:
+    """The mean loss at ``m`` and at its mirror image in the slow average."""
+    return (_mean(probe.above) + _mean(probe.below)) / 4 + _mean(probe.mirror) / 2
+
+
+def _mean(values: Sequence[float]) -> float:
+    return math.fsum(values) / len(values)
 
 
 def hypergradient(losses: tuple[float, ...], values: tuple[float, ...], temperature: float) -> float | None:

@@ -783,7 +783,9 @@ class Ensemble:
         self._converged_at = self._steps
         losses = None
         if self._prober is not None and averaged.points:
-            losses = self._prober.evaluate(averaged.points, self._ended_round)
+            losses = self._prober.evaluate(
+                averaged.points, self._ended_round, self.config.controller.reach(self._height())
+            )
         if complete and self._outer is not None:
             self._outer.step(self._averager.buckets())
             self._weights.written()
@@ -798,6 +800,11 @@ class Ensemble:
     @property
     def _progress(self) -> float:
         return self._steps / self.config.total_steps if self.config.total_steps else math.nan
+
+    def _height(self) -> float:
+        """Of the schedule, as a share of its peak."""
+        peak = self._forecast.peak if self._forecast else 0.0
+        return min(1.0, float(self._fan_out.base[0]) / peak) if peak else 1.0
 
     def _wants_probe(self) -> bool:
         if self._slow is None or self.size == 1:
@@ -888,12 +895,12 @@ class Ensemble:
         told = Told((math.nan,) * len(steering.rates), (Effect(math.nan, math.nan),) * len(places), None)
         lag = self._probe.lag if self._probe else 1.0
         if complete:
-            peak, final = (self._forecast.peak, self._forecast.final) if self._forecast else (0.0, 0.0)
+            final = self._forecast.final if self._forecast else 0.0
             seen = Round(
                 losses=losses,
                 schedule=tuple(schedule),
                 progress=self._progress,
-                height=min(1.0, schedule[0] / peak) if peak else 1.0,
+                height=self._height(),
                 until=self._until,
                 final=final,
                 lag=lag,
@@ -941,7 +948,7 @@ class Ensemble:
             ),
             distance=(math.nan,) * self.replicas.size,
             excluded=(),
-            probe=Slopes(*(math.nan,) * 3) if told.slopes is None else told.slopes,
+            probe=Slopes(*(math.nan,) * 4) if told.slopes is None else told.slopes,
             rolled_back=False,
             converge_ms=0.0,
             converge_bytes=0,

@@ -25,7 +25,7 @@ from hdet.snapshot import Snapshot
 from hdet.weights import is_sharded
 
 _COARSE, _FINE = 10.0, 10 ** (1 / 3)
-_ALMOST = 0.97
+_ALMOST = 0.93
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,9 @@ class LRFinding:
     """What :func:`find_lr` found; the same on every rank."""
 
     max_lr: float
-    """The suggestion: the best candidate, or the next above it if that lowers the loss by at least 97% as much."""
+    """The suggestion: the largest candidate that lowers the loss by at least 93% as much as the best one. One counts
+    only if the next lower one lowers it, too: a net that a high learning rate has killed may gain a little by chance.
+    """
     lrs: tuple[float, ...]
     """The candidates, in increasing order."""
     losses: tuple[float, ...]
@@ -72,7 +74,8 @@ def find_lr(
 ) -> LRFinding:
     """Try learning rates in ``[low, high]`` and suggest a ``max_lr`` for OneCycleLR. Collective.
 
-    First factors of 10 apart over the whole range, then a third of that to both sides of the best: with ``N`` replicas
+    First factors of 10 apart over the whole range, then a third of that to both sides of the best (and of another, if
+    that shows the first to be one of chance): with ``N`` replicas
     and the default range ``ceil(8 / N) + ceil(2 / N)`` times ``steps`` steps. Model, buffers and optimizer are
     afterwards as they were, whatever is raised; the data loader has moved on.
 
@@ -117,10 +120,10 @@ def find_lr(
     search = _Search(models, optimizer, loss_fn, cycle(batches), steps, max_grad_norm, group)
     coarse = _ladder(low, high, _COARSE)
     search.measure(coarse)
-    best = search.best()
-    search.measure([lr for lr in (best / _FINE, best * _FINE) if low <= lr <= high])
+    while lrs := search.untried(coarse):
+        search.measure(lrs)
     lrs = sorted(search.losses)
-    return LRFinding(search.best(), tuple(lrs), tuple(search.losses[lr] for lr in lrs), search.start_loss)
+    return LRFinding(search.suggestion(), tuple(lrs), tuple(search.losses[lr] for lr in lrs), search.start_loss)
 
 
 class _Search:
@@ -151,17 +154,29 @@ class _Search:
             for lr, change in zip(rung, self._gather(mine), strict=False):
                 self.losses[lr] = self.start_loss + change if math.isfinite(change) else math.inf
 
-    def best(self) -> float:
-        """The largest candidate, not much above the best, that lowers the loss almost as much."""
+    def untried(self, coarse: Sequence[float]) -> list[float]:
+        """What has not been tried yet around the best candidate, if that is one of the coarse ones."""
+        best = min(self._credible(), key=lambda lr: self.losses[lr])
+        near = [lr for lr in (best / _FINE, best * _FINE) if coarse[0] <= lr <= coarse[-1]]
+        return [lr for lr in near if best in coarse and lr not in self.losses]
+
+    def suggestion(self) -> float:
+        """The largest candidate that lowers the loss almost as much as the best."""
+        lrs = self._credible()
+        enough = self.start_loss - _ALMOST * (self.start_loss - min(self.losses[lr] for lr in lrs))
+        return max(lr for lr in lrs if self.losses[lr] <= enough)
+
+    def _credible(self) -> list[float]:
+        """Candidates that lower the loss, and the next lower of which does so, too."""
         lrs = sorted(self.losses)
-        if min(self.losses.values()) >= self.start_loss:
+        lower = [self.losses[lr] < self.start_loss for lr in lrs]
+        found = [lr for i, lr in enumerate(lrs) if lower[i] and lower[max(0, i - 1)]]
+        if not found:
             raise HdetError(
                 f"No learning rate in [{lrs[0]:.3g}, {lrs[-1]:.3g}] lowered the loss of {self.start_loss:.4g} in "
                 f"{self._steps} steps. Pass another range, or more steps."
             )
-        best = min(lrs, key=lambda lr: self.losses[lr])
-        enough = self.start_loss - _ALMOST * (self.start_loss - self.losses[best])
-        return max(lr for lr in lrs if lr <= 1.01 * _FINE * best and self.losses[lr] <= enough)
+        return found
 
     def _try(self, lr: float) -> float:
         """Train at ``lr``; returns how the loss changed, on the replica's own held-out batches."""

@@ -1,15 +1,17 @@
 r"""The paired probe: what a batch's loss says about the learning rate, without the noise of different batches.
 
 At the end of a round replica ``r`` stands at ``theta_r = m + delta_r``, with ``m`` the replicas' mean. It evaluates one
-batch, with one forward pass each, at four points that mirror one another::
+batch, with one forward pass each, at six points, most of which mirror one another::
 
-    above_r = L(m + delta_r)      slow_above_r = L(e + (e - f))
-    below_r = L(m - delta_r)      slow_below_r = L(e - (e - f))
+    above_r = L(m + delta_r)      slow_above_r = L(e + (e - f))      mirror_r = L(e - (m - e))
+    below_r = L(m - delta_r)      slow_below_r = L(e - (e - f))      far_r    = L(e + reach (e - f))
 
 where ``e`` is the slow average of the means and ``f`` trails it (:class:`hdet.averager.SlowAverage`). In each
 difference the batch's own level and all curvature cancel. What is left is a slope: along the replica's displacement,
 which is what a larger learning rate would have added to the round; and along the lasting progress of the last few
-rounds, which is what it would have added to them once its noise is averaged out. Every replica uses a batch of its own,
+rounds, which is what it would have added to them once its noise is averaged out. With ``m`` and its mirror image in
+``e`` the slope between the two cancels likewise, and what is left is what the iterates' noise costs. The far point
+tells whether much more of the same would still be better. Every replica uses a batch of its own,
 so that the slopes rest on N batches. :mod:`hdet.controller` says what they mean.
 """
 
@@ -95,19 +97,21 @@ def evaluate(
     slow: SlowAverage,
     weights: Weights,
     *,
+    reach: float = 1.0,
     shares: Sequence[Sequence[tuple[int, float]]] | None = None,
     to_the_end: bool = False,
-) -> tuple[float, float, float, float]:
-    """One rank's ``(above, below, slow_above, slow_below)``. Collective among a replica's members, if ``loss_fn`` is:
-    a sharded model's forward pass is, and all of them must then call the model equally often.
+) -> tuple[float, ...]:
+    """One rank's losses, in the order of :class:`hdet.controller.ProbeLosses`. Collective among a replica's members, if
+    ``loss_fn`` is: a sharded model's forward pass is, and all of them must then call the model equally often.
 
     The models are in eval mode meanwhile, without autograd; their parameters, training flags and torch's random number
     generators are afterwards as they were, whatever ``loss_fn`` raises. Buffers are the model's own affair: torch's do
     not change in eval mode.
 
     Args:
+        reach: how far away the far point is.
         shares: by bucket, of the slow average's progress; see :meth:`hdet.averager.SlowAverage.point`.
-        to_the_end: evaluate all four points before raising, even if one fails, for the sake of members that take part
+        to_the_end: evaluate all points before raising, even if one fails, for the sake of members that take part
             in the others. That keeps them together if ``loss_fn`` fails after the model's forward pass. If it fails in
             it, or before it, on some members only, the rest wait there until their process group's timeout.
 
@@ -120,27 +124,31 @@ def evaluate(
     failures: list[Exception] = []
     with evaluation(bare):
         try:
-            for own in (True, False):
-                for sign in (1, -1):
-                    for i, (bucket, mean, displacement) in enumerate(points):
-                        along = shares[i] if shares else ()
-                        point = mean.add(displacement, alpha=sign) if own else slow.point(i, sign, mean, along)
-                        bucket.write(point)
-                    weights.written()
-                    try:
-                        losses.append(scalar(loss_fn(subject, batch)))
-                    except Exception as error:
-                        if not to_the_end:
-                            raise
-                        failures.append(error)
+            for name in ProbeLosses._fields:
+                for i, (bucket, mean, displacement) in enumerate(points):
+                    if name in ("above", "below"):
+                        point = mean.add(displacement, alpha=1 if name == "above" else -1)
+                    elif name == "mirror":
+                        point = slow.mirrored(i, mean)
+                    elif name == "far":
+                        point = slow.point(i, reach, mean)
+                    else:
+                        point = slow.point(i, 1 if name == "slow_above" else -1, mean, shares[i] if shares else ())
+                    bucket.write(point)
+                weights.written()
+                try:
+                    losses.append(scalar(loss_fn(subject, batch)))
+                except Exception as error:
+                    if not to_the_end:
+                        raise
+                    failures.append(error)
         finally:
             for bucket, mean, _ in points:
                 bucket.write(mean)
             weights.written()
     if failures:
         raise failures[0]
-    above, below, slow_above, slow_below = losses
-    return above, below, slow_above, slow_below
+    return tuple(losses)
 
 
 class Batches:
@@ -191,7 +199,7 @@ def cycle(batches: Iterable[Any]) -> Iterator[Any]:
 
 def gathered(rows: Sequence[Sequence[float]]) -> ProbeLosses:
     """:func:`evaluate`'s results of all replicas."""
-    return ProbeLosses(*(tuple(row[i] for row in rows) for i in range(4)))
+    return ProbeLosses(*map(tuple, zip(*rows, strict=True)))
 
 
 def scalar(loss: object) -> float:

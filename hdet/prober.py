@@ -55,12 +55,13 @@ class Prober:
         self.batches = Batches(probe, round_length)
         """Where its batches come from."""
 
-    def evaluate(self, points: Sequence[Point], round: int) -> ProbeLosses:
-        """Every replica's losses in the round that ended. Collective: one that fails tells the others before it
-        raises."""
+    def evaluate(self, points: Sequence[Point], round: int, reach: float) -> ProbeLosses:
+        """Every replica's losses in the round that ended, with the far point at ``reach``. Collective: one that fails
+        tells the others before it raises."""
         together = self._replicas.members > 1
         failure: Exception | None = None
-        losses = [(math.nan,) * 4] * self._count
+        size = len(ProbeLosses._fields)
+        losses: list[tuple[float, ...]] = [(math.nan,) * size] * self._count
         try:
             batches = [self.batches.take() for _ in range(self._count)]
         except Exception as error:
@@ -71,7 +72,7 @@ class Prober:
                 with contextlib.ExitStack() as stack:
                     for h, place in zip(self._hyperparameters, self._steering.places, strict=True):
                         stack.enter_context(h.neutral(place.position))
-                    losses = [self._evaluate_one(points, round, k, batch) for k, batch in enumerate(batches)]
+                    losses = [self._evaluate_one(points, round, reach, k, batch) for k, batch in enumerate(batches)]
             except Exception as error:
                 failure = error
         rows = self._replicas.all_gather([float(failure is not None), *(loss for own in losses for loss in own)])
@@ -80,11 +81,9 @@ class Prober:
         if failed := [self._replicas.name_of(i) for i, row in enumerate(rows) if row[0]]:
             raise RuntimeError(f"The probe's loss function failed on {', '.join(failed)}: see there.")
         means = [[sum(x) / len(x) for x in zip(*of, strict=True)][1:] for of in self._replicas.by_replica(rows)]
-        return gathered([mean[4 * k : 4 * k + 4] for mean in means for k in range(self._count)])
+        return gathered([mean[size * k : size * (k + 1)] for mean in means for k in range(self._count)])
 
-    def _evaluate_one(
-        self, points: Sequence[Point], round: int, k: int, batch: Any
-    ) -> tuple[float, float, float, float]:
+    def _evaluate_one(self, points: Sequence[Point], round: int, reach: float, k: int, batch: Any) -> tuple[float, ...]:
         if self._virtual is not None:
             with self._virtual.at(k):
                 for point in points:
@@ -102,6 +101,7 @@ class Prober:
             points,
             self._slow,
             self._weights,
+            reach=reach,
             shares=shares,
             to_the_end=self._replicas.members > 1,
         )

@@ -11,7 +11,17 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-from hdet.controller import Controller, ControllerState, Observation, OneSlope, Place, ProbeLosses, Slopes, slopes_of
+from hdet.controller import (
+    Controller,
+    ControllerState,
+    Observation,
+    OneSlope,
+    Place,
+    ProbeLosses,
+    Slopes,
+    level_of,
+    slopes_of,
+)
 from hdet.design import Design, Effect, effects, levels, multipliers_of
 
 
@@ -153,28 +163,33 @@ class Steering:
 
     def _divide(self, round: int, seen: Round, probes: list[ProbeLosses | None], first: Slopes) -> Slopes | None:
         """With several learning rates: put into ``probes`` each one's own share of the lasting progress, by
-        :meth:`directions`, and an equal share of the noise, which nothing divides. Returns the sums."""
+        :meth:`directions`, and an equal share of the noise, which nothing divides; the far point, where all have gone
+        forward, is compared with all of one step forward. Returns the sums."""
         probe, lag, count = seen.probe, seen.lag, len(self.rates)
         assert probe is not None
         odd = [(above - below) / 2 for above, below in zip(probe.slow_above, probe.slow_below, strict=True)]
         progress = [-effect.value / lag for effect in effects(self.directions(round), odd)]
         known = [a for a in progress if math.isfinite(a)]
-        level = first.noise - lag * first.debiased  # of the mean, over the slow average
         debiased = math.fsum(known) * count / max(1, len(known))
-        noise = level + lag * debiased
+        further = first.further
+        if math.isfinite(further):
+            further = math.fsum(probe.far) / len(odd) - (level_of(probe) - first.noise - lag * debiased)
         raws = []
         for i, own in enumerate(probes):
             if own is None or not math.isfinite(progress[i]):
                 probes[i] = None  # this round does not say
                 continue
-            base = math.fsum(a + b for a, b in zip(own.above, own.below, strict=True)) / (2 * len(own.above))
-            there = base - noise / count + lag * progress[i]
+            # The mean of m and its mirror image, less an equal share of what lies between that and the slow average.
+            there = level_of(own) - first.noise / count
+            above, below = there - lag * progress[i], there + lag * progress[i]
             probes[i] = own._replace(
-                slow_above=(there - lag * progress[i],) * len(odd), slow_below=(there + lag * progress[i],) * len(odd)
+                slow_above=(above,) * len(odd), slow_below=(below,) * len(odd), far=(above + further,) * len(odd)
             )
             slopes = slopes_of(probes[i], self.multipliers(i, round), lag)  # type: ignore[arg-type]
             raws.append(math.nan if slopes is None else slopes.raw)
-        return Slopes(math.fsum(raws) if raws else math.nan, debiased, noise) if known else None
+        if not known:
+            return None
+        return Slopes(math.fsum(raws) if raws else math.nan, debiased, first.noise, further)
 
     def cut(self, factor: float) -> None:
         """Divide all gains, and forget what was seen: the run has been taken back."""

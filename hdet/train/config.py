@@ -159,7 +159,7 @@ class HdetConfig:
     """Whether a controller moves the learning rate."""
     probe: bool | Literal["held_out"] = False
     """Whether the paired probe tells the controller ``two_slope`` where to move it: at the end of a round every replica
-    evaluates one more training batch, with four forward passes. Without it the controller is ``published``, which goes
+    evaluates one more training batch, with six forward passes. Without it the controller is ``published``, which goes
     by the training losses and needs long rounds. ``held_out``: batches of ``task.probe_fraction``."""
     hyperparameters: dict[str, float] = field(default_factory=dict)
     """What else the replicas differ in, by name, with its spread, and what the probe moves: ``weight_decay`` and

@@ -69,7 +69,7 @@ def test_find_lr_finds_the_same_everywhere_and_puts_everything_back(launch, proc
         assert result["restored"]
         assert result["found"] == results[0]["found"]
     found = results[0]["found"]
-    assert 0.03 < found["max_lr"] < 1  # tuned: 0.2
+    assert 0.01 < found["max_lr"] < 1  # tuned: 0.2; twenty steps on 16 examples do not say more
     assert min(found["losses"]) < found["start_loss"]
 
 

@@ -12,22 +12,25 @@ from torch import nn
 import hdet
 from hdet.averager import Point, SlowAverage
 from hdet.buckets import fill_buckets
-from hdet.controller import ControllerState, Observation, ProbeLosses, Slopes, TwoSlope, slopes_of
+from hdet.controller import ControllerState, Observation, OneSlope, ProbeLosses, Slopes, TwoSlope, slopes_of
 from hdet.forecast import forecast
 from hdet.found_schedule import Recorder
 from hdet.probe import FORGOTTEN, Batches, evaluate
 from hdet.snapshot import Snapshot
 from hdet.spread import multipliers
+from hdet.steering import Round, Steering
 from hdet.weights import Weights
 
 RHO = multipliers(4, 0.11)
 
 
-def probe_of(raw, debiased, noise, level=2.0, lag=4.0, rho=RHO):
+def probe_of(raw, debiased, noise, further=0.0, level=2.0, lag=4.0, rho=RHO):
     """Losses of a probe whose slopes are these."""
     above = tuple(level + noise - lag * debiased - (r - 1) * raw for r in rho)
     below = tuple(level + noise - lag * debiased + (r - 1) * raw for r in rho)
-    return ProbeLosses(above, below, (level - lag * debiased,) * len(rho), (level + lag * debiased,) * len(rho))
+    levels = (level - lag * debiased, level + lag * debiased, level + noise + lag * debiased)
+    levels += (level - lag * debiased + further,)
+    return ProbeLosses(above, below, *((x,) * len(rho) for x in levels))
 
 
 def seen(probe, progress=0.3, height=1.0, final=0.0):
@@ -41,26 +44,31 @@ def run(config, probes, progress=0.3, **more):
     return state
 
 
-@given(st.floats(-1, 1), st.floats(-1, 1), st.floats(-1, 1), st.floats(0, 10))
-def test_slopes_are_read_off_the_losses(raw, debiased, noise, level):
-    found = slopes_of(probe_of(raw, debiased, noise, level), RHO, 4.0)
-    assert found == pytest.approx((raw, debiased, noise), abs=1e-9)
+@given(*[st.floats(-1, 1)] * 4, st.floats(0, 10))
+def test_slopes_are_read_off_the_losses(raw, debiased, noise, further, level):
+    found = slopes_of(probe_of(raw, debiased, noise, further, level), RHO, 4.0)
+    assert found == pytest.approx((raw, debiased, noise, further), abs=1e-9)
 
 
 def test_a_replica_without_finite_losses_is_left_out():
     probe = probe_of(0.5, 0.1, 0.2)
     broken = ProbeLosses((math.nan, *probe.above[1:]), *probe[1:])
-    assert slopes_of(broken, RHO, 4.0) == pytest.approx((0.5, 0.1, 0.2))
+    assert slopes_of(broken, RHO, 4.0) == pytest.approx((0.5, 0.1, 0.2, 0.0), abs=1e-9)
     assert slopes_of(ProbeLosses(*((math.nan,) * 3 + row[3:] for row in probe)), RHO, 4.0) is None
     alike = slopes_of(probe, (1.0,) * 4, 4.0)  # learning rates did not differ: the debiased slope needs no difference
     assert math.isnan(alike.raw)
-    assert alike[1:] == pytest.approx((0.1, 0.2))
+    assert alike[1:] == pytest.approx((0.1, 0.2, 0.0), abs=1e-9)
+    unknown = slopes_of(probe._replace(far=(math.inf, *probe.far[1:])), RHO, 4.0)  # a far point may be anything
+    assert unknown[:3] == pytest.approx((0.5, 0.1, 0.2))
+    assert math.isnan(unknown.further)
 
 
 def test_the_slopes_of_a_quadratic():
     """L = h theta^2 / 2: for a round's displacement d that ends at theta, R = -h theta d; for the slow average's
-    velocity v at e, A = -h e v."""
+    velocity v at e, A = -h e v, and E is what theta's distance from e costs, less the curvature along v. From e = 0.5
+    at a velocity of -0.01 a round the loss falls until 12.5 times as far away as e + (e - f) is, and rises beyond."""
     h, theta, d, e, v, lag = 3.0, 0.7, -0.2, 0.5, -0.01, 4.0
+    far = 24.0
 
     def loss(x):
         return h * x * x / 2
@@ -70,10 +78,15 @@ def test_the_slopes_of_a_quadratic():
         tuple(loss(theta - (r - 1) * d) for r in RHO),
         (loss(e + lag * v),) * 4,
         (loss(e - lag * v),) * 4,
+        (loss(2 * e - theta),) * 4,
+        (loss(e + far * lag * v),) * 4,
     )
     found = slopes_of(probe, RHO, lag)
     assert found.raw == pytest.approx(-h * theta * d)
     assert found.debiased == pytest.approx(-h * e * v)
+    spread = sum(((r - 1) * d) ** 2 for r in RHO) / 4
+    assert found.noise == pytest.approx(h / 2 * ((theta - e) ** 2 + spread / 2 - (lag * v) ** 2))
+    assert found.further == pytest.approx(0, abs=1e-9)  # as far beyond the lowest point as e + (e - f) is before it
 
 
 @pytest.mark.parametrize(
@@ -95,7 +108,7 @@ def test_which_way_the_gain_moves(slopes, progress, direction):
 
 def test_evidence_is_the_documented_sum():
     config = TwoSlope(ramp=0.2, noise_weight=(0.3, 0.1))
-    slopes = Slopes(2.0, 3.0, 5.0)
+    slopes = Slopes(2.0, 3.0, 5.0, math.nan)
     for final in (0.0, 1.0):
         assert config.evidence(slopes, 0.0, 0.6, final) == 2.0
         assert config.evidence(slopes, 0.1, 0.6, final) == pytest.approx(0.5 * 2.0 + 0.5 * (3.0 - 0.3 * 5.0))
@@ -121,22 +134,55 @@ def test_a_rise_is_scaled_by_the_schedules_height_and_a_fall_is_not():
     assert run(TwoSlope(), down, height=0.5).gain == run(TwoSlope(), down).gain
 
 
+def test_far_below_the_best_learning_rate_the_gain_climbs():
+    """Whatever the schedule's height; and only if the slopes ask for more."""
+    config = TwoSlope(climb=3.0)
+
+    def change(slope, further, height):
+        probes = [probe_of(s := slope * (1 + 0.01 * i), s, 0.0, further) for i in range(8)]
+        return math.log(run(config, probes, height=height).gain)
+
+    for height in (0.1, 1.0):
+        assert change(1, -0.1, height) == pytest.approx(3 * change(1, 0.1, 1.0))
+        assert change(-1, -0.1, height) == change(-1, 0.1, height) < 0
+    assert config.reach(1.0) == config.far
+    assert config.reach(0.25) == 4 * config.far
+    assert math.isfinite(config.reach(0.0))
+
+
 def test_non_finite_losses_lower_the_gain_and_no_probe_moves_nothing():
-    broken = ProbeLosses(*((math.inf,) * 4,) * 4)
+    broken = ProbeLosses(*((math.inf,) * 4,) * 6)
     state, slope = TwoSlope(step=0.4).update(ControllerState(), seen(broken))
     assert state.gain == pytest.approx(math.exp(-0.4))
     assert slope == -math.inf
     assert TwoSlope().update(ControllerState(), seen(None)) == (ControllerState(), None)
 
 
+def test_several_learning_rates_share_what_one_probe_says():
+    """Two groups whose progress along the slow average is 0.3 and -0.1 a round, with a noise of 0.2: some replicas go
+    forward in one and back in the other, and the far point is judged by all going forward."""
+    steering = Steering(
+        TwoSlope(), OneSlope(), auto_lr=True, rates=2, names=(), replicas=4, spread=0.1, design="orthogonal", seed=0
+    )
+    lag, level, progress, noise = 4.0, 5.0, (0.3, -0.1), 0.2
+    columns = zip(*steering.directions(0), strict=True)
+    odd = [-lag * sum(p * z for p, z in zip(progress, column, strict=True)) for column in columns]
+    there = (level + noise,) * 4
+    probe = ProbeLosses(there, there, tuple(level + x for x in odd), tuple(level - x for x in odd), there, (4.0,) * 4)
+    told = steering.observe(0, Round((), (0.1, 0.1), 0.3, 1.0, 0.55, 0.0, lag, probe))
+    assert told.slopes == pytest.approx((0.0, 0.2, 0.2, 4.0 - (level - lag * 0.2)), abs=1e-9)
+    k = TwoSlope().evidence(Slopes(0.0, 0.0, -1.0, 0.0), 0.3, 0.55, 0.0)
+    assert told.hypergradient == pytest.approx([p - k * noise / 2 for p in progress])
+
+
 losses = st.floats(allow_nan=True, allow_infinity=True)
 
 
 @settings(max_examples=200)
-@given(st.lists(st.lists(losses, min_size=16, max_size=16), max_size=12), st.floats(0, 1), st.floats(0, 1))
+@given(st.lists(st.lists(losses, min_size=24, max_size=24), max_size=12), st.floats(0, 1), st.floats(0, 1))
 def test_bounds_hold_under_any_input(rounds, progress, height):
     config = TwoSlope(bounds=(0.5, 3.0))
-    probes = [ProbeLosses(*(tuple(row[4 * i : 4 * i + 4]) for i in range(4))) for row in rounds]
+    probes = [ProbeLosses(*(tuple(row[4 * i : 4 * i + 4]) for i in range(6))) for row in rounds]
     state = run(config, probes, progress, height=height)
     assert 0.5 <= state.gain <= 3.0
 
@@ -144,7 +190,7 @@ def test_bounds_hold_under_any_input(rounds, progress, height):
 @pytest.mark.parametrize(
     "bad",
     [{"step": 0}, {"ramp": 0}, {"noise_weight": (0.0, 1.0)}, {"smoothing": 1}, {"threshold": -1}, {"slack": 0},
-     {"down": 0}, {"rest_below": 1.5}, {"bounds": (2, 3)}],
+     {"down": 0}, {"far": 0.5}, {"climb": 0}, {"rest_below": 1.5}, {"bounds": (2, 3)}],
 )  # fmt: skip
 def test_two_slope_refuses_bad_values(bad):
     with pytest.raises(ValueError, match=f"Invalid {next(iter(bad))}"):
@@ -170,6 +216,8 @@ def test_the_slow_average_and_its_trail_are_the_documented_sums():
         tolerance = {"atol": 0.05, "rtol": 0.05} if "dtype" in storage else {}
         torch.testing.assert_close(slow.point(0, 1, piece), (2 * e - f).float(), **tolerance)
         torch.testing.assert_close(slow.point(0, -1, piece), f.float(), **tolerance)
+        torch.testing.assert_close(slow.point(0, 3.0, piece), (4 * e - 3 * f).float(), **tolerance)
+        torch.testing.assert_close(slow.mirrored(0, means[-1]), (2 * e - means[-1]).float(), **tolerance)
 
 
 def probed_model():
@@ -177,7 +225,7 @@ def probed_model():
     return nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.Dropout(0.5), nn.Linear(8, 1))
 
 
-def test_evaluate_uses_the_four_points_and_leaves_no_trace():
+def test_evaluate_uses_the_six_points_and_leaves_no_trace():
     model = probed_model()
     model[2].eval()  # a part that the user keeps in eval mode
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
@@ -200,13 +248,15 @@ def test_evaluate_uses_the_four_points_and_leaves_no_trace():
         return module(x).square().mean()
 
     state = torch.get_rng_state()
-    found = evaluate((model,), loss_fn, batch, [Point(bucket, mean, displacement)], slow, Weights((model,)))
-    assert len(set(found)) == 4
+    found = evaluate((model,), loss_fn, batch, [Point(bucket, mean, displacement)], slow, Weights((model,)), reach=5.0)
+    assert len(set(found)) == 6
+    e = slow.point(0, 0, mean)
     for at, expected in zip(
         visited,
-        (mean + displacement, mean - displacement, slow.point(0, 1, mean), slow.point(0, -1, mean)),
+        (mean + displacement, mean - displacement, slow.point(0, 1, mean), slow.point(0, -1, mean), 2 * e - mean,
+         slow.point(0, 5.0, mean)),
         strict=True,
-    ):
+    ):  # fmt: skip
         assert torch.equal(at, expected)
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
     assert torch.equal(torch.get_rng_state(), state)
@@ -381,6 +431,18 @@ def test_find_lr_finds_the_edge_of_a_quadratic_from_anywhere(start):
     assert all(p.grad is None for p in model.parameters())
     assert len(found.lrs) == len(found.losses)
     assert list(found.lrs) == sorted(found.lrs)
+
+
+def test_find_lr_distrusts_what_a_dead_net_gains_by_chance(monkeypatch):
+    """It gains most at 10, nothing at the next lower rate: then it was not the learning rate."""
+    change = {0.001: -0.1, 0.01: -0.2, 0.1: -0.3, 1.0: -0.1, 10.0: -0.5, 4.64: 0.1, 0.0464: -0.2, 0.215: -0.29}
+    monkeypatch.setattr(
+        hdet.lr_finder._Search, "_try", lambda self, lr: change[min(change, key=lambda x: abs(math.log(x / lr)))]
+    )
+    model, batches, loss_fn = regression()
+    found = hdet.find_lr(model, torch.optim.SGD(model.parameters(), lr=1.0), loss_fn, batches, low=1e-3, high=10.0)
+    assert found.lrs == pytest.approx(sorted(change), rel=0.01)
+    assert found.max_lr == pytest.approx(0.215, rel=0.01)  # the largest that gains almost as much as the best
 
 
 def test_find_lr_plots(tmp_path):

@@ -26,7 +26,7 @@ from hdet.monitor import Callback, JsonLines, Monitor, as_monitors, read_jsonl
 from hdet.report import Report
 from hdet.tensorboard import TensorBoard
 
-UNKNOWN = Slopes(math.nan, math.nan, math.nan)
+UNKNOWN = Slopes(*(math.nan,) * 4)
 CONFIG = {"spread": 0.5, "converge_every": 10, "auto_lr": True, "schedule": "OneCycleLR", "initial_lr.0": 4e-5}
 
 
@@ -238,7 +238,7 @@ class TestJsonLines:
 
         lines = [json.loads(line, parse_constant=refuse) for line in path.read_text().splitlines()]
         assert lines[0] == {"config": CONFIG, "step": 0}
-        unknown = {"probe": {"raw": None, "debiased": None, "noise": None}}
+        unknown = {"probe": {"raw": None, "debiased": None, "noise": None, "further": None}}
         assert lines[1] == json.loads(json.dumps(dataclasses.asdict(reports[0]) | unknown))
         expected = dataclasses.asdict(reports[1]) | {"losses": (None, None, 2.0)} | unknown
         assert lines[2] == json.loads(json.dumps(expected))
@@ -248,10 +248,11 @@ class TestJsonLines:
         path = tmp_path / "rounds.jsonl"
         monitor = JsonLines(path)
         monitor.start(CONFIG, step=0, writer=True)
-        monitor.report(make_report(10, probe=Slopes(0.25, math.nan, math.inf)))
+        monitor.report(make_report(10, probe=Slopes(0.25, math.nan, math.inf, math.nan)))
         monitor.report(make_report(20, rolled_back=True, hypergradient=(-math.inf,)))
         first, second = read_jsonl(path)
-        assert (first["probe"], first["rolled_back"]) == ({"raw": 0.25, "debiased": None, "noise": None}, False)
+        assert first["probe"] == {"raw": 0.25, "debiased": None, "noise": None, "further": None}
+        assert first["rolled_back"] is False
         assert (second["probe"]["raw"], second["rolled_back"], second["hypergradient"]) == (None, True, [None])
         assert set(first) == {field.name for field in dataclasses.fields(Report)}
 
@@ -344,9 +345,9 @@ class TestTensorBoard:
 
     def test_probe_and_rollback(self, tmp_path: Path) -> None:
         reports = [
-            make_report(10, probe=Slopes(0.3, -0.2, 0.1)),
+            make_report(10, probe=Slopes(0.3, -0.2, 0.1, 0.4)),
             make_report(20, complete=False, rolled_back=True),  # as a rollback reports itself
-            make_report(30, probe=Slopes(0.4, 0.5, math.nan)),
+            make_report(30, probe=Slopes(0.4, 0.5, math.nan, math.nan)),
         ]
         write(tmp_path, *reports, config={**CONFIG, "probe": True, "rollback": True})
         found = curves(tmp_path)
@@ -517,7 +518,7 @@ class TestTabs:
         from tensorboard.plugins.custom_scalar.custom_scalars_plugin import CustomScalarsPlugin
         from tensorboard.plugins.scalar.scalars_plugin import ScalarsPlugin
 
-        report = make_report(groups=groups, probe=Slopes(0.3, -0.2, 0.1) if probe else UNKNOWN)
+        report = make_report(groups=groups, probe=Slopes(0.3, -0.2, 0.1, 0.4) if probe else UNKNOWN)
         write(tmp_path / "run", report, max_replicas=max_replicas, config={**CONFIG, "probe": probe})
         context = self.plugin_context(tmp_path)
         plugin = CustomScalarsPlugin(context)

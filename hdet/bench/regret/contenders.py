@@ -62,14 +62,14 @@ _OURS = (
         "max_lr found by hdet.find_lr around the start, then auto_lr=True with a probe; the samples that the search "
         "takes are taken from the run.",
         ours=True,
-        version=3,
+        version=4,
         auto=True,
     ),
-    _simulated("two_slope", "auto_lr=True with a probe, from the start given."),
+    _simulated("two_slope", "auto_lr=True with a probe, from the start given.", version=2),
     _simulated(
         "find_lr",
         "max_lr found by hdet.find_lr around the start, then OneCycle; the same number of samples in all.",
-        version=3,
+        version=4,
         auto=True,
         controller=Published(meta_lr=0.0),
     ),

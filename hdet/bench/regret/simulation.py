@@ -153,22 +153,23 @@ class _Replicas:
             return
         controller, progress = self._setting.controller, step / self._steps
         rhos = self.multipliers(len(self.gains))
+        known = 1.0 if self._setting.flat else height
         probe = None
         mean = self._bucket.pack()
         if isinstance(controller, TwoSlope):
             self._slow.unpack(0, self._bucket, mean, 1)
             if controller.wants_probe(progress, self._until):
                 batch = self._workload.draw(self._workload.batch_size // self._setting.probe_share, self._fresh)
-                probe = gathered(
-                    [self._probe(mean, rho, part) for rho, part in zip(rhos, self._parts(batch), strict=True)]
-                )
+                parts = self._parts(batch)
+                reach = controller.reach(known)
+                probe = gathered([self._probe(mean, rho, part, reach) for rho, part in zip(rhos, parts, strict=True)])
         losses = self._training_losses(batch, mean, rhos) if isinstance(controller, Published) else ()
         seen = Observation(
             losses=losses,
             multipliers=rhos,
             schedule=height,
             progress=progress,
-            height=1.0 if self._setting.flat else height,
+            height=known,
             until=self._until,
             final=self._final,
             probe=probe,
@@ -181,7 +182,7 @@ class _Replicas:
         self.gains.append(self.gain)
         self._start = mean
 
-    def _probe(self, mean: Tensor, rho: float, part: Batch) -> tuple[float, float, float, float]:
+    def _probe(self, mean: Tensor, rho: float, part: Batch, reach: float) -> tuple[float, ...]:
         points = [Point(self._bucket, mean, (mean - self._start).mul_(rho - 1))]
         return evaluate(
             (self._model,),
@@ -190,6 +191,7 @@ class _Replicas:
             points,
             self._slow,
             Weights((self._model,)),
+            reach=reach,
         )
 
     def _training_losses(self, batch: Batch, mean: Tensor, rhos: Sequence[float]) -> tuple[float, ...]:

@@ -1,4 +1,4 @@
-"""Real torchrun processes over gloo, with a time limit that kills the whole launch."""
+"""Real processes over gloo, with a time limit that kills the whole launch."""
 
 import os
 import pickle
@@ -13,9 +13,9 @@ HERE = Path(__file__).parent
 LIMIT = 240
 
 
-def torchrun(processes: int, program: str, *arguments: str, limit: int = LIMIT) -> subprocess.CompletedProcess[str]:
-    """Run a file of this folder, which defines ``main()``, under torchrun's agent in a session of its own; kill all of
-    it at ``limit``."""
+def launch_forked(processes: int, program: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """Run a file of this folder, which defines ``main()``, in that many processes, in a session of its own; kill all of
+    it at the limit."""
     command = [sys.executable, str(HERE / "forked.py"), str(processes), str(HERE / program)]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(HERE.parent.parent)}
     with subprocess.Popen(
@@ -27,11 +27,11 @@ def torchrun(processes: int, program: str, *arguments: str, limit: int = LIMIT) 
         start_new_session=True,
     ) as process:
         try:
-            output, _ = process.communicate(timeout=limit)
+            output, _ = process.communicate(timeout=LIMIT)
         except subprocess.TimeoutExpired:
             os.killpg(process.pid, signal.SIGKILL)
             output, _ = process.communicate()
-            raise AssertionError(f"no end after {limit} s:\n{output}") from None
+            raise AssertionError(f"no end after {LIMIT} s:\n{output}") from None
     return subprocess.CompletedProcess(command, process.returncode, output)
 
 
@@ -47,7 +47,7 @@ class Launch:
         if processes not in self._done:
             out = self._directory / str(processes)
             out.mkdir()
-            run = torchrun(processes, self._worker, str(out))
+            run = launch_forked(processes, self._worker, str(out))
             (out / "output.txt").write_text(run.stdout)
             self._done[processes] = out
         out = self._done[processes]

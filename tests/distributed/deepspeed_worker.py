@@ -1,4 +1,4 @@
-"""Run by torchrun: what the tests of test_deepspeed.py read, with the real DeepSpeed on 2 replicas x 2 shards."""
+"""Run in real processes: what the tests of test_deepspeed.py read, with the real DeepSpeed on 2 replicas x 2 shards."""
 
 import functools
 import itertools
@@ -558,7 +558,7 @@ def main():
             result = function(rank, world)
         except BaseException:
             traceback.print_exc()
-            os._exit(1)  # the others are in a collective: torchrun ends them
+            os._exit(1)  # the others are in a collective, and are killed
         (OUT / f"{function.__name__}.{rank}.pickle").write_bytes(pickle.dumps(result))
         dist.barrier()
     dist.barrier()

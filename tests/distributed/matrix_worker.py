@@ -1,4 +1,4 @@
-"""Run by torchrun with 4 processes: features under strategies, where the other workers do not combine them.
+"""Run in 4 real processes: features under strategies, where the other workers do not combine them.
 
 As in worker.py, a scenario returns plain values; what it must do is said in the test that reads it.
 """
@@ -343,7 +343,7 @@ def main():
         except BaseException:
             traceback.print_exc()
             sys.stderr.flush()
-            os._exit(1)  # the others are in a collective: torchrun ends them
+            os._exit(1)  # the others are in a collective, and are killed
         (OUT / f"{function.__name__}.{rank}.pickle").write_bytes(pickle.dumps(result))
         dist.barrier()
     dist.barrier()

@@ -1,4 +1,4 @@
-"""Run by torchrun with 4 processes: replicas of two ranks each, sharded (FSDP2) or copies, and gradient modes.
+"""Run in 4 real processes: replicas of two ranks each, sharded (FSDP2) or copies, and gradient modes.
 
 As in worker.py, a scenario returns plain values; what it must do is said in the test that reads it.
 """
@@ -720,7 +720,7 @@ def main():
             result = function(rank, world)
         except BaseException:
             traceback.print_exc()
-            os._exit(1)  # the others are in a collective: torchrun ends them
+            os._exit(1)  # the others are in a collective, and are killed
         (OUT / f"{function.__name__}.{rank}.pickle").write_bytes(pickle.dumps(result))
         dist.barrier()
     dist.barrier()

@@ -1,4 +1,4 @@
-"""Scenarios of optimizer state, health, precision and guards, run by torchrun. Usage: state_worker.py OUT"""
+"""Scenarios of optimizer state, health, precision and guards, run in real processes. Usage: state_worker.py OUT"""
 
 import copy
 import logging
@@ -648,7 +648,7 @@ def main():
         except BaseException:
             traceback.print_exc()
             sys.stderr.flush()
-            os._exit(1)  # the others are in a collective: torchrun ends them
+            os._exit(1)  # the others are in a collective, and are killed
         (OUT / f"{function.__name__}.{rank}.pickle").write_bytes(pickle.dumps(result))
         dist.barrier()
     dist.barrier()

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import torchrun
+from conftest import launch_forked
 
 from hdet.monitor import read_jsonl
 
@@ -28,7 +28,7 @@ def results(tmp_path_factory):
     out = tmp_path_factory.mktemp("deepspeed")
     with pytest.MonkeyPatch.context() as environment:
         environment.setenv("DS_ACCELERATOR", "cpu")
-        run = torchrun(4, "deepspeed_worker.py", str(out))
+        run = launch_forked(4, "deepspeed_worker.py", str(out))
 
     def read(scenario):
         files = [out / f"{scenario}.{rank}.pickle" for rank in RANKS]
@@ -274,7 +274,7 @@ def trained(tmp_path_factory):
     ]
     with pytest.MonkeyPatch.context() as environment:
         environment.setenv("DS_ACCELERATOR", "cpu")
-        run = torchrun(4, "train_runs.py", *map(json.dumps, runs))
+        run = launch_forked(4, "train_runs.py", *map(json.dumps, runs))
     assert run.returncode == 0, run.stdout[-8000:]
     return root, run.stdout
 

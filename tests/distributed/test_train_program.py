@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import torchrun
+from conftest import launch_forked
 
 from hdet.monitor import read_jsonl
 
@@ -99,7 +99,7 @@ def test_a_resumed_run_is_the_uninterrupted_run_bit_for_bit(whole, tmp_path):
     first step after a resume adds the replicas' gradients in another order than the same step of the whole run did."""
     log_dir = tmp_path / "run"
     parts = [[*RUN, f"--train.log_dir={log_dir}", *more] for more in (["--train.stop_at=4"], ["--resume"])]
-    done = torchrun(3, "train_runs.py", *map(json.dumps, parts))
+    done = launch_forked(3, "train_runs.py", *map(json.dumps, parts))
     assert done.returncode == 0, done.stdout
     assert "Stopped after step 4 of 8" in done.stdout
     assert "Resumed after step 4" in done.stdout
@@ -119,7 +119,7 @@ def test_a_run_with_a_probe_from_a_learning_rate_that_was_found(tmp_path):
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     runs = ([f"--train.log_dir={whole}"], [f"--train.log_dir={parts}", "--train.stop_at=8"])
     runs += ([f"--train.log_dir={parts}", "--resume"],)
-    done = torchrun(2, "train_runs.py", *(json.dumps([*auto, *run]) for run in runs))
+    done = launch_forked(2, "train_runs.py", *(json.dumps([*auto, *run]) for run in runs))
     output = done.stdout
     assert done.returncode == 0, output
     assert "Warning" not in output

@@ -1,10 +1,10 @@
-"""The training program's strategies and gradient modes under torchrun: 4 processes, 2 replicas of 2."""
+"""The training program's strategies and gradient modes: 4 processes, 2 replicas of 2."""
 
 import json
 
 import pytest
 import torch
-from conftest import torchrun
+from conftest import launch_forked
 
 from hdet.monitor import read_jsonl
 
@@ -29,7 +29,7 @@ def runs(tmp_path_factory):
         json.dumps([*run, f"--train.log_dir={folder / ('parts' if name == 'again' else name)}"])
         for name, run in wanted.items()
     ]
-    done = torchrun(4, "train_runs.py", *arguments)
+    done = launch_forked(4, "train_runs.py", *arguments)
     assert done.returncode == 0, done.stdout
     return folder, done.stdout
 

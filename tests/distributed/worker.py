@@ -1,4 +1,4 @@
-"""Run by torchrun: every function decorated with @scenario, one after the other, in the same process group.
+"""Run in real processes: every function decorated with @scenario, one after the other, in the same process group.
 
 A scenario returns plain values that the tests compare; what it must do is said in the test that reads it.
 """
@@ -1198,7 +1198,7 @@ def main():
             result = function(rank, world)
         except BaseException:
             traceback.print_exc()
-            os._exit(1)  # the others are in a collective: torchrun ends them
+            os._exit(1)  # the others are in a collective, and are killed
         (OUT / f"{function.__name__}.{rank}.pickle").write_bytes(pickle.dumps(result))
         dist.barrier()
     dist.barrier()

@@ -33,8 +33,8 @@ class ControllerState(NamedTuple):
     """Momentum average of the hypergradient, ``v``."""
     rounds: int = 0
     """Rounds observed so far."""
-    variance: float = 0.0
-    """Of the evidence from round to round, around its average; :class:`TwoSlope` only."""
+    slopes: tuple[tuple[float, float], ...] = ()
+    """Average and variance of ``R``, ``A`` and ``E`` over the rounds; :class:`TwoSlope` only."""
 
 
 class ProbeLosses(NamedTuple):
@@ -147,9 +147,9 @@ class TwoSlope:
         A = -mean_r(slow_above_r - slow_below_r) / (2 lag)              debiased slope
         E = mean_r((above_r + below_r) / 2 + mirror_r - slow_above_r - slow_below_r) / 2     noise
         F = mean_r(far_r - slow_above_r)      at reach = far / height: is a rate so much higher still too low?
-        x = (1 - u) R + u (A - (k + 2 final s^2) E)
+        x = (1 - u) R + u (A - K E),  K = k + 2 final s^2
         u = min(1, progress / ramp),  s = clip((progress - ramp) / (until - ramp), 0, 1),  k: noise_weight[0] -> [1]
-        t = mean(x) / standard error                                     over recent rounds, memory ``smoothing``
+        t = mean(x) / sqrt((1 - u)^2 var(R) + u^2 var(A) + (u K)^2 var(E))      over recent rounds, memory ``smoothing``
         q = sign(t) clip((|t| - threshold) / slack, 0, 1)                inside the noise nothing moves
         log gain += step * (down q if q < 0 else climb q if F < 0 else height q)
 
@@ -173,7 +173,7 @@ class TwoSlope:
     """> 0: how far the log gain rises in a round, at most, unless it climbs."""
     ramp: float = 0.2
     """In (0, 1]: share of the run over which the debiased slope takes over from the raw one."""
-    noise_weight: tuple[float, float] = (0.25, 0.05)
+    noise_weight: tuple[float, float] = (0.2, 0.04)
     """``k``, > 0, up to ``ramp`` and at ``until``; in between on a log scale."""
     smoothing: float = 0.5
     """In [0, 1): weight of the past in the average of ``x``."""
@@ -226,24 +226,34 @@ class TwoSlope:
             return state._replace(gain=_clamped(math.log(state.gain) - self.step, self.bounds)), -math.inf
         if math.isnan(slopes.raw) and observation.progress < self.ramp:
             return state, None  # learning rates did not differ in this round, and the raw slope still counts
-        evidence = self.evidence(slopes, observation.progress, observation.until, observation.final)
-        before = _Memory(state.velocity, state.rounds, state.variance)
-        memory, q = _weigh(before, evidence, self.smoothing, self.threshold, self.slack)
-        moved = ControllerState(state.gain, *memory)
+        weights = self._weights(observation.progress, observation.until, observation.final)
+        rounds = state.rounds + 1
+        found = zip(state.slopes or ((0.0, 0.0),) * 3, slopes, weights, strict=False)
+        memory = tuple(
+            _remember(old, x, rounds, self.smoothing, _SLOPES_MEMORY) if weight else old for old, x, weight in found
+        )
+        told = [_recall(kept, rounds, self.smoothing, _SLOPES_MEMORY) for kept in memory]
+        mean = math.fsum(weight * x for weight, (x, _) in zip(weights, told, strict=True))
+        error = math.sqrt(math.fsum((weight * e) ** 2 for weight, (_, e) in zip(weights, told, strict=True)))
+        moved = ControllerState(state.gain, mean, rounds, memory)
+        q = _significance(mean, error, self.threshold, self.slack) if rounds >= _FEWEST else 0.0
         rise = self.climb if slopes.further < 0 else observation.height
         change = self.step * (self.down if q < 0 else rise) * q
         if change:
             moved = moved._replace(gain=_clamped(math.log(state.gain) + change, self.bounds))
-        return moved, evidence
+        return moved, self.evidence(slopes, observation.progress, observation.until, observation.final)
 
     def evidence(self, slopes: Slopes, progress: float, until: float, final: float) -> float:
-        """``x``: > 0 for "a larger learning rate would do better"."""
+        """``x`` of one round: > 0 for "a larger learning rate would do better"."""
+        weights = self._weights(progress, until, final)
+        return math.fsum(weight * x for weight, x in zip(weights, slopes, strict=False) if weight)
+
+    def _weights(self, progress: float, until: float, final: float) -> tuple[float, float, float]:
+        """Of ``R``, ``A`` and ``E`` in ``x``."""
         u = min(1.0, progress / self.ramp)
         first, last = self.noise_weight
         late = min(1.0, max(0.0, progress - self.ramp) / max(until - self.ramp, 1e-9))
-        weight = first * (last / first) ** late + 2 * final * late**2
-        raw = 0.0 if u == 1 else (1 - u) * slopes.raw
-        return raw + u * (slopes.debiased - weight * slopes.noise)
+        return 1 - u, u, -u * (first * (last / first) ** late + 2 * final * late**2)
 
 
 class Place(NamedTuple):
@@ -300,36 +310,41 @@ class OneSlope:
         """
         if not abs(effect) < _TOO_LARGE:
             return place
-        before = _Memory(place.velocity, place.rounds, place.variance)
-        memory, q = _weigh(before, -effect, self.smoothing, self.threshold, self.slack)
-        return Place(place.position + self.step * spread * height * q, *memory)
+        rounds = place.rounds + 1
+        kept = _remember((place.velocity, place.variance), -effect, rounds, self.smoothing, _EFFECT_MEMORY)
+        mean, error = _recall(kept, rounds, self.smoothing, _EFFECT_MEMORY)
+        q = _significance(mean, error, self.threshold, self.slack) if rounds >= _FEWEST else 0.0
+        return Place(place.position + self.step * spread * height * q, kept[0], rounds, kept[1])
 
 
-class _Memory(NamedTuple):
-    mean: float
-    rounds: int
-    variance: float
-
-
-def _weigh(memory: _Memory, evidence: float, smoothing: float, threshold: float, slack: float) -> tuple[_Memory, float]:
-    """Take in one round's evidence: ``(memory, q)``, with ``q`` in [-1, 1] how far what is remembered stands out of its
-    own noise. 0 in the first two rounds."""
-    b, rounds = smoothing, memory.rounds + 1
-    before = memory.mean / (1 - b**memory.rounds) if memory.rounds else 0.0
-    mean = b * memory.mean + (1 - b) * evidence
-    variance = memory.variance
+def _remember(kept: tuple[float, float], x: float, rounds: int, smoothing: float, memory: float) -> tuple[float, float]:
+    """Running average and variance with the latest of ``rounds`` values: both from 0, as in Adam."""
+    mean, variance = kept
     if rounds > 1:
-        variance = _VARIANCE_MEMORY * variance + (1 - _VARIANCE_MEMORY) * (evidence - before) ** 2
-    after = _Memory(mean, rounds, variance)
-    if rounds < 3:
-        return after, 0.0
-    deviation = math.sqrt(variance / (1 - _VARIANCE_MEMORY ** (rounds - 1)))
-    share = (1 - b) / (1 + b)  # variance of the average, in variances of one round
-    t = mean / (1 - b**rounds) / (deviation + 1e-12) / math.sqrt(share if rounds > 6 else max(1 / rounds, share))
-    return after, math.copysign(min(1.0, max(0.0, (abs(t) - threshold) / slack)), t)
+        before = mean / (1 - smoothing ** (rounds - 1))
+        variance = memory * variance + (1 - memory) * (x - before) ** 2
+    return smoothing * mean + (1 - smoothing) * x, variance
 
 
-_VARIANCE_MEMORY = 0.9
+def _recall(kept: tuple[float, float], rounds: int, smoothing: float, memory: float) -> tuple[float, float]:
+    """What :func:`_remember` has kept: the average, and its standard error."""
+    mean, variance = kept
+    share = (1 - smoothing) / (1 + smoothing)  # variance of the average, in variances of one round
+    share = share if rounds > 6 else max(1 / rounds, share)
+    return mean / (1 - smoothing**rounds), math.sqrt(variance / (1 - memory ** max(1, rounds - 1)) * share)
+
+
+def _significance(mean: float, error: float, threshold: float, slack: float) -> float:
+    """``q``, in [-1, 1]: how far a mean stands out of its error."""
+    t = mean / (error + _TINY)
+    return math.copysign(min(1.0, max(0.0, (abs(t) - threshold) / slack)), t)
+
+
+_FEWEST = 3
+"""Rounds before which nothing moves."""
+_SLOPES_MEMORY, _EFFECT_MEMORY = 0.95, 0.9
+"""Weights of the past in the variances."""
+_TINY = 1e-12
 _LOWEST = 0.02
 """Height of the schedule below which the far point goes no farther."""
 _TOO_LARGE = 1e100

@@ -14,7 +14,9 @@ from hdet.bench.regret.__main__ import main, parser, plan_of
 from hdet.bench.regret.contenders import CONTENDERS, Contender
 from hdet.bench.regret.outcome import Outcome
 from hdet.bench.regret.runs import SWEEP, Result, Run, Store, execute, execute_all, plan
-from hdet.bench.regret.workloads import STARTS, WORKLOADS
+from hdet.bench.regret.simulation import Setting, simulate
+from hdet.bench.regret.workloads import SCHEDULES, STARTS, WORKLOADS, workload_of
+from hdet.found_schedule import Recorder
 
 SHORT = dataclasses.replace(WORKLOADS["regression"], steps=WORKLOADS["regression"].steps // 10)
 SHORTER = dataclasses.replace(SHORT, steps=20)
@@ -79,6 +81,61 @@ def test_what_uses_no_start_is_independent_of_max_lr(name):
 @pytest.mark.parametrize("name", ["one_cycle", "population"])
 def test_a_run_may_diverge(name):
     assert not math.isfinite(getattr(peers, name)(SHORT, 1e30, 0))
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_every_schedule_warms_up_to_max_lr_and_ends_as_it_says(schedule):
+    workload = workload_of(f"regression/{schedule}")
+    optimizer = torch.optim.SGD([torch.zeros(1)], lr=1.0)
+    found = peers.schedule_of(workload, optimizer, 0.1, 100)
+    rates = []
+    for _ in range(100):
+        rates.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        found.step()
+    assert rates[0] < 0.03
+    assert max(rates) == pytest.approx(0.1, rel=1e-3)
+    assert rates[60] == pytest.approx(0.1, rel=1e-3) or schedule == "one_cycle"
+    assert rates[-1] == pytest.approx(0.1) if schedule == "constant" else rates[-1] < 0.01
+
+
+def test_a_simulated_round_that_blew_up_is_undone():
+    """One of the batches has targets that are no number: with the rollback the run goes on from the round before."""
+    drawn = []
+
+    def draw(size, generator):
+        batch = SHORT.draw(size, generator)
+        drawn.append(1)
+        return batch._replace(targets=batch.targets * math.nan) if len(drawn) == 8 else batch
+
+    workload = dataclasses.replace(SHORT, draw=draw)
+    found = simulate(workload, SHORT.tuned, 0, Setting(rounds=20))
+    assert math.isfinite(found.loss)
+    assert found.details["rollbacks"] == 1
+    assert found.details["gains"][:2] == [1, pytest.approx(1 / 3, rel=1e-3)]
+    drawn.clear()
+    assert math.isnan(simulate(workload, SHORT.tuned, 0, Setting(rounds=20, rollback=False)).loss)
+
+
+def test_a_run_that_blows_up_again_and_again_has_diverged():
+    def draw(size, generator):
+        batch = SHORT.draw(size, generator)
+        return batch._replace(targets=batch.targets * math.nan)
+
+    assert math.isnan(simulate(dataclasses.replace(SHORT, draw=draw), SHORT.tuned, 0, Setting()).loss)
+
+
+def test_a_replayed_schedule_is_the_one_that_was_found():
+    """Replayed on the run in which it was found, a schedule repeats it; as a contender it is from another seed."""
+    recorder = Recorder(["group0"])
+    first = simulate(SHORT, SHORT.tuned / 3, 0, Setting(rounds=80), recorder)
+    model = peers.build(SHORT, 0)
+    optimizer = peers.optimizer_of(SHORT, model, 1.0)
+    schedule = recorder.schedule().scheduler(optimizer)
+    assert first.gain != 1
+    assert peers.train(SHORT, model, optimizer, schedule, 0) == pytest.approx(first.loss, rel=1e-4)
+    found = CONTENDERS["replayed"].run(SHORTER, SHORT.tuned / 3, 0)
+    assert found.details["first"] != found.loss
 
 
 def test_a_population_survives_members_that_diverge():
@@ -318,6 +375,14 @@ def test_defaults_run_everything_from_every_start():
     free = sum(not contender.uses_start for contender in CONTENDERS.values())
     bound = len(CONTENDERS) - free - 1
     assert len(found) == 3 * len(WORKLOADS) * (len(SWEEP) + free + bound * len(STARTS))
+
+
+def test_other_schedules_and_longer_runs_are_runs_of_their_own():
+    found = plan_of(parser().parse_args(["--workloads", "regression", "--schedule", "wsd", "--longer", "10"]))
+    assert {run.workload for run in found} == {"regression/wsd"}
+    assert {run.steps for run in found} == {10 * WORKLOADS["regression"].steps}
+    short = execute(a_run(workload="regression/constant")._replace(steps=20)).outcome
+    assert short.loss != execute(a_run()._replace(steps=20)).outcome.loss
 
 
 def test_quick_is_small_but_complete():

@@ -17,7 +17,7 @@ from hdet.bench.processes import cpus
 from hdet.bench.regret import plot, table
 from hdet.bench.regret.contenders import CONTENDERS
 from hdet.bench.regret.runs import Result, Run, Store, as_json, execute_all, plan
-from hdet.bench.regret.workloads import STARTS, WORKLOADS
+from hdet.bench.regret.workloads import SCHEDULES, STARTS, WORKLOADS
 from hdet.bench.report import machine
 
 SCHEMA = 1
@@ -114,6 +114,8 @@ def parser() -> argparse.ArgumentParser:
     add("--workloads", nargs="+", choices=WORKLOADS, help="default: all")
     add("--contenders", nargs="+", choices=CONTENDERS, default=list(CONTENDERS), help="default: all")
     add("--starts", nargs="+", type=_start, default=STARTS, metavar="X", help="in units of the tuned max_lr")
+    add("--schedule", choices=SCHEDULES, default=SCHEDULES[0], help="default: one_cycle; tuned is of that, too")
+    add("--longer", type=_count, default=1, metavar="N", help="N times as many steps, in as many rounds")
     add("--seeds", type=_count, default=3, metavar="N", help="how many; default: 3")
     add("--workers", type=_count, default=cpus(), metavar="N", help="processes; default: one per CPU")
     add("--output", type=Path, default=Path("bench/regret"), metavar="DIR", help="default: bench/regret")
@@ -130,7 +132,9 @@ def plan_of(options: argparse.Namespace) -> list[Run]:
     """The runs that the command line asks for."""
     workloads = options.workloads or (_QUICK_WORKLOADS if options.quick else tuple(WORKLOADS))
     seeds, shorten = (1, 10) if options.quick else (options.seeds, 1)
-    return plan(workloads, options.contenders, options.starts, seeds, shorten=shorten)
+    if options.schedule != SCHEDULES[0]:
+        workloads = [f"{workload}/{options.schedule}" for workload in workloads]
+    return plan(workloads, options.contenders, options.starts, seeds, shorten=shorten, lengthen=options.longer)
 
 
 def _count(text: str) -> int:

@@ -12,6 +12,7 @@ from hdet.bench.regret.outcome import Outcome
 from hdet.bench.regret.simulation import Setting, simulate
 from hdet.bench.regret.workloads import Workload
 from hdet.controller import Published
+from hdet.found_schedule import Recorder
 
 ORACLE = "one_cycle"
 """The contender whose best start is the measure of all."""
@@ -56,30 +57,52 @@ def _simulated(
     return Contender(name=name, run=run, uses_start=uses_start, ours=ours, describe=describe, version=version)
 
 
+def _replayed(workload: Workload, max_lr: float, seed: int) -> Outcome:
+    started = time.perf_counter()
+    recorder = Recorder(["group0"])
+    first = simulate(workload, max_lr, seed + _OTHER_SEED, Setting(), recorder)
+    model = peers.build(workload, seed)
+    optimizer = peers.optimizer_of(workload, model, max_lr)
+    loss = peers.train(workload, model, optimizer, recorder.schedule().scheduler(optimizer), seed)
+    return Outcome(loss, time.perf_counter() - started, first.gain, {"first": first.loss})
+
+
+_OTHER_SEED = 1000
+
 _OURS = (
     _simulated(
         "hdet",
         "max_lr found by hdet.find_lr around the start, then auto_lr=True with a probe; the samples that the search "
         "takes are taken from the run.",
         ours=True,
-        version=4,
+        version=5,
         auto=True,
     ),
-    _simulated("two_slope", "auto_lr=True with a probe, from the start given.", version=2),
+    _simulated("two_slope", "auto_lr=True with a probe, from the start given.", version=3),
+    Contender(
+        name="replayed",
+        run=_replayed,
+        describe="The schedule that two_slope found in another run, from the start given, replayed without replicas.",
+    ),
     _simulated(
         "find_lr",
         "max_lr found by hdet.find_lr around the start, then OneCycle; the same number of samples in all.",
-        version=4,
+        version=5,
         auto=True,
         controller=Published(meta_lr=0.0),
+        rollback=False,
     ),
     _simulated(
-        "published", "auto_lr=True without a probe: the published controller, corrected.", controller=Published()
+        "published",
+        "auto_lr=True without a probe: the published controller, corrected.",
+        version=2,
+        controller=Published(),
     ),
     _simulated(
         "published_literal",
         "The published controller word for word.",
         controller=Published(literal=True, meta_lr=1.0),
+        rollback=False,
     ),
 )
 

@@ -13,6 +13,7 @@ import importlib
 import io
 import math
 from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,6 +21,7 @@ import torch
 from torch import nn
 from torch.optim.lr_scheduler import CosineAnnealingLR, LambdaLR, LRScheduler, OneCycleLR
 
+from hdet import schedules
 from hdet.bench.measure import Unavailable
 from hdet.bench.regret.workloads import Batch, Workload
 
@@ -49,6 +51,21 @@ def optimizer_of(workload: Workload, model: nn.Module, lr: float) -> torch.optim
     return torch.optim.AdamW(model.parameters(), lr=lr, betas=BETAS, weight_decay=workload.weight_decay)
 
 
+def schedule_of(workload: Workload, optimizer: torch.optim.Optimizer, max_lr: float, steps: int) -> LRScheduler:
+    """The workload's schedule with this peak, over ``steps`` steps."""
+    if workload.schedule == "one_cycle":
+        return OneCycleLR(optimizer, max_lr, steps, cycle_momentum=False)
+    for group in optimizer.param_groups:
+        group["lr"] = group["initial_lr"] = max_lr
+    warm_up = max(1, round(_WARM_UP * steps))
+    shape: Callable[[int], float]
+    if workload.schedule == "wsd":
+        shape = schedules.warmup_stable_decay(total_steps=steps, decay_steps=steps // 5, warmup_steps=warm_up)
+    else:
+        shape = schedules.constant(warmup_steps=warm_up)
+    return LambdaLR(optimizer, shape)
+
+
 def backward(workload: Workload, model: nn.Module, batch: Batch) -> float:
     """Leave the batch's gradient in ``p.grad``, clipped to norm 1; returns the loss."""
     model.zero_grad()
@@ -68,7 +85,7 @@ def evaluate(workload: Workload, model: nn.Module, batch: Batch) -> float:
     return loss
 
 
-def _train(
+def train(
     workload: Workload, model: nn.Module, optimizer: torch.optim.Optimizer, schedule: LRScheduler | None, seed: int
 ) -> float:
     """Train to the end and return the validation loss, or NaN as soon as a loss is not finite: with clipping, the
@@ -96,11 +113,11 @@ def _library(name: str) -> Any:
 
 
 def one_cycle(workload: Workload, max_lr: float, seed: int) -> float:
-    """torch's OneCycleLR with the workload's optimizer. The best of its sweep is the oracle."""
+    """torch's OneCycleLR, or the schedule asked for, with the workload's optimizer. The best of its sweep is the
+    oracle."""
     model = build(workload, seed)
     optimizer = optimizer_of(workload, model, max_lr)
-    schedule = OneCycleLR(optimizer, max_lr, total_steps=workload.steps, cycle_momentum=False)
-    return _train(workload, model, optimizer, schedule, seed)
+    return train(workload, model, optimizer, schedule_of(workload, optimizer, max_lr, workload.steps), seed)
 
 
 def schedule_free(workload: Workload, max_lr: float, seed: int) -> float:
@@ -117,7 +134,7 @@ def schedule_free(workload: Workload, max_lr: float, seed: int) -> float:
     else:
         optimizer = library.AdamWScheduleFree(model.parameters(), betas=BETAS, **common)
     optimizer.train()
-    return _train(workload, model, optimizer, None, seed)
+    return train(workload, model, optimizer, None, seed)
 
 
 def prodigy(workload: Workload, max_lr: float, seed: int) -> float:
@@ -126,7 +143,7 @@ def prodigy(workload: Workload, max_lr: float, seed: int) -> float:
     model = build(workload, seed)
     with contextlib.redirect_stdout(io.StringIO()):  # it prints its options
         optimizer = library.Prodigy(model.parameters(), lr=1.0, betas=BETAS, weight_decay=workload.weight_decay)
-    return _train(workload, model, optimizer, CosineAnnealingLR(optimizer, workload.steps), seed)
+    return train(workload, model, optimizer, CosineAnnealingLR(optimizer, workload.steps), seed)
 
 
 def d_adaptation(workload: Workload, max_lr: float, seed: int) -> float:
@@ -139,7 +156,7 @@ def d_adaptation(workload: Workload, max_lr: float, seed: int) -> float:
     else:
         with contextlib.redirect_stdout(io.StringIO()):  # it prints its options
             optimizer = library.DAdaptAdam(model.parameters(), betas=BETAS, decouple=True, **common)
-    return _train(workload, model, optimizer, CosineAnnealingLR(optimizer, workload.steps), seed)
+    return train(workload, model, optimizer, CosineAnnealingLR(optimizer, workload.steps), seed)
 
 
 def nadamw_cosine(workload: Workload, max_lr: float, seed: int) -> float:
@@ -156,7 +173,7 @@ def nadamw_cosine(workload: Workload, max_lr: float, seed: int) -> float:
             return (step + 1) / warm_up
         return 0.5 + 0.5 * math.cos(math.pi * (step - warm_up) / max(1, workload.steps - warm_up))
 
-    return _train(workload, model, optimizer, LambdaLR(optimizer, shape), seed)
+    return train(workload, model, optimizer, LambdaLR(optimizer, shape), seed)
 
 
 # --------------------------------------------------------------------------------------- population-based training
@@ -192,7 +209,7 @@ def population(workload: Workload, max_lr: float, seed: int) -> float:
             _Member(model, optimizer_of(workload, model, max_lr), max_lr * 3.0**exponent, deque(maxlen=every))
         )
 
-    for step, scale in enumerate(_one_cycle_shape(workload.steps)):
+    for step, scale in enumerate(_shape(workload)):
         for member in members:
             for group in member.optimizer.param_groups:
                 group["lr"] = member.max_lr * scale
@@ -212,12 +229,12 @@ def population(workload: Workload, max_lr: float, seed: int) -> float:
     return evaluate(workload, result.model, workload.validation())
 
 
-def _one_cycle_shape(steps: int) -> list[float]:
-    """OneCycleLR's learning rates for a max_lr of 1."""
+def _shape(workload: Workload) -> list[float]:
+    """The schedule's learning rates for a max_lr of 1."""
     optimizer = torch.optim.SGD([torch.zeros(1)], lr=1.0)
-    schedule = OneCycleLR(optimizer, 1.0, total_steps=steps, cycle_momentum=False)
+    schedule = schedule_of(workload, optimizer, 1.0, workload.steps)
     shape: list[float] = []
-    for _ in range(steps):
+    for _ in range(workload.steps):
         shape.append(optimizer.param_groups[0]["lr"])
         optimizer.step()
         schedule.step()

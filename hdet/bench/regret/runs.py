@@ -18,7 +18,7 @@ import torch
 from hdet.bench.measure import Unavailable
 from hdet.bench.regret.contenders import CONTENDERS, ORACLE
 from hdet.bench.regret.outcome import Outcome
-from hdet.bench.regret.workloads import STARTS, WORKLOADS
+from hdet.bench.regret.workloads import STARTS, workload_of
 
 VERSION = 1
 """Raised with every change of a workload or of what all contenders share: all earlier runs are then made again."""
@@ -48,18 +48,24 @@ class Result(NamedTuple):
 
 
 def plan(
-    workloads: Iterable[str], contenders: Sequence[str], starts: Iterable[float], seeds: int, *, shorten: int = 1
+    workloads: Iterable[str],
+    contenders: Sequence[str],
+    starts: Iterable[float],
+    seeds: int,
+    *,
+    shorten: int = 1,
+    lengthen: int = 1,
 ) -> list[Run]:
     """All runs that are asked for, and the oracle's sweep, each once.
 
     Args:
         seeds: how many; they are 0, 1, ...
-        shorten: divides the workloads' steps.
+        shorten, lengthen: divide and multiply the workloads' steps.
     """
     starts = tuple(starts)
     found: dict[Run, None] = {}
     for workload in workloads:
-        steps = WORKLOADS[workload].steps // shorten
+        steps = workload_of(workload).steps * lengthen // shorten
         for name in dict.fromkeys((ORACLE, *contenders)):
             contender = CONTENDERS[name]
             own = sorted({*SWEEP, *starts}) if name == ORACLE else starts if contender.uses_start else (None,)
@@ -73,7 +79,7 @@ def plan(
 
 def execute(run: Run) -> Result:
     """Make a run on one thread. torch's global generator is left as it was."""
-    workload = replace(WORKLOADS[run.workload], steps=run.steps)
+    workload = replace(workload_of(run.workload), steps=run.steps)
     max_lr = workload.tuned * (1.0 if run.start is None else run.start)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)

@@ -20,18 +20,19 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.optim.lr_scheduler import LambdaLR, LRScheduler, OneCycleLR
 
-from hdet import schedules
 from hdet.averager import Point, SlowAverage
 from hdet.bench.regret import peers
 from hdet.bench.regret.outcome import Outcome
 from hdet.bench.regret.workloads import Batch, Workload
 from hdet.buckets import fill_buckets
 from hdet.controller import Controller, ControllerState, Observation, Published, Slopes, TwoSlope, slopes_of
+from hdet.errors import DivergedError
 from hdet.forecast import Forecast, forecast
+from hdet.found_schedule import Recorder
 from hdet.lr_finder import find_lr
 from hdet.probe import evaluate, gathered
+from hdet.recovery import CUT, Recovery
 from hdet.spread import assignment
 from hdet.weights import Weights
 
@@ -52,8 +53,8 @@ class Setting:
     find_steps: int = 40
     """Steps per candidate, then."""
     exact: bool = False
-    schedule: str = "one_cycle"
-    """``one_cycle``; or after a warm-up of 5% ``constant``, or ``wsd``: a linear decay over the last fifth."""
+    rollback: bool = True
+    """Whether a round that blew up is undone."""
     probe_share: int = 1
     """A probe takes one batch divided by this."""
     flat: bool = False
@@ -62,8 +63,10 @@ class Setting:
     """Whether ``details`` holds what the probes said."""
 
 
-def simulate(workload: Workload, max_lr: float, seed: int, setting: Setting) -> Outcome:
-    """One run of hdet; ``details`` holds the gain after every round."""
+def simulate(
+    workload: Workload, max_lr: float, seed: int, setting: Setting, recorder: Recorder | None = None
+) -> Outcome:
+    """One run of hdet; ``details`` holds the gain after every round. ``recorder`` is told the schedule it finds."""
     began = time.perf_counter()
     model = peers.build(workload, seed)
     optimizer = peers.optimizer_of(workload, model, max_lr)
@@ -74,20 +77,30 @@ def simulate(workload: Workload, max_lr: float, seed: int, setting: Setting) -> 
         max_lr, spent = _found(workload, model, optimizer, max_lr, setting, generator)
         steps -= spent
         details = {"found": max_lr, "spent": spent}
-    schedule = _schedule(setting.schedule, optimizer, max_lr, steps)
+    schedule = peers.schedule_of(workload, optimizer, max_lr, steps)
     ahead = forecast(schedule, optimizer, steps)
-    replicas = _Replicas(workload, model, seed, steps, setting, ahead)
+    replicas = _Replicas(workload, model, optimizer, seed, steps, setting, ahead)
     for step in range(steps):
         batch = workload.draw(workload.batch_size, generator)
-        optimizer.param_groups[0]["lr"] = base = schedule.get_last_lr()[0] * replicas.gain
+        gain = replicas.gain
+        optimizer.param_groups[0]["lr"] = base = float(schedule.get_last_lr()[0]) * gain
+        if recorder and step % replicas.round_length == 0:
+            recorder.add(step, [base])
         loss = replicas.backward(batch)
-        if not math.isfinite(loss):
-            return Outcome(math.nan, time.perf_counter() - began, replicas.gain, details)
+        if not setting.rollback and not math.isfinite(loss):
+            return Outcome(math.nan, time.perf_counter() - began, gain, details)
         optimizer.step()
-        optimizer.param_groups[0]["lr"] = base / replicas.gain
-        replicas.end_step(step + 1, batch, float(schedule.get_last_lr()[0]) / ahead.peak)
+        optimizer.param_groups[0]["lr"] = base / gain
+        try:
+            replicas.end_step(step + 1, batch, float(schedule.get_last_lr()[0]) / ahead.peak)
+        except DivergedError:
+            return Outcome(math.nan, time.perf_counter() - began, gain, details)
         if step + 1 < steps:
             schedule.step()
+    if recorder:
+        recorder.add(steps - 1, [base])
+    if replicas.rollbacks:
+        details["rollbacks"] = replicas.rollbacks
     loss = peers.evaluate(workload, model, workload.validation())
     if setting.keep_slopes:
         details["slopes"] = replicas.slopes
@@ -99,10 +112,18 @@ class _Replicas:
     """The points of N replicas around one model that trains at the base learning rate."""
 
     def __init__(
-        self, workload: Workload, model: nn.Module, seed: int, steps: int, setting: Setting, ahead: Forecast
+        self,
+        workload: Workload,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        seed: int,
+        steps: int,
+        setting: Setting,
+        ahead: Forecast,
     ) -> None:
         self._workload, self._model, self._setting = workload, model, setting
-        self._steps, self._round_length = steps, max(1, steps // setting.rounds)
+        self._steps, self.round_length = steps, max(1, steps // setting.rounds)
+        self._recovery = Recovery((model,), optimizer, None) if setting.rollback else None
         self._parameters = [p for p in model.parameters() if p.requires_grad]
         (self._bucket,) = fill_buckets(self._parameters, 2**40, lambda t: t.device)
         self._slow = SlowAverage(setting.decay)
@@ -120,6 +141,10 @@ class _Replicas:
     @property
     def gain(self) -> float:
         return self._state.gain
+
+    @property
+    def rollbacks(self) -> int:
+        return self._recovery.count if self._recovery else 0
 
     def multipliers(self, round: int) -> tuple[float, ...]:
         setting = self._setting
@@ -148,14 +173,22 @@ class _Replicas:
         return math.fsum(losses) / len(losses)
 
     def end_step(self, step: int, batch: Batch, height: float) -> None:
-        """What the ensemble does in ``step()``."""
-        if step % self._round_length:
+        """What the ensemble does in ``step()``. Raises ``DivergedError`` after too many rollbacks."""
+        if step % self.round_length:
             return
         controller, progress = self._setting.controller, step / self._steps
+        mean = self._bucket.pack()
+        if self._recovery:
+            finite, level = bool(mean.isfinite().all()), [total / self.round_length for total in self._losses]
+            may_move = not isinstance(controller, TwoSlope) or controller.wants_probe(progress, self._until)
+            if self._recovery.is_needed([finite], level, watches_losses=may_move):
+                self._roll_back()
+                return
+            self._recovery.observe(level)
+            self._recovery.keep()
         rhos = self.multipliers(len(self.gains))
         known = 1.0 if self._setting.flat else height
         probe = None
-        mean = self._bucket.pack()
         if isinstance(controller, TwoSlope):
             self._slow.unpack(0, self._bucket, mean, 1)
             if controller.wants_probe(progress, self._until):
@@ -182,6 +215,14 @@ class _Replicas:
         self.gains.append(self.gain)
         self._start = mean
 
+    def _roll_back(self) -> None:
+        assert self._recovery
+        self._recovery.go_back()
+        self._state = ControllerState(gain=self.gain / CUT)
+        self._slow.restart()
+        self._losses = [0.0] * self._setting.replicas
+        self.gains.append(self.gain)
+
     def _probe(self, mean: Tensor, rho: float, part: Batch, reach: float) -> tuple[float, ...]:
         points = [Point(self._bucket, mean, (mean - self._start).mul_(rho - 1))]
         return evaluate(
@@ -198,7 +239,7 @@ class _Replicas:
         """Each replica's mean loss over the round. Without ``exact``, the round's mean and what the last batch says of
         the replicas' points: the least noise that the published signal could have."""
         if self._setting.exact:
-            return tuple(total / self._round_length for total in self._losses)
+            return tuple(total / self.round_length for total in self._losses)
         losses = []
         for rho, part in zip(rhos, self._parts(batch), strict=True):
             self._bucket.write(torch.lerp(self._start, mean, rho))
@@ -210,20 +251,6 @@ class _Replicas:
         """The batch as the replicas share it."""
         n = self._setting.replicas
         return [Batch(*part) for part in zip(batch.inputs.chunk(n), batch.targets.chunk(n), strict=True)]
-
-
-def _schedule(name: str, optimizer: torch.optim.Optimizer, max_lr: float, steps: int) -> LRScheduler:
-    if name == "one_cycle":
-        return OneCycleLR(optimizer, max_lr, steps, cycle_momentum=False)
-    for group in optimizer.param_groups:
-        group["lr"] = group["initial_lr"] = max_lr
-    warm_up = steps // 20
-    if name == "wsd":
-        return LambdaLR(
-            optimizer,
-            schedules.warmup_stable_decay(total_steps=steps, decay_steps=steps // 5, warmup_steps=warm_up),
-        )
-    return LambdaLR(optimizer, schedules.constant(warmup_steps=warm_up))
 
 
 def _found(

@@ -7,7 +7,7 @@ import itertools
 import math
 import sysconfig
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -17,6 +17,9 @@ from torch.nn import functional as F
 
 STARTS = (0.01, 0.1, 1 / 3, 1.0, 3.0, 8.0)
 """Where runs start: max_lr in units of the tuned one."""
+
+SCHEDULES = ("one_cycle", "constant", "wsd")
+"""torch's OneCycleLR; or, after a warm-up of 5%, ``constant``, or ``wsd``: a linear decay over the last fifth."""
 
 
 class Batch(NamedTuple):
@@ -48,6 +51,8 @@ class Workload:
     """OneCycle's best max_lr."""
     held_out: bool = False
     """Whether the controller's constants were chosen without it."""
+    schedule: str = "one_cycle"
+    """One of :data:`SCHEDULES`."""
 
 
 # ------------------------------------------------------------------------------------------------------------- models
@@ -374,3 +379,9 @@ WORKLOADS: dict[str, Workload] = {
         ),
     )
 }
+
+
+def workload_of(name: str) -> Workload:
+    """A workload by its name; ``name/schedule`` for one with another schedule than OneCycle's."""
+    plain, _, schedule = name.partition("/")
+    return replace(WORKLOADS[plain], name=name, schedule=schedule) if schedule else WORKLOADS[plain]

@@ -128,6 +128,20 @@ def test_nothing_moves_inside_the_noise():
     assert sum(moves) / len(moves) < 0.2 * math.log(run(TwoSlope(), steady).gain)
 
 
+def test_a_noisy_warm_up_does_not_hide_the_slope_that_takes_over():
+    """The raw slope swings by a hundred times what the debiased one says: once its weight is gone, so is its noise."""
+    state, config = ControllerState(), TwoSlope()
+    for k in range(1, 31):
+        progress = k / 100
+        probe = probe_of((-1) ** k * 2.0, -0.02 * (1 + 0.1 * (-1) ** k), 0.0)
+        before = state.gain
+        state, _ = config.update(state, seen(probe, progress))
+        if progress < config.ramp:
+            assert state.gain == pytest.approx(1, abs=0.2)
+        else:  # a whole step down in every round
+            assert math.log(state.gain / before) == pytest.approx(-config.step * config.down)
+
+
 def test_a_rise_is_scaled_by_the_schedules_height_and_a_fall_is_not():
     up, down = ([probe_of(s * (1 + 0.01 * i), s * (1 + 0.01 * i), 0.0) for i in range(8)] for s in (1, -1))
     assert math.log(run(TwoSlope(), up, height=0.5).gain) == pytest.approx(math.log(run(TwoSlope(), up).gain) / 2)

@@ -378,7 +378,7 @@ def test_defaults_run_everything_from_every_start():
 
 
 def test_other_schedules_and_longer_runs_are_runs_of_their_own():
-    found = plan_of(parser().parse_args(["--workloads", "regression", "--schedule", "wsd", "--longer", "10"]))
+    found = plan_of(parser().parse_args(["--workloads", "regression", "--schedule", "wsd", "--length", "10"]))
     assert {run.workload for run in found} == {"regression/wsd"}
     assert {run.steps for run in found} == {10 * WORKLOADS["regression"].steps}
     short = execute(a_run(workload="regression/constant")._replace(steps=20)).outcome
@@ -390,6 +390,14 @@ def test_quick_is_small_but_complete():
     assert {run.contender for run in found} == set(CONTENDERS)
     assert len({run.workload for run in found}) == 2
     assert all(run.steps == WORKLOADS[run.workload].steps // 10 and run.seed == 0 for run in found)
+
+
+@pytest.mark.parametrize("name", CONTENDERS)
+def test_every_contender_can_make_a_quick_run(name):
+    for run in plan_of(parser().parse_args(["--quick", "--contenders", name, "--starts", "1"])):
+        if run.contender == name and run.start in (1, None):
+            found = execute(run)
+            assert found.outcome or found.unavailable, found.error
 
 
 @pytest.mark.parametrize(

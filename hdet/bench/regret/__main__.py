@@ -113,9 +113,9 @@ def parser() -> argparse.ArgumentParser:
     add = found.add_argument
     add("--workloads", nargs="+", choices=WORKLOADS, help="default: all")
     add("--contenders", nargs="+", choices=CONTENDERS, default=list(CONTENDERS), help="default: all")
-    add("--starts", nargs="+", type=_start, default=STARTS, metavar="X", help="in units of the tuned max_lr")
-    add("--schedule", choices=SCHEDULES, default=SCHEDULES[0], help="default: one_cycle; tuned is of that, too")
-    add("--longer", type=_count, default=1, metavar="N", help="N times as many steps, in as many rounds")
+    add("--starts", nargs="+", type=_positive, default=STARTS, metavar="X", help="in units of the tuned max_lr")
+    add("--schedule", choices=SCHEDULES, default=SCHEDULES[0], help="of all that have none of their own")
+    add("--length", type=_positive, default=1.0, metavar="X", help="X times as many steps, in as many rounds")
     add("--seeds", type=_count, default=3, metavar="N", help="how many; default: 3")
     add("--workers", type=_count, default=cpus(), metavar="N", help="processes; default: one per CPU")
     add("--output", type=Path, default=Path("bench/regret"), metavar="DIR", help="default: bench/regret")
@@ -131,10 +131,10 @@ def parser() -> argparse.ArgumentParser:
 def plan_of(options: argparse.Namespace) -> list[Run]:
     """The runs that the command line asks for."""
     workloads = options.workloads or (_QUICK_WORKLOADS if options.quick else tuple(WORKLOADS))
-    seeds, shorten = (1, 10) if options.quick else (options.seeds, 1)
+    seeds, length = (1, 0.1) if options.quick else (options.seeds, options.length)
     if options.schedule != SCHEDULES[0]:
         workloads = [f"{workload}/{options.schedule}" for workload in workloads]
-    return plan(workloads, options.contenders, options.starts, seeds, shorten=shorten, lengthen=options.longer)
+    return plan(workloads, options.contenders, options.starts, seeds, length=length)
 
 
 def _count(text: str) -> int:
@@ -143,7 +143,7 @@ def _count(text: str) -> int:
     return int(text)
 
 
-def _start(text: str) -> float:
+def _positive(text: str) -> float:
     """A number, or a fraction such as ``1/3``."""
     try:
         value = float(Fraction(text))

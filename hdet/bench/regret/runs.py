@@ -53,19 +53,18 @@ def plan(
     starts: Iterable[float],
     seeds: int,
     *,
-    shorten: int = 1,
-    lengthen: int = 1,
+    length: float = 1.0,
 ) -> list[Run]:
     """All runs that are asked for, and the oracle's sweep, each once.
 
     Args:
         seeds: how many; they are 0, 1, ...
-        shorten, lengthen: divide and multiply the workloads' steps.
+        length: multiplies the workloads' steps.
     """
     starts = tuple(starts)
     found: dict[Run, None] = {}
     for workload in workloads:
-        steps = workload_of(workload).steps * lengthen // shorten
+        steps = max(1, round(workload_of(workload).steps * length))
         for name in dict.fromkeys((ORACLE, *contenders)):
             contender = CONTENDERS[name]
             own = sorted({*SWEEP, *starts}) if name == ORACLE else starts if contender.uses_start else (None,)

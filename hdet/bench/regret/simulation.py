@@ -51,7 +51,7 @@ class Setting:
     auto: bool = False
     """Whether ``hdet.find_lr`` chooses max_lr first, at the cost of as many steps as its samples would have made."""
     find_steps: int = 40
-    """Steps per candidate, then."""
+    """Steps per candidate, then; at most a seventh of the run."""
     exact: bool = False
     rollback: bool = True
     """Whether a round that blew up is undone."""
@@ -280,7 +280,7 @@ def _found(
         batches(),
         low=start / 100,
         high=start * 100,
-        steps=setting.find_steps,
+        steps=max(4, min(setting.find_steps, workload.steps // 7)),
         max_grad_norm=1.0,
     )
     return found.max_lr, -(-drawn // setting.replicas)

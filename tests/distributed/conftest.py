@@ -47,9 +47,10 @@ class Launch:
         if processes not in self._done:
             out = self._directory / str(processes)
             out.mkdir()
+            self._done[processes] = out  # also if it hangs: what had ended by then can be read
+            (out / "output.txt").write_text("The launch was killed.")
             run = launch_forked(processes, self._worker, str(out))
             (out / "output.txt").write_text(run.stdout)
-            self._done[processes] = out
         out = self._done[processes]
         results = []
         for rank in range(processes):

@@ -3,16 +3,19 @@ r"""``hdet.find_lr``: N replicas try N learning rates at once, from one state, a
 Every candidate trains for a few dozen steps on batches of its own replica, without gradient synchronisation, at a
 constant learning rate after a short warm-up. It is judged by the average of its second half's iterates: at the raw
 iterate a high learning rate looks worse than it is, since annealing would remove its noise. What counts is the *gain*,
-the loss before minus the loss after, both on batches that no candidate trains on.
+the loss before minus the loss after, both on batches that no candidate trains on, and whether it stands out of its
+standard error there: where a few dozen steps hardly lower the loss, the best candidate is one of chance.
 """
 
 from __future__ import annotations
 
+import logging
 import math
+import statistics
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -24,8 +27,13 @@ from hdet.replicas import Replicas, ReplicasLike
 from hdet.snapshot import Snapshot
 from hdet.weights import is_sharded
 
+logger = logging.getLogger("hdet")
+
 _COARSE, _FINE = 10.0, 10 ** (1 / 3)
 _ALMOST = 0.93
+_CLEAR = 3.0
+_HELD_OUT = 4
+"""Batches."""
 
 
 @dataclass(frozen=True)
@@ -40,8 +48,13 @@ class LRFinding:
     """The candidates, in increasing order."""
     losses: tuple[float, ...]
     """Loss after a candidate's steps, at its averaged iterate; infinite where it diverged."""
+    errors: tuple[float, ...]
+    """Standard errors of what they change the loss by; infinite where it diverged."""
     start_loss: float
     """Loss before."""
+    conclusive: bool
+    """Whether the best candidate lowers the loss by at least 3 standard errors. If not, the suggestion is little more
+    than chance; more ``steps`` would help, or larger batches."""
 
     def plot(self, path: str | Path) -> None:
         """Draw the losses over the learning rates into a file. Needs matplotlib."""
@@ -49,11 +62,12 @@ class LRFinding:
 
         figure = Figure(figsize=(6, 4), layout="constrained")
         axes = figure.subplots()
-        known = [(lr, loss) for lr, loss in zip(self.lrs, self.losses, strict=True) if math.isfinite(loss)]
-        axes.plot(*zip(*known, strict=True), marker="o")
+        tried = zip(self.lrs, self.losses, self.errors, strict=True)
+        known = [(lr, loss, error) for lr, loss, error in tried if math.isfinite(loss)]
+        lrs, losses, errors = zip(*known, strict=True)
+        axes.errorbar(lrs, losses, errors, marker="o")
         axes.axhline(self.start_loss, color="grey", linestyle=":", label="before")
         axes.axvline(self.max_lr, color="tab:red", linestyle="--", label=f"max_lr = {self.max_lr:.3g}")
-        losses = [loss for _, loss in known]
         axes.set_ylim(min(losses) - 0.05 * (self.start_loss - min(losses)), 1.5 * self.start_loss - 0.5 * min(losses))
         axes.set(xscale="log", xlabel="learning rate", ylabel="loss")
         axes.legend()
@@ -122,8 +136,21 @@ def find_lr(
     search.measure(coarse)
     while lrs := search.untried(coarse):
         search.measure(lrs)
-    lrs = sorted(search.losses)
-    return LRFinding(search.suggestion(), tuple(lrs), tuple(search.losses[lr] for lr in lrs), search.start_loss)
+    found = search.finding()
+    if not found.conclusive and group.writer:
+        logger.warning(
+            f"find_lr: in {steps} steps no learning rate lowered the loss of {found.start_loss:.4g} by clearly more "
+            f"than the noise of the batches: max_lr={found.max_lr:.3g} is little more than chance. Pass more steps=, "
+            "or larger batches."
+        )
+    return found
+
+
+class _Trial(NamedTuple):
+    """What a candidate changed the loss by."""
+
+    change: float
+    error: float
 
 
 class _Search:
@@ -141,44 +168,51 @@ class _Search:
     ) -> None:
         self._models, self._optimizer, self._loss_fn, self._max_grad_norm = models, optimizer, loss_fn, max_grad_norm
         self._batches, self._steps, self._replicas = batches, steps, replicas
-        self._held_out = [next(batches) for _ in range(4)]
-        self.losses: dict[float, float] = {}
-        self.start_loss = _mean(self._gather(self._evaluate()))
+        self._held_out = [next(batches) for _ in range(_HELD_OUT)]
+        self._trials: dict[float, _Trial] = {}
+        self._start_loss = _mean([loss for (loss,) in self._replicas.all_gather([_mean(self._evaluate())])])
 
     def measure(self, lrs: Sequence[float]) -> None:
         """Try each candidate on one replica, as many at a time as there are replicas."""
         size, rank = self._replicas.size, self._replicas.rank
         for first in range(0, len(lrs), size):
             rung = lrs[first : first + size]
-            mine = self._try(rung[rank]) if rank < len(rung) else 0.0
-            for lr, change in zip(rung, self._gather(mine), strict=False):
-                self.losses[lr] = self.start_loss + change if math.isfinite(change) else math.inf
+            mine = self._try(rung[rank]) if rank < len(rung) else _Trial(0.0, 0.0)
+            for lr, (change, error) in zip(rung, self._replicas.all_gather(list(mine)), strict=False):
+                known = math.isfinite(change)
+                self._trials[lr] = _Trial(change, error) if known else _Trial(math.inf, math.inf)
 
     def untried(self, coarse: Sequence[float]) -> list[float]:
         """What has not been tried yet around the best candidate, if that is one of the coarse ones."""
-        best = min(self._credible(), key=lambda lr: self.losses[lr])
+        best = self._best()
         near = [lr for lr in (best / _FINE, best * _FINE) if coarse[0] <= lr <= coarse[-1]]
-        return [lr for lr in near if best in coarse and lr not in self.losses]
+        return [lr for lr in near if best in coarse and lr not in self._trials]
 
-    def suggestion(self) -> float:
-        """The largest candidate that lowers the loss almost as much as the best."""
-        lrs = self._credible()
-        enough = self.start_loss - _ALMOST * (self.start_loss - min(self.losses[lr] for lr in lrs))
-        return max(lr for lr in lrs if self.losses[lr] <= enough)
+    def finding(self) -> LRFinding:
+        """What the trials come to."""
+        trials, best = self._trials, self._trials[self._best()]
+        suggestion = max(lr for lr in self._credible() if trials[lr].change <= _ALMOST * best.change)
+        lrs = tuple(sorted(trials))
+        losses = tuple(self._start_loss + trials[lr].change for lr in lrs)
+        errors = tuple(trials[lr].error for lr in lrs)
+        return LRFinding(suggestion, lrs, losses, errors, self._start_loss, -best.change >= _CLEAR * best.error)
+
+    def _best(self) -> float:
+        return min(self._credible(), key=lambda lr: self._trials[lr].change)
 
     def _credible(self) -> list[float]:
         """Candidates that lower the loss, and the next lower of which does so, too."""
-        lrs = sorted(self.losses)
-        lower = [self.losses[lr] < self.start_loss for lr in lrs]
+        lrs = sorted(self._trials)
+        lower = [self._trials[lr].change < 0 for lr in lrs]
         found = [lr for i, lr in enumerate(lrs) if lower[i] and lower[max(0, i - 1)]]
         if not found:
             raise HdetError(
-                f"No learning rate in [{lrs[0]:.3g}, {lrs[-1]:.3g}] lowered the loss of {self.start_loss:.4g} in "
+                f"No learning rate in [{lrs[0]:.3g}, {lrs[-1]:.3g}] lowered the loss of {self._start_loss:.4g} in "
                 f"{self._steps} steps. Pass another range, or more steps."
             )
         return found
 
-    def _try(self, lr: float) -> float:
+    def _try(self, lr: float) -> _Trial:
         """Train at ``lr``; returns how the loss changed, on the replica's own held-out batches."""
         snapshot = Snapshot(self._models, self._optimizer)
         snapshot.take()
@@ -195,9 +229,12 @@ class _Search:
             for p, gradient in zip(parameters, gradients, strict=True):
                 p.grad = gradient
             _set_rates(self._optimizer, rates)
-        return after - before
+        changes = [a - b for a, b in zip(after, before, strict=True)]
+        if not all(map(math.isfinite, changes)):
+            return _Trial(math.inf, math.inf)
+        return _Trial(_mean(changes), statistics.stdev(changes) / math.sqrt(len(changes)))
 
-    def _train(self, lr: float, proportions: Sequence[float], parameters: Sequence[Tensor]) -> float:
+    def _train(self, lr: float, proportions: Sequence[float], parameters: Sequence[Tensor]) -> list[float]:
         average: list[Tensor] = []
         for step in range(self._steps):
             now = lr * min(1.0, (step + 1) / (self._steps / 3))
@@ -205,7 +242,7 @@ class _Search:
             self._optimizer.zero_grad()
             loss = self._loss_fn(self._subject, next(self._batches))
             if not math.isfinite(scalar(loss)):
-                return math.inf
+                return [math.inf] * _HELD_OUT
             loss.backward()  # type: ignore[union-attr]
             if self._max_grad_norm is not None:
                 nn.utils.clip_grad_norm_(parameters, self._max_grad_norm)
@@ -222,12 +259,10 @@ class _Search:
     def _subject(self) -> Any:
         return self._models[0] if len(self._models) == 1 else self._models
 
-    def _evaluate(self) -> float:
+    def _evaluate(self) -> list[float]:
+        """Loss of each of the held-out batches."""
         with evaluation(self._models):
-            return _mean([scalar(self._loss_fn(self._subject, batch)) for batch in self._held_out])
-
-    def _gather(self, value: float) -> list[float]:
-        return [row[0] for row in self._replicas.all_gather([value])]
+            return [scalar(self._loss_fn(self._subject, batch)) for batch in self._held_out]
 
 
 def _ladder(low: float, high: float, factor: float) -> list[float]:

@@ -451,12 +451,35 @@ def test_find_lr_distrusts_what_a_dead_net_gains_by_chance(monkeypatch):
     """It gains most at 10, nothing at the next lower rate: then it was not the learning rate."""
     change = {0.001: -0.1, 0.01: -0.2, 0.1: -0.3, 1.0: -0.1, 10.0: -0.5, 4.64: 0.1, 0.0464: -0.2, 0.215: -0.29}
     monkeypatch.setattr(
-        hdet.lr_finder._Search, "_try", lambda self, lr: change[min(change, key=lambda x: abs(math.log(x / lr)))]
+        hdet.lr_finder._Search,
+        "_try",
+        lambda self, lr: hdet.lr_finder._Trial(change[min(change, key=lambda x: abs(math.log(x / lr)))], 0.05),
     )
     model, batches, loss_fn = regression()
     found = hdet.find_lr(model, torch.optim.SGD(model.parameters(), lr=1.0), loss_fn, batches, low=1e-3, high=10.0)
     assert found.lrs == pytest.approx(sorted(change), rel=0.01)
     assert found.max_lr == pytest.approx(0.215, rel=0.01)  # the largest that gains almost as much as the best
+
+
+def test_find_lr_says_when_nothing_stands_out_of_the_noise(monkeypatch, caplog):
+    """Targets that are noise: whatever a candidate gains on four batches, it is by chance."""
+    model, batches, loss_fn = regression()
+    found = hdet.find_lr(model, torch.optim.SGD(model.parameters(), lr=1.0), loss_fn, batches)
+    assert found.conclusive
+    assert not caplog.text
+    best = found.losses.index(min(found.losses))
+    assert 0 < found.errors[best] < (found.start_loss - found.losses[best]) / 3
+    assert found.errors[-1] == math.inf  # it diverged
+
+    def noise():
+        for x, _ in batches:
+            yield x, torch.randn(len(x), 1, generator=torch.Generator().manual_seed(int(1e6 * x[0, 0].abs())))
+
+    torch.nn.init.zeros_(model.weight)
+    torch.nn.init.zeros_(model.bias)
+    found = hdet.find_lr(model, torch.optim.SGD(model.parameters(), lr=1.0), loss_fn, noise())
+    assert not found.conclusive
+    assert "no learning rate lowered the loss" in caplog.text
 
 
 def test_find_lr_plots(tmp_path):

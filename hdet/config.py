@@ -46,7 +46,7 @@ class EnsembleConfig:
     probe: bool = False
     """Whether there is a paired probe."""
     rollback: bool = False
-    """Whether a run that blew up goes back to its last converged state."""
+    """Whether a run that blew up goes back to its last good converged state."""
     seed: int = 0
     """Seeds the permutations, and nothing else."""
     bucket_mib: float = 32.0

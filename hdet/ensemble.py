@@ -134,8 +134,9 @@ class Ensemble:
         total_steps: calls of :meth:`step` in the whole run. ``TwoSlope`` must know, and what is still to come of the
             schedule: a copy of it is run ahead in the constructor.
         rollback: with ``auto_lr``, whether a round that blew up is undone: the loss at twice the first round's, or no
-            replica finite. Parameters, buffers and optimizer state go back to the last converge, and the gain falls to
-            a third. It takes memory for one copy of them, at the device named instead of ``True`` (``"cpu"``).
+            replica finite. Parameters, buffers and optimizer state go back to the last converge whose round was not
+            above 1.1 times the first one, and the gain falls to a third. It takes memory for one copy of them, at the
+            device named instead of ``True`` (``"cpu"``).
         replicas: who they are: a number of replicas (each of as many consecutive ranks), a ``ProcessGroup`` (every rank
             in it is one), a 1-D ``DeviceMesh``, or one dimension of a mesh (``mesh["replicate"]``; the ranks along the
             others are a replica's members, over which it is sharded). Default: every rank is one. Members share a
@@ -794,7 +795,7 @@ class Ensemble:
             self._restart_virtual()
         report = self._control(complete, losses)
         if complete and self._recovery is not None:
-            self._recovery.keep()
+            self._recovery.keep(report.mean_loss)
         return self._tell(report, averaged, watched, time.perf_counter() - started)
 
     @property
@@ -830,7 +831,7 @@ class Ensemble:
         return self._recovery.is_needed(finite, losses, watches_losses=self._may_move())
 
     def _roll_back(self, watched: bool, started: float) -> Report:
-        """Undo the round: the model and the optimizer as they last converged, under a smaller gain."""
+        """Undo the round: the model and the optimizer as they last converged well, under a smaller gain."""
         assert self._recovery is not None
         self._recovery.go_back()
         self._averager.restart()

@@ -1,4 +1,4 @@
-"""Recovery: noticing that a round blew up, and going back to the last converged state."""
+"""Recovery: noticing that a round blew up, and going back to the last good converged state."""
 
 from __future__ import annotations
 
@@ -23,10 +23,13 @@ CUT = 3.0
 MAX_ROLLBACKS = 8
 _BLOWN_UP = 2.0
 """A round blew up if its mean loss is this many times the first round's."""
+_BAD = 1.1
+"""A state is not worth going back to if its round's mean loss is this many times the first round's: it is on its way
+there, and no smaller learning rate would save it."""
 
 
 class Recovery:
-    """Keeps a copy of the last converged state, as long as it may be needed.
+    """Keeps a copy of the last good converged state, as long as it may be needed.
 
     Args:
         models, optimizer, device: as for :class:`hdet.snapshot.Snapshot`.
@@ -75,8 +78,10 @@ class Recovery:
         if math.isnan(self.first_loss) and finite:
             self.first_loss = math.fsum(finite) / len(finite)
 
-    def keep(self) -> None:
-        """Copy the state as it is now."""
+    def keep(self, mean_loss: float = math.nan) -> None:
+        """Copy the state as it is now, unless the loss of the round that led to it is far above the first round's."""
+        if mean_loss > _BAD * abs(self.first_loss):
+            return
         self._snapshot.take()
         self._has_snapshot = True
 
@@ -118,6 +123,6 @@ class Recovery:
     def tell(self, step: int, mean_loss: float) -> None:
         """Log the rollback."""
         logger.warning(
-            f"Step {step}: the run blew up (mean loss {mean_loss:.4g}). Back to the last converged state, with "
+            f"Step {step}: the run blew up (mean loss {mean_loss:.4g}). Back to the last good converged state, with "
             f"learning rates divided by {CUT:.3g} (rollback {self.count} of {MAX_ROLLBACKS})."
         )

@@ -16,6 +16,7 @@ from hdet.controller import ControllerState, Observation, OneSlope, ProbeLosses,
 from hdet.forecast import forecast
 from hdet.found_schedule import Recorder
 from hdet.probe import FORGOTTEN, Batches, evaluate
+from hdet.recovery import Recovery
 from hdet.snapshot import Snapshot
 from hdet.spread import multipliers
 from hdet.steering import Round, Steering
@@ -412,6 +413,29 @@ def test_a_snapshot_brings_everything_back_in_place(kind, device):
     assert all(torch.equal(p, q) for p, q in zip(model.parameters(), after, strict=True))
     fresh.restore()
     assert all(not s or kind is torch.optim.Adagrad for s in optimizer.state.values())
+
+
+# ---------------------------------------------------------------------------------------------------------- recovery
+
+
+def test_a_state_on_its_way_to_blowing_up_is_not_one_to_go_back_to():
+    model = nn.Linear(2, 1)
+    recovery = Recovery((model,), torch.optim.SGD(model.parameters(), lr=0.1), None)
+    for weight, loss in ((1.0, 2.0), (2.0, 1.0), (3.0, 2.1), (4.0, 2.5), (5.0, 3.9)):
+        nn.init.constant_(model.weight, weight)
+        assert not recovery.is_needed([True], [loss], watches_losses=True)
+        recovery.observe([loss])
+        recovery.keep(loss)
+    for count in (1, 2):
+        assert recovery.is_needed([True], [4.1], watches_losses=True)
+        recovery.go_back()
+        assert recovery.count == count
+        assert model.weight.tolist() == [[3.0, 3.0]]
+        nn.init.constant_(model.weight, 6.0)
+    assert recovery.is_needed([False], [], watches_losses=False)
+    recovery.keep()  # nothing is known of its loss
+    recovery.go_back()
+    assert model.weight.tolist() == [[6.0, 6.0]]
 
 
 # ----------------------------------------------------------------------------------------------------------- find_lr

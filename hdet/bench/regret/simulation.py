@@ -185,7 +185,7 @@ class _Replicas:
                 self._roll_back()
                 return
             self._recovery.observe(level)
-            self._recovery.keep()
+            self._recovery.keep(math.fsum(level) / len(level))
         rhos = self.multipliers(len(self.gains))
         known = 1.0 if self._setting.flat else height
         probe = None

@@ -78,7 +78,7 @@ _OURS = (
         version=5,
         auto=True,
     ),
-    _simulated("two_slope", "auto_lr=True with a probe, from the start given.", version=3),
+    _simulated("two_slope", "auto_lr=True with a probe, from the start given.", ours=True, version=3),
     Contender(
         name="replayed",
         run=_replayed,

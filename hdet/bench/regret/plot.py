@@ -31,7 +31,7 @@ def draw(regrets: Regrets, path: Path, contenders: Mapping[str, Contender] = CON
     ours = [name for name, contender in contenders.items() if contender.ours]
     peers = [name for name in contenders if name not in ours]
     colours = {name: f"C{i}" for i, name in enumerate(peers)}
-    colours |= {name: str(0.5 * i / len(ours)) for i, name in enumerate(ours)}  # from black to grey
+    colours |= {name: str(i / len(ours)) for i, name in enumerate(ours)}  # from black to grey
     lines = {}
     for axes, workload in zip(panels, workloads, strict=False):
         axes.axhspan(0, 3, color="black", alpha=0.06, linewidth=0)

@@ -218,6 +218,7 @@ class _Replicas:
     def _roll_back(self) -> None:
         assert self._recovery
         self._recovery.go_back()
+        self._start = self._bucket.pack()
         self._state = ControllerState(gain=self.gain / CUT)
         self._slow.restart()
         self._losses = [0.0] * self._setting.replicas

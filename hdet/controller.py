@@ -149,7 +149,8 @@ class TwoSlope:
         F = mean_r(far_r - slow_above_r)      at reach = far / height: is a rate so much higher still too low?
         x = (1 - u) R + u (A - K E),  K = k + 2 final s^2
         u = min(1, progress / ramp),  s = clip((progress - ramp) / (until - ramp), 0, 1),  k: noise_weight[0] -> [1]
-        t = mean(x) / sqrt((1 - u)^2 var(R) + u^2 var(A) + (u K)^2 var(E))      over recent rounds, memory ``smoothing``
+        t = x(means) / sqrt((1 - u)^2 var(R) + u^2 var(A) + (u K)^2 var(E))      of means over recent rounds, memory
+                                                                                 ``smoothing``, and their variances
         q = sign(t) clip((|t| - threshold) / slack, 0, 1)                inside the noise nothing moves
         log gain += step * (down q if q < 0 else climb q if F < 0 else height q)
 
@@ -228,7 +229,7 @@ class TwoSlope:
             return state, None  # learning rates did not differ in this round, and the raw slope still counts
         weights = self._weights(observation.progress, observation.until, observation.final)
         rounds = state.rounds + 1
-        found = zip(state.slopes or ((0.0, 0.0),) * 3, slopes, weights, strict=False)
+        found = zip(state.slopes or ((0.0, 0.0),) * 3, slopes[:3], weights, strict=True)
         memory = tuple(
             _remember(old, x, rounds, self.smoothing, _SLOPES_MEMORY) if weight else old for old, x, weight in found
         )
@@ -236,17 +237,16 @@ class TwoSlope:
         mean = math.fsum(weight * x for weight, (x, _) in zip(weights, told, strict=True))
         error = math.sqrt(math.fsum((weight * e) ** 2 for weight, (_, e) in zip(weights, told, strict=True)))
         moved = ControllerState(state.gain, mean, rounds, memory)
-        q = _significance(mean, error, self.threshold, self.slack) if rounds >= _FEWEST else 0.0
+        q = _significance(mean, error, rounds, self.threshold, self.slack)
         rise = self.climb if slopes.further < 0 else observation.height
         change = self.step * (self.down if q < 0 else rise) * q
         if change:
             moved = moved._replace(gain=_clamped(math.log(state.gain) + change, self.bounds))
-        return moved, self.evidence(slopes, observation.progress, observation.until, observation.final)
+        return moved, _weighed(slopes, weights)
 
     def evidence(self, slopes: Slopes, progress: float, until: float, final: float) -> float:
         """``x`` of one round: > 0 for "a larger learning rate would do better"."""
-        weights = self._weights(progress, until, final)
-        return math.fsum(weight * x for weight, x in zip(weights, slopes, strict=False) if weight)
+        return _weighed(slopes, self._weights(progress, until, final))
 
     def _weights(self, progress: float, until: float, final: float) -> tuple[float, float, float]:
         """Of ``R``, ``A`` and ``E`` in ``x``."""
@@ -254,6 +254,11 @@ class TwoSlope:
         first, last = self.noise_weight
         late = min(1.0, max(0.0, progress - self.ramp) / max(until - self.ramp, 1e-9))
         return 1 - u, u, -u * (first * (last / first) ** late + 2 * final * late**2)
+
+
+def _weighed(slopes: Slopes, weights: Sequence[float]) -> float:
+    """The sum, to which a slope without weight adds nothing, even if it is NaN."""
+    return math.fsum(weight * x for weight, x in zip(weights, slopes[:3], strict=True) if weight)
 
 
 class Place(NamedTuple):
@@ -313,7 +318,7 @@ class OneSlope:
         rounds = place.rounds + 1
         kept = _remember((place.velocity, place.variance), -effect, rounds, self.smoothing, _EFFECT_MEMORY)
         mean, error = _recall(kept, rounds, self.smoothing, _EFFECT_MEMORY)
-        q = _significance(mean, error, self.threshold, self.slack) if rounds >= _FEWEST else 0.0
+        q = _significance(mean, error, rounds, self.threshold, self.slack)
         return Place(place.position + self.step * spread * height * q, kept[0], rounds, kept[1])
 
 
@@ -334,8 +339,10 @@ def _recall(kept: tuple[float, float], rounds: int, smoothing: float, memory: fl
     return mean / (1 - smoothing**rounds), math.sqrt(variance / (1 - memory ** max(1, rounds - 1)) * share)
 
 
-def _significance(mean: float, error: float, threshold: float, slack: float) -> float:
-    """``q``, in [-1, 1]: how far a mean stands out of its error."""
+def _significance(mean: float, error: float, rounds: int, threshold: float, slack: float) -> float:
+    """``q``, in [-1, 1]: how far a mean stands out of its error. 0 in the first rounds."""
+    if rounds < _FEWEST:
+        return 0.0
     t = mean / (error + _TINY)
     return math.copysign(min(1.0, max(0.0, (abs(t) - threshold) / slack)), t)
 
@@ -364,13 +371,15 @@ def slopes_of(probe: ProbeLosses, multipliers: tuple[float, ...], lag: float) ->
     spread = math.fsum(abs(z) for z, _ in rows)
     if len(rows) < 2 or (spread == 0 and any(rho != 1 for rho in multipliers)):
         return None
-    odd = math.fsum((losses[0] - losses[1]) * ((z > 0) - (z < 0)) / 2 for z, losses in rows)
-    above, below, high, low, mirror = (_mean([losses[i] for _, losses in rows]) for i in range(5))
-    reached = [losses[-1] - losses[2] for _, losses in rows]
+    known = ProbeLosses(*zip(*(losses for _, losses in rows), strict=True))
+    pairs = zip(rows, known.above, known.below, strict=True)
+    odd = math.fsum((above - below) * ((z > 0) - (z < 0)) / 2 for (z, _), above, below in pairs)
+    high, low = _mean(known.slow_above), _mean(known.slow_below)
+    reached = [far - near for far, near in zip(known.far, known.slow_above, strict=True)]
     return Slopes(
         -odd / spread if spread else math.nan,
         -(high - low) / (2 * lag),
-        (above + below) / 4 + mirror / 2 - (high + low) / 2,
+        level_of(known) - (high + low) / 2,
         _mean(reached) if all(abs(further) < _TOO_LARGE for further in reached) else math.nan,
     )
 

@@ -147,7 +147,7 @@ def find_lr(
 
 
 class _Trial(NamedTuple):
-    """What a candidate changed the loss by."""
+    """What a candidate changed the loss by; both infinite where it diverged."""
 
     change: float
     error: float
@@ -178,9 +178,8 @@ class _Search:
         for first in range(0, len(lrs), size):
             rung = lrs[first : first + size]
             mine = self._try(rung[rank]) if rank < len(rung) else _Trial(0.0, 0.0)
-            for lr, (change, error) in zip(rung, self._replicas.all_gather(list(mine)), strict=False):
-                known = math.isfinite(change)
-                self._trials[lr] = _Trial(change, error) if known else _Trial(math.inf, math.inf)
+            found = (_Trial(*row) for row in self._replicas.all_gather(mine))
+            self._trials.update(zip(rung, found, strict=False))
 
     def untried(self, coarse: Sequence[float]) -> list[float]:
         """What has not been tried yet around the best candidate, if that is one of the coarse ones."""

@@ -16,6 +16,8 @@ from hdet.found_schedule import Recorder
 
 ORACLE = "one_cycle"
 """The contender whose best start is the measure of all."""
+_OTHER_SEED = 1000
+"""How far away the seed is with which a schedule was found that is replayed."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,8 +68,6 @@ def _replayed(workload: Workload, max_lr: float, seed: int) -> Outcome:
     loss = peers.train(workload, model, optimizer, recorder.schedule().scheduler(optimizer), seed)
     return Outcome(loss, time.perf_counter() - started, first.gain, {"first": first.loss})
 
-
-_OTHER_SEED = 1000
 
 _OURS = (
     _simulated(

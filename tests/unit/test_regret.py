@@ -125,6 +125,14 @@ def test_a_run_that_blows_up_again_and_again_has_diverged():
     assert math.isnan(simulate(dataclasses.replace(SHORT, draw=draw), SHORT.tuned, 0, Setting()).loss)
 
 
+def test_a_search_that_finds_nothing_is_a_run_that_failed():
+    """Every loss is the same, whatever the learning rate."""
+    workload = dataclasses.replace(SHORT, loss=lambda outputs, targets: 0 * outputs.sum() + 1.0)
+    found = simulate(workload, SHORT.tuned, 0, Setting(auto=True))
+    assert math.isnan(found.loss)
+    assert "lowered the loss" in found.details["error"]
+
+
 def test_a_replayed_schedule_is_the_one_that_was_found():
     """Replayed on the run in which it was found, a schedule repeats it; as a contender it is from another seed."""
     recorder = Recorder(["group0"])

@@ -27,7 +27,7 @@ from hdet.bench.regret.outcome import Outcome
 from hdet.bench.regret.workloads import Batch, Workload
 from hdet.buckets import fill_buckets
 from hdet.controller import Controller, ControllerState, Observation, Published, Slopes, TwoSlope, slopes_of
-from hdet.errors import DivergedError
+from hdet.errors import DivergedError, HdetError
 from hdet.forecast import Forecast, forecast
 from hdet.found_schedule import Recorder
 from hdet.lr_finder import find_lr
@@ -74,7 +74,10 @@ def simulate(
     steps = workload.steps
     details: dict[str, Any] = {}
     if setting.auto:
-        max_lr, spent = _found(workload, model, optimizer, max_lr, setting, generator)
+        try:
+            max_lr, spent = _found(workload, model, optimizer, max_lr, setting, generator)
+        except HdetError as error:  # a user would have no run at all
+            return Outcome(math.nan, time.perf_counter() - began, 1.0, {"error": str(error)})
         steps -= spent
         details = {"found": max_lr, "spent": spent}
     schedule = peers.schedule_of(workload, optimizer, max_lr, steps)

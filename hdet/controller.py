@@ -19,7 +19,7 @@ The published controller (arXiv 2604.24708), with ``h_r`` the replicas' values a
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -34,7 +34,8 @@ class ControllerState(NamedTuple):
     rounds: int = 0
     """Rounds observed so far."""
     slopes: tuple[tuple[float, float], ...] = ()
-    """Average and variance of ``R``, ``A`` and ``E`` over the rounds; :class:`TwoSlope` only."""
+    """Average and variance over the rounds, of ``R``, ``A`` and ``E`` and, with a longer memory, of ``A`` and ``E``;
+    :class:`TwoSlope` only."""
 
 
 class ProbeLosses(NamedTuple):
@@ -150,7 +151,9 @@ class TwoSlope:
         x = (1 - u) R + u (A - K E),  K = k + 2 final s^2
         u = min(1, progress / ramp),  s = clip((progress - ramp) / (until - ramp), 0, 1),  k: noise_weight[0] -> [1]
         t = x(means) / sqrt((1 - u)^2 var(R) + u^2 var(A) + (u K)^2 var(E))      of means over recent rounds, memory
-                                                                                 ``smoothing``, and their variances
+                                                                                 ``smoothing[0]``, and their variances
+        t = the same with A and E of memory ``smoothing[1]``, if that is larger and t > -threshold, F < headroom L
+        t = 0 if t < 0, but the mean of R not below -agreement standard errors
         q = sign(t) clip((|t| - threshold) / slack, 0, 1)                inside the noise nothing moves
         log gain += step * (down q if q < 0 else climb q if F < 0 else height q)
 
@@ -159,6 +162,12 @@ class TwoSlope:
     cannot see noise, and lasting progress is positive until the learning rate is so high that none is left; a little of
     the noise is held against it, ``k``, and more where no annealing will remove it: under a constant schedule ``x``
     ends as the raw slope again (in expectation ``R = A - 2 E``), and the gain anneals.
+
+    Too high is loud, too low is quiet. At a low learning rate the slopes are small, and their errors are those of the
+    livelier rounds before, so that recent rounds alone say nothing: there many rounds together may argue for more, as
+    long as the far point shows that there is room (``L`` is the loss beside it, ``L(e + (e - f))``). The debiased slope
+    is late: it may be negative long after the learning rate has come down. So nothing falls unless the raw slope, which
+    is not late and would rather have less anyway, agrees.
 
     The slopes say "more", not how much. By the line identity a run at ``c`` times the learning rate is, to first order,
     ``c`` times as far along: where ``far`` times the progress that there would be at the schedule's peak still does not
@@ -176,8 +185,13 @@ class TwoSlope:
     """In (0, 1]: share of the run over which the debiased slope takes over from the raw one."""
     noise_weight: tuple[float, float] = (0.2, 0.04)
     """``k``, > 0, up to ``ramp`` and at ``until``; in between on a log scale."""
-    smoothing: float = 0.5
-    """In [0, 1): weight of the past in the average of ``x``."""
+    smoothing: tuple[float, float] = (0.5, 0.9)
+    """In [0, 1): weights of the past in the averages: over recent rounds, and over many."""
+    headroom: float = 4.0
+    """>= 0: by how many times the loss the far point may be worse if many rounds are to argue for more. A loss that is
+    not positive has none. 0: they never do."""
+    agreement: float = 0.5
+    """By how many standard errors ``R`` must be below zero if the gain is to fall. ``-inf``: it need not be."""
     threshold: float = 1.0
     """>= 0: standard errors from zero up to which nothing moves."""
     slack: float = 2.0
@@ -199,7 +213,11 @@ class TwoSlope:
         _require("ramp", self.ramp, 0 < self.ramp <= 1, "in (0, 1]")
         for weight in self.noise_weight:
             _require("noise_weight", weight, weight > 0, "finite and > 0")
-        _require("smoothing", self.smoothing, 0 <= self.smoothing < 1, "in [0, 1)")
+        for memory in self.smoothing:
+            _require("smoothing", memory, 0 <= memory < 1, "in [0, 1)")
+        _require("headroom", self.headroom, self.headroom >= 0, "finite and >= 0")
+        if not self.agreement < math.inf:
+            raise ValueError(f"Invalid agreement={self.agreement}. Must be a number, or -inf.")
         _require("threshold", self.threshold, self.threshold >= 0, "finite and >= 0")
         _require("slack", self.slack, self.slack > 0, "finite and > 0")
         _require("down", self.down, self.down > 0, "finite and > 0")
@@ -229,20 +247,42 @@ class TwoSlope:
             return state, None  # learning rates did not differ in this round, and the raw slope still counts
         weights = self._weights(observation.progress, observation.until, observation.final)
         rounds = state.rounds + 1
-        found = zip(state.slopes or ((0.0, 0.0),) * 3, slopes[:3], weights, strict=True)
-        memory = tuple(
-            _remember(old, x, rounds, self.smoothing, _SLOPES_MEMORY) if weight else old for old, x, weight in found
-        )
-        told = [_recall(kept, rounds, self.smoothing, _SLOPES_MEMORY) for kept in memory]
-        mean = math.fsum(weight * x for weight, (x, _) in zip(weights, told, strict=True))
-        error = math.sqrt(math.fsum((weight * e) ** 2 for weight, (_, e) in zip(weights, told, strict=True)))
-        moved = ControllerState(state.gain, mean, rounds, memory)
-        q = _significance(mean, error, rounds, self.threshold, self.slack)
+        kept = self._remembered(state.slopes or ((0.0, 0.0),) * 5, slopes, rounds)
+        recent, many = self._memories
+        raw, *lately = (_recall(one, rounds, recent) for one in kept[:3])
+        mean, error = _sum(weights, (raw, *lately))
+        t = _in_errors(mean, error)
+        if t > -self.threshold and slopes.further < self.headroom * _loss_near(observation.probe):
+            over_many = (_recall(one, rounds, many) for one in kept[3:])
+            t = max(t, _in_errors(*_sum(weights, (raw, *over_many))))
+        if t < 0 and math.isfinite(slopes.raw) and _in_errors(*raw) >= -self.agreement:
+            t = 0.0
+        moved = ControllerState(state.gain, mean, rounds, kept)
+        q = _significance(t, rounds, self.threshold, self.slack)
         rise = self.climb if slopes.further < 0 else observation.height
         change = self.step * (self.down if q < 0 else rise) * q
         if change:
             moved = moved._replace(gain=_clamped(math.log(state.gain) + change, self.bounds))
         return moved, _weighed(slopes, weights)
+
+    @property
+    def _memories(self) -> tuple[_Memory, _Memory]:
+        recent, many = self.smoothing
+        return _Memory(recent, 0.95), _Memory(many, 0.9)
+
+    def _remembered(
+        self, kept: tuple[tuple[float, float], ...], slopes: Slopes, rounds: int
+    ) -> tuple[tuple[float, float], ...]:
+        """``ControllerState.slopes`` with this round's."""
+        recent, many = self._memories
+        raw, *lasting = kept
+        if math.isfinite(slopes.raw):
+            raw = _remember(raw, slopes.raw, rounds, recent, lowest=_LOUDEST)
+        lasting = [
+            _remember(old, x, rounds, memory)
+            for old, x, memory in zip(lasting, slopes[1:3] * 2, (recent, recent, many, many), strict=True)
+        ]
+        return (raw, *lasting)
 
     def evidence(self, slopes: Slopes, progress: float, until: float, final: float) -> float:
         """``x`` of one round: > 0 for "a larger learning rate would do better"."""
@@ -316,41 +356,64 @@ class OneSlope:
         if not abs(effect) < _TOO_LARGE:
             return place
         rounds = place.rounds + 1
-        kept = _remember((place.velocity, place.variance), -effect, rounds, self.smoothing, _EFFECT_MEMORY)
-        mean, error = _recall(kept, rounds, self.smoothing, _EFFECT_MEMORY)
-        q = _significance(mean, error, rounds, self.threshold, self.slack)
+        memory = _Memory(self.smoothing, 0.9)
+        kept = _remember((place.velocity, place.variance), -effect, rounds, memory)
+        q = _significance(_in_errors(*_recall(kept, rounds, memory)), rounds, self.threshold, self.slack)
         return Place(place.position + self.step * spread * height * q, kept[0], rounds, kept[1])
 
 
-def _remember(kept: tuple[float, float], x: float, rounds: int, smoothing: float, memory: float) -> tuple[float, float]:
-    """Running average and variance with the latest of ``rounds`` values: both from 0, as in Adam."""
+class _Memory(NamedTuple):
+    """Weights of the past, in a running average and in its variance."""
+
+    mean: float
+    variance: float
+
+
+def _remember(
+    kept: tuple[float, float], x: float, rounds: int, memory: _Memory, lowest: float | None = None
+) -> tuple[float, float]:
+    """Running average and variance with the latest of ``rounds`` values: both from 0, as in Adam.
+
+    A value further below the average than ``lowest`` standard deviations adds no more to the variance than one there:
+    it is not to hide itself."""
     mean, variance = kept
     if rounds > 1:
-        before = mean / (1 - smoothing ** (rounds - 1))
-        variance = memory * variance + (1 - memory) * (x - before) ** 2
-    return smoothing * mean + (1 - smoothing) * x, variance
+        away = x - mean / (1 - memory.mean ** (rounds - 1))
+        if lowest is not None and rounds > 3:
+            away = max(away, -lowest * math.sqrt(variance / (1 - memory.variance ** (rounds - 2))))
+        variance = memory.variance * variance + (1 - memory.variance) * away**2
+    return memory.mean * mean + (1 - memory.mean) * x, variance
 
 
-def _recall(kept: tuple[float, float], rounds: int, smoothing: float, memory: float) -> tuple[float, float]:
+def _recall(kept: tuple[float, float], rounds: int, memory: _Memory) -> tuple[float, float]:
     """What :func:`_remember` has kept: the average, and its standard error."""
     mean, variance = kept
-    share = (1 - smoothing) / (1 + smoothing)  # variance of the average, in variances of one round
+    share = (1 - memory.mean) / (1 + memory.mean)  # variance of the average, in variances of one round
     share = share if rounds > 6 else max(1 / rounds, share)
-    return mean / (1 - smoothing**rounds), math.sqrt(variance / (1 - memory ** max(1, rounds - 1)) * share)
+    deviation2 = variance / (1 - memory.variance ** max(1, rounds - 1))
+    return mean / (1 - memory.mean**rounds), math.sqrt(deviation2 * share)
 
 
-def _significance(mean: float, error: float, rounds: int, threshold: float, slack: float) -> float:
-    """``q``, in [-1, 1]: how far a mean stands out of its error. 0 in the first rounds."""
-    if rounds < _FEWEST:
-        return 0.0
-    t = mean / (error + _TINY)
-    return math.copysign(min(1.0, max(0.0, (abs(t) - threshold) / slack)), t)
+def _sum(weights: Sequence[float], known: Iterable[tuple[float, float]]) -> tuple[float, float]:
+    """Of averages and their standard errors, weighed."""
+    parts = [(weight * mean, weight * error) for weight, (mean, error) in zip(weights, known, strict=True)]
+    return math.fsum(mean for mean, _ in parts), math.sqrt(math.fsum(error**2 for _, error in parts))
+
+
+def _in_errors(mean: float, error: float) -> float:
+    """``t``: a mean in units of its standard error."""
+    return mean / (error + _TINY)
+
+
+def _significance(t: float, rounds: int, threshold: float, slack: float) -> float:
+    """``q``, in [-1, 1]. 0 in the first rounds."""
+    return math.copysign(min(1.0, max(0.0, (abs(t) - threshold) / slack)), t) if rounds >= _FEWEST else 0.0
 
 
 _FEWEST = 3
 """Rounds before which nothing moves."""
-_SLOPES_MEMORY, _EFFECT_MEMORY = 0.95, 0.9
-"""Weights of the past in the variances."""
+_LOUDEST = 3.0
+"""Standard deviations of ``R`` below its average, beyond which a round does not widen its error any more."""
 _TINY = 1e-12
 _LOWEST = 0.02
 """Height of the schedule below which the far point goes no farther."""
@@ -382,6 +445,12 @@ def slopes_of(probe: ProbeLosses, multipliers: tuple[float, ...], lag: float) ->
         level_of(known) - (high + low) / 2,
         _mean(reached) if all(abs(further) < _TOO_LARGE for further in reached) else math.nan,
     )
+
+
+def _loss_near(probe: ProbeLosses) -> float:
+    """``L``, the loss beside the far point; infinite if no replica has one."""
+    known = [loss for loss in probe.slow_above if abs(loss) < _TOO_LARGE]
+    return _mean(known) if known else math.inf
 
 
 def level_of(probe: ProbeLosses) -> float:

@@ -1,5 +1,5 @@
-"""Section ``overhead``: a whole training run under plain DDP and under hdet, in the same processes: without the probe,
-and with it in rounds of twice the length."""
+"""Section ``overhead``: training under plain DDP and under hdet, in the same processes: without a probe; and in rounds
+of twice the length, without and with one."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from torch.optim.lr_scheduler import OneCycleLR
 import hdet
 from hdet.bench.measure import OURS, Comparison, alternate
 from hdet.bench.processes import from_first, meet, slowest
+from hdet.forecast import forecast
 from hdet.train.config import ModelConfig
 from hdet.train.models import GPT, loss_of
 
@@ -27,14 +28,14 @@ _BATCH, _VOCABULARY = 8, 256
 
 def measure(*, repeat: int, seconds: float, converge_every: int) -> Iterator[Comparison]:
     """Time rounds of ``converge_every`` training steps, one converge to each, of the demo's model; then rounds of twice
-    as many that end with a probe. Collective.
+    as many, that end without a probe, and with one. Collective.
 
     Yields:
         Whole rounds; and the part of them spent inside ``scheduler.step``, which tells a difference that is smaller
         than the noise of the whole.
     """
-    for probes in (False, True):
-        yield from _measure(repeat, seconds / 2, converge_every * (1 + probes), probes)
+    for length, probes in ((1, False), (2, False), (2, True)):
+        yield from _measure(repeat, seconds / 3, converge_every * length, probes)
 
 
 def _measure(repeat: int, seconds: float, converge_every: int, probes: bool) -> list[Comparison]:
@@ -49,7 +50,13 @@ def _measure(repeat: int, seconds: float, converge_every: int, probes: bool) -> 
     turns: dict[str, Callable[[], float]] = {name: partial(turn, name) for name in runs}
     samples = alternate(turns, repeat=repeat, seconds=seconds, agree=from_first)
     size = dist.get_world_size()
-    facts = {"processes": size, "converge_every": converge_every, "parameters": runs[OURS].parameters, "probe": probes}
+    facts = {
+        "processes": size,
+        "converge_every": converge_every,
+        "parameters": runs[OURS].parameters,
+        "probe": probes,
+        "probed_share": _probed_share() if probes else 0.0,
+    }
     case = f"{size} processes, T={converge_every}{', probe' * probes}"
     return [
         Comparison("overhead", f"{case}, a round", {**facts, "part": "round"}, samples),
@@ -60,6 +67,13 @@ def _measure(repeat: int, seconds: float, converge_every: int, probes: bool) -> 
             {name: values[1:] for name, values in inside.items()},  # the first was the warm-up
         ),
     ]
+
+
+def _probed_share() -> float:
+    """Of a run's rounds, those that end with a probe: until annealing has begun."""
+    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(()))], lr=0.1)
+    ahead = forecast(OneCycleLR(optimizer, max_lr=0.1, total_steps=1000), optimizer, 1000)
+    return ahead.high_until(hdet.controller.TwoSlope().rest_below)
 
 
 class _Run:

@@ -97,7 +97,9 @@ def test_the_slopes_of_a_quadratic():
         ((-0.5, -0.1, 0.5), 0.3, -1),  # and for less
         ((-0.5, 0.1, 0.1), 0.05, -1),  # early the raw slope rules
         ((-0.5, 0.1, 0.1), 0.4, 1),  # later the debiased one
-        ((0.1, 0.001, 0.5), 0.4, -1),  # with some of the noise held against it
+        ((-0.1, 0.001, 0.5), 0.4, -1),  # with some of the noise held against it
+        ((0.1, 0.001, 0.5), 0.4, 0),  # but never for less against the raw slope
+        ((math.nan, 0.001, 0.5), 0.4, -1),  # unless learning rates do not differ, and it says nothing
         ((0.1, 0.1, 0.0), 0.6, 0),  # after until=0.55 it rests
     ],
 )
@@ -134,13 +136,39 @@ def test_a_noisy_warm_up_does_not_hide_the_slope_that_takes_over():
     state, config = ControllerState(), TwoSlope()
     for k in range(1, 31):
         progress = k / 100
-        probe = probe_of((-1) ** k * 2.0, -0.02 * (1 + 0.1 * (-1) ** k), 0.0)
+        raw = (-1) ** k * 2.0 if progress < config.ramp else -2.0
+        probe = probe_of(raw, -0.02 * (1 + 0.1 * (-1) ** k), 0.0)
         before = state.gain
         state, _ = config.update(state, seen(probe, progress))
         if progress < config.ramp:
             assert state.gain == pytest.approx(1, abs=0.2)
         else:  # a whole step down in every round
             assert math.log(state.gain / before) == pytest.approx(-config.step * config.down)
+
+
+@pytest.mark.parametrize(("further", "moves"), [(7.9, True), (8.1, False), (math.nan, False)])
+def test_many_rounds_argue_for_more_where_there_is_room(further, moves):
+    """After lively rounds whose errors linger, slopes a fifth as large: no few of them stand out of it. The loss is 2,
+    and the far point may cost 4 times as much."""
+    config, state = TwoSlope(), ControllerState()
+    for k in range(20):
+        state, _ = config.update(state, seen(probe_of(0.0, (-1) ** k * 5e-3, 0.0, 100.0), 0.25))
+    before = state.gain
+    for _ in range(20):
+        state, _ = config.update(state, seen(probe_of(0.0, 1e-3, 0.0, further), 0.3))
+    assert (state.gain > before) == moves
+    assert state.gain >= before
+
+
+def test_a_learning_rate_that_is_too_high_does_not_hide_itself():
+    """The raw slope asks for less in every round, in one ten times as loudly: that one is not to widen the error
+    so much that for twenty rounds nothing stands out of it."""
+    config, state = TwoSlope(), ControllerState()
+    for k in range(16):
+        loud = 10 if k == 8 else 1
+        before = state.gain
+        state, _ = config.update(state, seen(probe_of(-0.1 * loud * (1 + 0.1 * (-1) ** k), 0.0, 0.0), 0.01))
+    assert state.gain < before < 0.1
 
 
 def test_a_rise_is_scaled_by_the_schedules_height_and_a_fall_is_not():
@@ -204,8 +232,9 @@ def test_bounds_hold_under_any_input(rounds, progress, height):
 
 @pytest.mark.parametrize(
     "bad",
-    [{"step": 0}, {"ramp": 0}, {"noise_weight": (0.0, 1.0)}, {"smoothing": 1}, {"threshold": -1}, {"slack": 0},
-     {"down": 0}, {"far": 0.5}, {"climb": 0}, {"rest_below": 1.5}, {"bounds": (2, 3)}],
+    [{"step": 0}, {"ramp": 0}, {"noise_weight": (0.0, 1.0)}, {"smoothing": (0.5, 1.0)}, {"headroom": -1},
+     {"agreement": math.inf}, {"threshold": -1}, {"slack": 0}, {"down": 0},
+     {"far": 0.5}, {"climb": 0}, {"rest_below": 1.5}, {"bounds": (2, 3)}],
 )  # fmt: skip
 def test_two_slope_refuses_bad_values(bad):
     with pytest.raises(ValueError, match=f"Invalid {next(iter(bad))}"):

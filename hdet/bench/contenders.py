@@ -104,6 +104,23 @@ class AverageOnly(Contender):
         self._averager.average(self._seen)
 
 
+class CommunicationOnly(Contender):
+    """A bare all-reduce and a division, of parameters that were moved into one buffer before. Not an alternative, but
+    what no way of averaging parameters where they are can beat."""
+
+    def prepare(self) -> None:
+        tensors = self.tensors()
+        self._flat = torch.cat([t.view(-1) for t in tensors])
+        pieces = self._flat.split([t.numel() for t in tensors])
+        for p, piece, t in zip(self.model.parameters(), pieces, tensors, strict=True):
+            p.data = piece.view(t.shape)
+
+    def average(self) -> None:
+        dist.all_reduce(self._flat)
+        self._flat /= self.size
+        del self._flat  # the parameters keep it until they move out
+
+
 class PerTensor(Contender):
     """One blocking all-reduce per tensor: the HDET paper's published code."""
 
@@ -222,6 +239,7 @@ CONTENDERS: dict[str, type[Contender]] = {
     OURS: Ours,
     "hdet_bf16": OursInBfloat16,
     "hdet_average": AverageOnly,
+    "hdet_floor": CommunicationOnly,
     "per_tensor": PerTensor,
     "torch_averager": TorchAverager,
     "accelerate": Accelerate,

@@ -188,8 +188,8 @@ class TwoSlope:
     smoothing: tuple[float, float] = (0.5, 0.9)
     """In [0, 1): weights of the past in the averages: over recent rounds, and over many."""
     headroom: float = 4.0
-    """>= 0: by how many times the loss the far point may be worse if many rounds are to argue for more. A loss that is
-    not positive has none. 0: they never do."""
+    """>= 0: by how many times the loss the far point may be worse if many rounds are to argue for more. At 0, or with a
+    loss that is not positive, only where it is better."""
     agreement: float = 0.5
     """By how many standard errors ``R`` must be below zero if the gain is to fall. ``-inf``: it need not be."""
     threshold: float = 1.0

@@ -30,7 +30,7 @@ ABLATIONS: dict[str, Setting] = {
     "raw slope only": replace(DEFAULT, controller=TwoSlope(ramp=1.0, noise_weight=(2.0, 2.0))),
     "debiased slope only": replace(DEFAULT, controller=TwoSlope(ramp=_TINY, noise_weight=(_TINY, _TINY))),
     "no noise weight": replace(DEFAULT, controller=TwoSlope(noise_weight=(_TINY, _TINY))),
-    "recent rounds only": replace(DEFAULT, controller=TwoSlope(headroom=0.0)),
+    "no headroom": replace(DEFAULT, controller=TwoSlope(headroom=0.0)),
     "headroom without limit": replace(DEFAULT, controller=TwoSlope(headroom=1e9)),
     "falls without R": replace(DEFAULT, controller=TwoSlope(agreement=-math.inf)),
     "no significance gate": replace(DEFAULT, controller=TwoSlope(threshold=0.0, slack=_TINY)),

@@ -375,7 +375,6 @@ WORKLOADS: dict[str, Workload] = {
             batch_size=128,
             steps=1000,
             tuned=0.02,
-            held_out=True,
         ),
     )
 }

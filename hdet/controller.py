@@ -448,9 +448,8 @@ def slopes_of(probe: ProbeLosses, multipliers: tuple[float, ...], lag: float) ->
 
 
 def _loss_near(probe: ProbeLosses) -> float:
-    """``L``, the loss beside the far point; infinite if no replica has one."""
-    known = [loss for loss in probe.slow_above if abs(loss) < _TOO_LARGE]
-    return _mean(known) if known else math.inf
+    """``L``, the loss beside the far point. Where there are slopes, some replicas know it."""
+    return _mean([loss for loss in probe.slow_above if abs(loss) < _TOO_LARGE])
 
 
 def level_of(probe: ProbeLosses) -> float:

@@ -111,9 +111,8 @@ class CommunicationOnly(Contender):
     def prepare(self) -> None:
         tensors = self.tensors()
         self._flat = torch.cat([t.view(-1) for t in tensors])
-        pieces = self._flat.split([t.numel() for t in tensors])
-        for p, piece, t in zip(self.model.parameters(), pieces, tensors, strict=True):
-            p.data = piece.view(t.shape)
+        for p, slot in zip(self.model.parameters(), _slots(self._flat, tensors), strict=True):
+            p.data = slot
 
     def average(self) -> None:
         dist.all_reduce(self._flat)
@@ -224,8 +223,7 @@ class ForeachFlat(Contender):
         super().__init__(model)
         tensors = self.tensors()
         self._flat = tensors[0].new_empty(sum(t.numel() for t in tensors))
-        pieces = self._flat.split([t.numel() for t in tensors])
-        self._slots = [piece.view(t.shape) for piece, t in zip(pieces, tensors, strict=True)]
+        self._slots = _slots(self._flat, tensors)
 
     def average(self) -> None:
         tensors = self.tensors()
@@ -233,6 +231,12 @@ class ForeachFlat(Contender):
         dist.all_reduce(self._flat)
         self._flat /= self.size
         torch._foreach_copy_(tensors, self._slots)
+
+
+def _slots(flat: Tensor, tensors: list[Tensor]) -> list[Tensor]:
+    """Views of ``flat`` in the shapes of ``tensors``, end to end."""
+    pieces = flat.split([t.numel() for t in tensors])
+    return [piece.view(t.shape) for piece, t in zip(pieces, tensors, strict=True)]
 
 
 CONTENDERS: dict[str, type[Contender]] = {

@@ -184,7 +184,7 @@ def targets(results: Iterable[Comparison]) -> list[Target]:
         ),
         _judge(
             "a training run, T=50: time added to plain DDP",
-            _overheads(done, converge_every=50, probe=False),
+            list(_overheads(done, converge_every=50, probe=False).values()),
             at_most=0.02,
             show=lambda value: f"{value:.2%}",
         ),
@@ -233,28 +233,26 @@ def _share_of_bandwidth(result: Comparison) -> Spread:
 
 
 def _whole_runs(results: Sequence[Comparison], *, converge_every: int) -> list[tuple[str, Spread]]:
-    """The same over all rounds of a run, of which the last ones are not probed any more."""
-    probed = [r for r in results if r.section == "overhead" and r.facts["probe"]]
-    shares = {r.case: r.facts["probed_share"] for r in probed}
-    rest = dict(_overheads(results, converge_every=converge_every, probe=False))
-    found = []
-    for case, spread in _overheads(results, converge_every=converge_every, probe=True):
-        share, other = shares[case], rest.get(case.replace(", probe", ""))
-        if other is not None:
-            found.append((case, Spread(*(share * x + (1 - share) * other.median for x in spread))))
-    return found
+    """:func:`_overheads` over all rounds of a run, of which the last ones are not probed any more."""
+    probed, others = (_overheads(results, converge_every=converge_every, probe=probe) for probe in (True, False))
+    shares = {r.facts["processes"]: r.facts["probed_share"] for r in results if r.facts.get("probe")}
+    return [
+        (case, Spread(*(shares[size] * x + (1 - shares[size]) * others[size][1].median for x in spread)))
+        for size, (case, spread) in probed.items()
+        if size in others
+    ]
 
 
-def _overheads(results: Sequence[Comparison], *, converge_every: int, probe: bool) -> list[tuple[str, Spread]]:
+def _overheads(results: Sequence[Comparison], *, converge_every: int, probe: bool) -> dict[int, tuple[str, Spread]]:
     """hdet's time inside ``scheduler.step`` less torch's, over the time of a plain round: by number of processes."""
     kind = (converge_every, probe)
     chosen = [r for r in results if r.section == "overhead"]
     chosen = [r for r in chosen if (r.facts["converge_every"], r.facts["probe"]) == kind]
     by_part = {(r.facts["processes"], r.facts["part"]): r for r in chosen}
-    found = []
+    found = {}
     for (processes, part), inside in by_part.items():
         if part == "scheduler":
             rounds = by_part[processes, "round"].samples["plain_ddp"]
             added = zip(inside.samples[OURS], inside.samples["plain_ddp"], rounds, strict=True)
-            found.append((inside.case, spread_of([(ours - theirs) / whole for ours, theirs, whole in added])))
+            found[processes] = inside.case, spread_of([(ours - theirs) / whole for ours, theirs, whole in added])
     return found

@@ -32,8 +32,10 @@ logger = logging.getLogger("hdet")
 _COARSE, _FINE = 10.0, 10 ** (1 / 3)
 _ALMOST = 0.93
 _CLEAR = 3.0
-_HELD_OUT = 4
+_HELD_OUT = 16
 """Batches."""
+_DOUBLINGS = 3
+_AHEAD = 4
 
 
 @dataclass(frozen=True)
@@ -55,6 +57,12 @@ class LRFinding:
     conclusive: bool
     """Whether the best candidate lowers the loss by at least 3 standard errors. If not, the suggestion is little more
     than chance; more ``steps`` would help, or larger batches."""
+    steps: int
+    """That each candidate was given."""
+    auto_max_lr: float
+    """What a run with ``auto_lr=True`` and a probe should begin with, and does with ``max_lr="auto"``: ``max_lr`` times
+    the number of replicas, at most 4, if that is conclusive. A candidate's batches were those of one replica, and too
+    high a learning rate is found out in a few rounds, too low a one in many."""
 
     def plot(self, path: str | Path) -> None:
         """Draw the losses over the learning rates into a file. Needs matplotlib."""
@@ -90,7 +98,8 @@ def find_lr(
 
     First factors of 10 apart over the whole range, then a third of that to both sides of the best (and of another, if
     that shows the first to be one of chance): with ``N`` replicas
-    and the default range ``ceil(8 / N) + ceil(2 / N)`` times ``steps`` steps. Model, buffers and optimizer are
+    and the default range ``ceil(8 / N) + ceil(2 / N)`` times ``steps`` steps. Where none lowers the loss, on a plateau,
+    it begins again with twice the steps, up to three times. Model, buffers and optimizer are
     afterwards as they were, whatever is raised; the data loader has moved on.
 
     Each candidate sees batches of one replica's size, not of all: where the noise of the gradient limits the learning
@@ -102,13 +111,13 @@ def find_lr(
         loss_fn: ``loss_fn(model, batch)``, the mean training loss; the same as ``probe=``.
         batches: this replica's training batches, for example the data loader. Begun again when it ends.
         low, high: the range, ``0 < low < high``.
-        steps: per candidate, at least 4. The first third is a warm-up.
+        steps: per candidate at first, at least 4. The first third is a warm-up.
         max_grad_norm: clip gradients to this norm, as the training loop does: it changes which learning rates work.
         replicas: as for :class:`hdet.Ensemble`.
 
     Raises:
         ValueError: for a bad range, an empty ``batches``, or a sharded model.
-        HdetError: on every rank, if no candidate lowers the loss.
+        HdetError: on every rank, if no candidate lowers the loss in ``8 * steps`` steps either.
 
     Examples:
         >>> import torch, hdet
@@ -133,15 +142,15 @@ def find_lr(
         )
     search = _Search(models, optimizer, loss_fn, cycle(batches), steps, max_grad_norm, group)
     coarse = _ladder(low, high, _COARSE)
-    search.measure(coarse)
+    search.measure_until_one_helps(coarse)
     while lrs := search.untried(coarse):
         search.measure(lrs)
     found = search.finding()
     if not found.conclusive and group.writer:
         logger.warning(
-            f"find_lr: in {steps} steps no learning rate lowered the loss of {found.start_loss:.4g} by clearly more "
-            f"than the noise of the batches: max_lr={found.max_lr:.3g} is little more than chance. Pass more steps=, "
-            "or larger batches."
+            f"find_lr: in {found.steps} steps no learning rate lowered the loss of {found.start_loss:.4g} by clearly "
+            f"more than the noise of the batches: max_lr={found.max_lr:.3g} is little more than chance. Pass more "
+            "steps=, or larger batches."
         )
     return found
 
@@ -170,7 +179,23 @@ class _Search:
         self._batches, self._steps, self._replicas = batches, steps, replicas
         self._held_out = [next(batches) for _ in range(_HELD_OUT)]
         self._trials: dict[float, _Trial] = {}
-        self._start_loss = _mean([loss for (loss,) in self._replicas.all_gather([_mean(self._evaluate())])])
+        self._before = self._evaluate()
+        self._start_loss = _mean([loss for (loss,) in self._replicas.all_gather([_mean(self._before)])])
+
+    def measure_until_one_helps(self, lrs: Sequence[float]) -> None:
+        """Try the candidates, again with twice the steps where none lowers the loss."""
+        self.measure(lrs)
+        for _ in range(_DOUBLINGS):
+            if self._credible():
+                return
+            self._steps *= 2
+            self._trials.clear()
+            self.measure(lrs)
+        if not self._credible():
+            raise HdetError(
+                f"No learning rate in [{lrs[0]:.3g}, {lrs[-1]:.3g}] lowered the loss of {self._start_loss:.4g} in "
+                f"{self._steps} steps. Pass another range, or more steps."
+            )
 
     def measure(self, lrs: Sequence[float]) -> None:
         """Try each candidate on one replica, as many at a time as there are replicas."""
@@ -194,7 +219,9 @@ class _Search:
         lrs = tuple(sorted(trials))
         losses = tuple(self._start_loss + trials[lr].change for lr in lrs)
         errors = tuple(trials[lr].error for lr in lrs)
-        return LRFinding(suggestion, lrs, losses, errors, self._start_loss, -best.change >= _CLEAR * best.error)
+        clear = -best.change >= _CLEAR * best.error
+        auto = suggestion * min(_AHEAD, self._replicas.size) if clear else suggestion
+        return LRFinding(suggestion, lrs, losses, errors, self._start_loss, clear, self._steps, auto)
 
     def _best(self) -> float:
         return min(self._credible(), key=lambda lr: self._trials[lr].change)
@@ -203,13 +230,7 @@ class _Search:
         """Candidates that lower the loss, and the next lower of which does so, too."""
         lrs = sorted(self._trials)
         lower = [self._trials[lr].change < 0 for lr in lrs]
-        found = [lr for i, lr in enumerate(lrs) if lower[i] and lower[max(0, i - 1)]]
-        if not found:
-            raise HdetError(
-                f"No learning rate in [{lrs[0]:.3g}, {lrs[-1]:.3g}] lowered the loss of {self._start_loss:.4g} in "
-                f"{self._steps} steps. Pass another range, or more steps."
-            )
-        return found
+        return [lr for i, lr in enumerate(lrs) if lower[i] and lower[max(0, i - 1)]]
 
     def _try(self, lr: float) -> _Trial:
         """Train at ``lr``; returns how the loss changed, on the replica's own held-out batches."""
@@ -219,7 +240,6 @@ class _Search:
         rates = [rate.clone() if isinstance(rate, Tensor) else rate for rate in rates]
         parameters = [p for group in self._optimizer.param_groups for p in group["params"] if p.requires_grad]
         gradients = [p.grad for p in parameters]
-        before = self._evaluate()
         try:
             with preserved_rng(self._models):
                 after = self._train(lr, [float(rate) / max(map(float, rates)) for rate in rates], parameters)
@@ -228,7 +248,7 @@ class _Search:
             for p, gradient in zip(parameters, gradients, strict=True):
                 p.grad = gradient
             _set_rates(self._optimizer, rates)
-        changes = [a - b for a, b in zip(after, before, strict=True)]
+        changes = [a - b for a, b in zip(after, self._before, strict=True)]
         if not all(map(math.isfinite, changes)):
             return _Trial(math.inf, math.inf)
         return _Trial(_mean(changes), statistics.stdev(changes) / math.sqrt(len(changes)))

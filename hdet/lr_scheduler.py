@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer, lr_scheduler
 
 from hdet.arguments import check_arguments
-from hdet.controller import Controller, OneSlope
+from hdet.controller import Controller, OneSlope, Published
 from hdet.design import Design
 from hdet.ensemble import Ensemble, Loss
 from hdet.fan_out import copied
@@ -41,7 +41,8 @@ class OneCycleLR(lr_scheduler.OneCycleLR):
 
     Args:
         optimizer, max_lr, ..., last_epoch: as in torch. ``max_lr="auto"`` asks :func:`hdet.find_lr`, with the probe's
-            ``loss_fn`` and ``batches``; the constructor is then collective.
+            ``loss_fn`` and ``batches``, and with ``auto_lr`` begins above what that suggests
+            (:attr:`hdet.LRFinding.auto_max_lr`); the constructor is then collective.
         model: the module or modules to average. Required when ``spread > 0``.
         spread: ``alpha``, in [0, 1): replicas train under ``[1 - alpha, 1 + alpha]`` times the base.
         converge_every: ``T``, the round's length in steps; default ``total_steps // 100``, at least 1.
@@ -150,7 +151,7 @@ class OneCycleLR(lr_scheduler.OneCycleLR):
         if cycle_momentum and any(isinstance(h, ParamGroupField) and h.is_momentum for h in hyperparameters):
             raise ValueError("cycle_momentum=True sets the momentum in every step. To explore it, pass False.")
         if max_lr == "auto":
-            max_lr = _find(optimizer, model, probe, replicas)
+            max_lr = _find(optimizer, model, probe, replicas, auto=auto_lr and not isinstance(controller, Published))
         super().__init__(
             optimizer,
             max_lr,
@@ -269,6 +270,8 @@ def _find(
     model: nn.Module | Iterable[nn.Module] | None,
     probe: LossFunction | Probe | None,
     replicas: ReplicasLike,
+    *,
+    auto: bool,
 ) -> float | list[float]:
     """``max_lr="auto"``: for each group, in the proportions of the optimizer's learning rates."""
     if model is None or not isinstance(probe, Probe) or probe.batches is None:
@@ -277,7 +280,8 @@ def _find(
         )
     rates = [float(group["lr"]) for group in optimizer.param_groups]
     found = find_lr(model, optimizer, probe.loss_fn, probe.batches, replicas=replicas)
-    return [found.max_lr * rate / max(rates) for rate in rates]
+    max_lr = found.auto_max_lr if auto else found.max_lr
+    return [max_lr * rate / max(rates) for rate in rates]
 
 
 def _length(total_steps: object, epochs: object, steps_per_epoch: object) -> int:

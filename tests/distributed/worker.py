@@ -1031,7 +1031,7 @@ def find_lr(rank, world):
         (workload.draw(16, generator) for _ in range(10**6)),
         low=1e-3,
         high=10,
-        steps=20,
+        steps=40,
     )
     after = (bits(model), [p.grad for p in model.parameters()], optimizer.state_dict())
     same_state = all(

@@ -515,7 +515,7 @@ def test_find_lr_distrusts_what_a_dead_net_gains_by_chance(monkeypatch):
 
 
 def test_find_lr_says_when_nothing_stands_out_of_the_noise(monkeypatch, caplog):
-    """Targets that are noise: whatever a candidate gains on four batches, it is by chance."""
+    """Targets that are noise: whatever a candidate gains on a few batches, it is by chance."""
     model, batches, loss_fn = regression()
     found = hdet.find_lr(model, torch.optim.SGD(model.parameters(), lr=1.0), loss_fn, batches)
     assert found.conclusive
@@ -533,6 +533,23 @@ def test_find_lr_says_when_nothing_stands_out_of_the_noise(monkeypatch, caplog):
     found = hdet.find_lr(model, torch.optim.SGD(model.parameters(), lr=1.0), loss_fn, noise())
     assert not found.conclusive
     assert "no learning rate lowered the loss" in caplog.text
+
+
+def test_find_lr_takes_more_steps_where_a_plateau_hides_the_slope():
+    """The loss begins to fall where the parameter passes 1: both candidates are there after forty steps."""
+    model = nn.Module()
+    model.register_parameter("weight", weight := nn.Parameter(torch.zeros(1)))
+
+    def loss_fn(m, batch):
+        slope = m.weight - m.weight.detach()  # 0, with a gradient of 1
+        return batch - slope.sum() - (m.weight.detach() - 1).clamp(min=0).sum()
+
+    found = hdet.find_lr(
+        model, torch.optim.SGD([weight], lr=1.0), loss_fn, [torch.tensor(1.0)], low=0.05, high=0.1, steps=10
+    )
+    assert found.steps == 40
+    assert found.max_lr == pytest.approx(0.1)
+    assert weight.item() == 0
 
 
 def test_find_lr_plots(tmp_path):

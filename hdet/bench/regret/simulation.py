@@ -287,4 +287,6 @@ def _found(
         steps=max(4, min(setting.find_steps, workload.steps // 7)),
         max_grad_norm=1.0,
     )
-    return found.max_lr, -(-drawn // setting.replicas)
+    # The search runs in one process, for which ``auto_max_lr`` is ``max_lr``.
+    ahead = min(4, setting.replicas) if found.conclusive and isinstance(setting.controller, TwoSlope) else 1
+    return found.max_lr * ahead, -(-drawn // setting.replicas)

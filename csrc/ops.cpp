@@ -89,10 +89,6 @@ HDET_VECTORISED void move_all(Real* __restrict slow, const Real* __restrict mean
   for (int64_t i = 0; i < n; ++i) slow[i] = moved_towards(slow[i], mean[i], weight);
 }
 
-HDET_VECTORISED void halve(double* sums, int n) {
-  for (int i = 0; i < n; ++i) sums[i] += sums[i + n];
-}
-
 typedef double Four __attribute__((vector_size(32)));
 typedef int64_t Order __attribute__((vector_size(32)));
 
@@ -102,8 +98,17 @@ typedef int64_t Order __attribute__((vector_size(32)));
 #define HDET_SHUFFLE(a, b, ...) __builtin_shuffle(a, b, Order{__VA_ARGS__})
 #endif
 
-// sums[i] = sum_of_four(squares[4 i], ...), four at a time: transposed by hand, which g++ does three times slower.
-HDET_VECTORISED void sum_fours(const double* __restrict squares, double* __restrict sums) {
+// sums[0] = the sum of sums[0] to sums[2 n - 1], by halves.
+template <int n>
+HDET_INLINE void fold(double* sums) {
+  for (int i = 0; i < n; ++i) sums[i] += sums[i + n];
+  if constexpr (n > 1) fold<n / 2>(sums);
+}
+
+// sum_of_four(squares[4 i], ...) for each i, then by halves. Four fours at a time are transposed by hand, which g++ does
+// three times slower.
+HDET_VECTORISED double sum_block(const double* __restrict squares) {
+  alignas(64) double sums[kBlock / 4];
   for (int i = 0; i < kBlock / 16; ++i) {
     Four a, b, c, d;
     memcpy(&a, squares + 16 * i, sizeof(Four));
@@ -115,19 +120,14 @@ HDET_VECTORISED void sum_fours(const double* __restrict squares, double* __restr
     const Four sum = HDET_SHUFFLE(ab, cd, 0, 1, 4, 5) + HDET_SHUFFLE(ab, cd, 2, 3, 6, 7);
     memcpy(sums + 4 * i, &sum, sizeof(Four));
   }
-}
-
-double sum_block(const double* squares) {
-  double sums[kBlock / 4];
-  sum_fours(squares, sums);
-  for (int n = kBlock / 8; n > 0; n /= 2) halve(sums, n);
+  fold<kBlock / 8>(sums);
   return sums[0];
 }
 
 double sum_blocks(const std::vector<double>& blocks) {
   double lanes[kLanes] = {};
   for (size_t i = 0; i < blocks.size(); ++i) lanes[i % kLanes] += blocks[i];
-  for (int n = kLanes / 2; n > 0; n /= 2) halve(lanes, n);
+  fold<kLanes / 2>(lanes);
   return lanes[0];
 }
 

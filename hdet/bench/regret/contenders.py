@@ -72,10 +72,10 @@ def _replayed(workload: Workload, max_lr: float, seed: int) -> Outcome:
 _OURS = (
     _simulated(
         "hdet",
-        "max_lr found by hdet.find_lr around the start, then auto_lr=True with a probe; the samples that the search "
-        "takes are taken from the run.",
+        "max_lr=\"auto\": found by hdet.find_lr around the start, then auto_lr=True with a probe; the samples that the "
+        "search takes are taken from the run.",
         ours=True,
-        version=6,
+        version=7,
         auto=True,
     ),
     _simulated("two_slope", "auto_lr=True with a probe, from the start given.", ours=True, version=4),
@@ -88,7 +88,7 @@ _OURS = (
     _simulated(
         "find_lr",
         "max_lr found by hdet.find_lr around the start, then OneCycle; the same number of samples in all.",
-        version=5,
+        version=6,
         auto=True,
         controller=Published(meta_lr=0.0),
         rollback=False,

@@ -72,7 +72,7 @@ def _replayed(workload: Workload, max_lr: float, seed: int) -> Outcome:
 _OURS = (
     _simulated(
         "hdet",
-        "max_lr=\"auto\": found by hdet.find_lr around the start, then auto_lr=True with a probe; the samples that the "
+        'max_lr="auto": found by hdet.find_lr around the start, then auto_lr=True with a probe; the samples that the '
         "search takes are taken from the run.",
         ours=True,
         version=7,

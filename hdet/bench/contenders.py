@@ -61,12 +61,18 @@ class Ours(Contender):
 
     averages_buffers = True
     wire_dtype: torch.dtype | None = None
+    bucket_mib = 32.0
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__(model)
         optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
         self._ensemble = hdet.Ensemble(
-            optimizer, model=model, spread=1 / 9, converge_every=_NEVER, wire_dtype=self.wire_dtype
+            optimizer,
+            model=model,
+            spread=1 / 9,
+            converge_every=_NEVER,
+            wire_dtype=self.wire_dtype,
+            bucket_mib=self.bucket_mib,
         )
 
     def prepare(self) -> None:
@@ -82,6 +88,13 @@ class OursInBfloat16(Ours):
 
     tolerance = 5e-2
     wire_dtype = torch.bfloat16
+
+
+class OursInOneBucket(Ours):
+    """The same with one bucket for the whole model: a second copy of it, as the alternatives keep. What bounded memory
+    costs."""
+
+    bucket_mib = 2.0**20
 
 
 class AverageOnly(Contender):
@@ -242,6 +255,7 @@ def _slots(flat: Tensor, tensors: list[Tensor]) -> list[Tensor]:
 CONTENDERS: dict[str, type[Contender]] = {
     OURS: Ours,
     "hdet_bf16": OursInBfloat16,
+    "hdet_one_bucket": OursInOneBucket,
     "hdet_average": AverageOnly,
     "hdet_floor": CommunicationOnly,
     "per_tensor": PerTensor,

@@ -19,8 +19,8 @@ from hdet.bench.shapes import Shape
 
 _PATTERN = 2**20
 _COPIES = 5.6
-"""Of the model, that one process may hold at once: the parameters, a flat copy, a bucket of the whole and an anchor that
-are kept, one temporary; and slack."""
+"""Of the model, that one process may hold at once: the parameters, a flat copy, a bucket of the whole and an anchor
+that are kept, one temporary; and slack."""
 
 
 class Model(nn.Module):

@@ -301,9 +301,11 @@ class Trainer:
         if self.process.writer:
             finding.plot(picture)
         best = min(finding.losses)
+        begins = self.config.optimizer.max_lr
+        above = f", auto_lr begins at {begins:.2e}" if begins != finding.max_lr else ""
         self.log.say(
             f"max_lr {finding.max_lr:.2e} found among {len(finding.lrs)} learning rates in {self._find_seconds:.1f} s "
-            f"(loss {finding.start_loss:.3f}, after the best one's steps {best:.3f}): {picture}"
+            f"(loss {finding.start_loss:.3f}, after the best one's steps {best:.3f}){above}: {picture}"
         )
 
     def _summarise(self, lr: float) -> None:

@@ -135,6 +135,7 @@ def test_a_run_with_a_probe_from_a_learning_rate_that_was_found(tmp_path):
         assert [r[name] for r in again] == [r[name] for r in rounds]
     ours, theirs = load(parts), load(whole)
     assert ours["max_lr"] == theirs["max_lr"] != 1e-3
+    assert output.count(f"auto_lr begins at {ours['max_lr']:.2e}") == 2  # above what was found
     assert ours["scheduler"]["hdet"]["controller"] == theirs["scheduler"]["hdet"]["controller"]
     torch.testing.assert_close(ours["model"], theirs["model"], rtol=0, atol=0)
     torch.testing.assert_close(ours["optimizer"]["state"], theirs["optimizer"]["state"], rtol=0, atol=0)

@@ -155,6 +155,11 @@ def find_lr(
     return found
 
 
+def head_start(replicas: int, *, conclusive: bool) -> int:
+    """By how many times ``auto_lr`` begins above a suggestion."""
+    return min(_AHEAD, replicas) if conclusive else 1
+
+
 class _Trial(NamedTuple):
     """What a candidate changed the loss by; both infinite where it diverged."""
 
@@ -184,18 +189,17 @@ class _Search:
 
     def measure_until_one_helps(self, lrs: Sequence[float]) -> None:
         """Try the candidates, again with twice the steps where none lowers the loss."""
-        self.measure(lrs)
-        for _ in range(_DOUBLINGS):
-            if self._credible():
-                return
-            self._steps *= 2
+        first = self._steps
+        for doublings in range(_DOUBLINGS + 1):
+            self._steps = first * 2**doublings
             self._trials.clear()
             self.measure(lrs)
-        if not self._credible():
-            raise HdetError(
-                f"No learning rate in [{lrs[0]:.3g}, {lrs[-1]:.3g}] lowered the loss of {self._start_loss:.4g} in "
-                f"{self._steps} steps. Pass another range, or more steps."
-            )
+            if self._credible():
+                return
+        raise HdetError(
+            f"No learning rate in [{lrs[0]:.3g}, {lrs[-1]:.3g}] lowered the loss of {self._start_loss:.4g} in "
+            f"{self._steps} steps. Pass another range, or more steps."
+        )
 
     def measure(self, lrs: Sequence[float]) -> None:
         """Try each candidate on one replica, as many at a time as there are replicas."""
@@ -220,7 +224,7 @@ class _Search:
         losses = tuple(self._start_loss + trials[lr].change for lr in lrs)
         errors = tuple(trials[lr].error for lr in lrs)
         clear = -best.change >= _CLEAR * best.error
-        auto = suggestion * min(_AHEAD, self._replicas.size) if clear else suggestion
+        auto = suggestion * head_start(self._replicas.size, conclusive=clear)
         return LRFinding(suggestion, lrs, losses, errors, self._start_loss, clear, self._steps, auto)
 
     def _best(self) -> float:

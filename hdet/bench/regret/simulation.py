@@ -30,7 +30,7 @@ from hdet.controller import Controller, ControllerState, Observation, Published,
 from hdet.errors import DivergedError, HdetError
 from hdet.forecast import Forecast, forecast
 from hdet.found_schedule import Recorder
-from hdet.lr_finder import find_lr
+from hdet.lr_finder import find_lr, head_start
 from hdet.probe import evaluate, gathered
 from hdet.recovery import CUT, Recovery
 from hdet.spread import assignment
@@ -288,5 +288,5 @@ def _found(
         max_grad_norm=1.0,
     )
     # The search runs in one process, for which ``auto_max_lr`` is ``max_lr``.
-    ahead = min(4, setting.replicas) if found.conclusive and isinstance(setting.controller, TwoSlope) else 1
-    return found.max_lr * ahead, -(-drawn // setting.replicas)
+    replicas = setting.replicas if isinstance(setting.controller, TwoSlope) else 1
+    return found.max_lr * head_start(replicas, conclusive=found.conclusive), -(-drawn // setting.replicas)

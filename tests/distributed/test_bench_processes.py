@@ -78,7 +78,7 @@ def test_a_quick_run_has_all_sections_and_as_many_samples_of_each_contender(quic
     assert traffic["local"]["reported"] == pytest.approx(3 * model / 10, rel=1e-3)
     assert 0.3 * model <= traffic["local"]["across"] < 0.4 * model
     verdicts = {target["name"]: target["verdict"] for target in found["targets"]}
-    assert len(verdicts) == 9
+    assert set(verdicts) == {target.name for target in targets([])}
     assert verdicts["converge: against every alternative"] != "not measured"
     assert verdicts["step(loss): time over torch's OneCycleLR.step"] != "not measured"
 

@@ -2,37 +2,28 @@
 
 import os
 import pickle
-import signal
 import subprocess
-import sys
+import tempfile
 from pathlib import Path
 
+import forked
 import pytest
 
 HERE = Path(__file__).parent
 LIMIT = 240
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # of what is forked, before it imports torch
 
 
 def launch_forked(processes: int, program: str, *arguments: str) -> subprocess.CompletedProcess[str]:
     """Run a file of this folder, which defines ``main()``, in that many processes, in a session of its own; kill all of
     it at the limit."""
-    command = [sys.executable, str(HERE / "forked.py"), str(processes), str(HERE / program)]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(HERE.parent.parent)}
-    with subprocess.Popen(
-        [*command, *arguments],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        env=environment,
-        start_new_session=True,
-    ) as process:
-        try:
-            output, _ = process.communicate(timeout=LIMIT)
-        except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)
-            output, _ = process.communicate()
-            raise AssertionError(f"no end after {LIMIT} s:\n{output}") from None
-    return subprocess.CompletedProcess(command, process.returncode, output)
+    with tempfile.TemporaryDirectory() as folder:
+        output = Path(folder) / "output.txt"
+        status = forked.launch(processes, HERE / program, *arguments, output=output, limit=LIMIT)
+        told = output.read_text()
+    if status is None:
+        raise AssertionError(f"no end after {LIMIT} s:\n{told}")
+    return subprocess.CompletedProcess([program, *arguments], status, told)
 
 
 class Launch:

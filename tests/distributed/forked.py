@@ -6,18 +6,59 @@ locks would stay locked in the children; torchrun's own agent has some.
 """
 
 import importlib.util
+import multiprocessing
 import os
 import signal
 import socket
 import sys
 import traceback
+from pathlib import Path
 
-import sklearn.datasets  # noqa: F401
-import torch._dynamo  # an optimizer imports it when it is first used
-import torch.utils.tensorboard  # noqa: F401
+CONTEXT = multiprocessing.get_context("forkserver")
+# An optimizer imports dynamo when it is first used.
+CONTEXT.set_forkserver_preload(["hdet", "sklearn.datasets", "torch._dynamo", "torch.utils.tensorboard"])
 
 
-def fork(main, rank, processes, port):
+def launch(processes, program, *arguments, output=None, limit=None):
+    """Run the program, its output into the file ``output``; returns the exit status, ``None`` if it took longer than
+    ``limit`` seconds and was killed with all that it had started."""
+    parent = CONTEXT.Process(target=_run, args=(processes, str(program), arguments, output, dict(os.environ)))
+    parent.start()
+    parent.join(limit)
+    if parent.exitcode is None:
+        os.killpg(parent.pid, signal.SIGKILL)
+        parent.join()
+        return None
+    return parent.exitcode
+
+
+def _run(processes, program, arguments, output, environment):
+    os.setsid()
+    os.environ.clear()
+    os.environ |= environment
+    if output is not None:
+        file = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+        os.dup2(file, 1)
+        os.dup2(file, 2)
+    sys.argv = [program, *arguments]
+    spec = importlib.util.spec_from_file_location("program", program)
+    module = sys.modules["program"] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    with socket.create_server(("localhost", 0)) as free:
+        port = free.getsockname()[1]
+    pids = {_fork(module.main, rank, processes, port) for rank in range(processes)}
+    failed = False
+    while pids:
+        pid, status = os.wait()
+        pids.discard(pid)
+        if status and not failed:
+            failed = True
+            for other in pids:
+                os.kill(other, signal.SIGKILL)
+    sys.exit(failed)
+
+
+def _fork(main, rank, processes, port):
     """Process id of a new process that runs ``main()``."""
     if pid := os.fork():
         return pid
@@ -36,19 +77,4 @@ def fork(main, rank, processes, port):
 
 
 if __name__ == "__main__":
-    processes, sys.argv = int(sys.argv[1]), sys.argv[2:]
-    spec = importlib.util.spec_from_file_location("program", sys.argv[0])
-    module = sys.modules["program"] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    with socket.create_server(("localhost", 0)) as free:
-        port = free.getsockname()[1]
-    pids = {fork(module.main, rank, processes, port) for rank in range(processes)}
-    failed = False
-    while pids:
-        pid, status = os.wait()
-        pids.discard(pid)
-        if status and not failed:
-            failed = True
-            for other in pids:
-                os.kill(other, signal.SIGKILL)
-    sys.exit(failed)
+    sys.exit(launch(int(sys.argv[1]), Path(sys.argv[2]).resolve(), *sys.argv[3:]))

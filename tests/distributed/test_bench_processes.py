@@ -16,6 +16,7 @@ from torch.multiprocessing import ProcessExitedException, ProcessRaisedException
 from hdet.bench import converge, processes
 from hdet.bench.contenders import CONTENDERS, Contender, PerTensor
 from hdet.bench.measure import OURS
+from hdet.bench.report import targets
 from hdet.bench.shapes import Shape
 
 pytestmark = pytest.mark.distributed

@@ -21,8 +21,10 @@ enum Dtype : int32_t { kFloat32, kFloat64, kFloat16, kBFloat16 };
 enum class Half : uint16_t {};
 enum class BFloat16 : uint16_t {};
 
-// Consecutive wire positions whose squared distances are summed as one tree.
-constexpr int kBlock = 1024;
+// Consecutive wire positions whose squared distances are summed as one tree: row by row at first.
+constexpr int kBlock = 2048;
+constexpr int kRows = 4;
+constexpr int kRow = kBlock / kRows;
 // Block sums are summed in this many lanes.
 constexpr int kLanes = 1024;
 
@@ -99,11 +101,7 @@ HDET_INLINE int is_nonfinite(Half x) { return (static_cast<uint32_t>(x) & 0x7c00
 
 // ------------------------------------------------------------------------------------------ the equations
 
-template <class Real>
-HDET_INLINE double square_of_difference(Real a, Real b) {
-  const double difference = static_cast<double>(a - b);
-  return difference * difference;
-}
+HDET_INLINE double square(double x) { return x * x; }
 
 template <class Real>
 HDET_INLINE Real moved_towards(Real slow, Real mean, Real weight) {

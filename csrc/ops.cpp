@@ -24,9 +24,9 @@ namespace hdet {
 namespace {
 
 // Blocks to a thread, at least: below, starting a thread costs more than it saves.
-constexpr int64_t kGrain = 32;
+constexpr int64_t kGrain = 16;
 // Elements that are looked through before a thread asks whether another has found a non-finite one.
-constexpr int64_t kFiniteStep = 64 * kBlock;
+constexpr int64_t kFiniteStep = 32 * kBlock;
 
 // ---------------------------------------------------------------------------------------- loops over one block
 
@@ -59,14 +59,23 @@ HDET_VECTORISED bool all_finite_in(const From* from, int64_t n) {
   return nonfinite == 0;
 }
 
+// By a power of two, multiplying with its reciprocal gives the same bits sooner.
+template <class Real>
+struct Divisor {
+  explicit Divisor(Real value) : value(value), reciprocal(1 / value) {
+    int exponent;
+    is_power = std::frexp(value, &exponent) == Real(0.5) && exponent > -100 && exponent < 100;
+  }
+  Real value, reciprocal;
+  bool is_power;
+};
+
 template <class Wire, class Real>
-HDET_VECTORISED void divide_all(const Wire* __restrict wire, Real divisor, Real* __restrict mean, int64_t n) {
-  int exponent;
-  if (std::frexp(divisor, &exponent) == Real(0.5) && exponent > -100 && exponent < 100) {  // a power of two: same bits
-    const Real reciprocal = 1 / divisor;
-    for (int64_t i = 0; i < n; ++i) mean[i] = widen(wire[i]) * reciprocal;
+HDET_VECTORISED void divide_all(const Wire* __restrict wire, Divisor<Real> by, Real* __restrict mean, int64_t n) {
+  if (by.is_power) {
+    for (int64_t i = 0; i < n; ++i) mean[i] = widen(wire[i]) * by.reciprocal;
   } else {
-    for (int64_t i = 0; i < n; ++i) mean[i] = widen(wire[i]) / divisor;
+    for (int64_t i = 0; i < n; ++i) mean[i] = widen(wire[i]) / by.value;
   }
 }
 
@@ -76,11 +85,20 @@ HDET_VECTORISED void add_all(const Real* __restrict anchor, Real* __restrict mea
 }
 
 template <class Tensor, class Real>
-HDET_VECTORISED void replace_all(Tensor* __restrict piece, const Real* __restrict mean, Real* __restrict differences,
-                                 int64_t n) {
-  for (int64_t i = 0; i < n; ++i) {
-    differences[i] = widen(piece[i]) - mean[i];
-    piece[i] = Narrow<Tensor>::from(mean[i]);
+HDET_INLINE Real replace(Tensor& element, Real mean) {
+  const Real difference = widen(element) - mean;
+  element = Narrow<Tensor>::from(mean);
+  return difference;
+}
+
+// Puts wire / divisor into the piece.
+template <class Wire, class Tensor, class Real>
+HDET_VECTORISED void replace_all(const Wire* __restrict wire, Divisor<Real> by, Tensor* __restrict piece,
+                                 Real* __restrict differences, int64_t n) {
+  if (by.is_power) {
+    for (int64_t i = 0; i < n; ++i) differences[i] = replace(piece[i], widen(wire[i]) * by.reciprocal);
+  } else {
+    for (int64_t i = 0; i < n; ++i) differences[i] = replace(piece[i], widen(wire[i]) / by.value);
   }
 }
 
@@ -89,15 +107,6 @@ HDET_VECTORISED void move_all(Real* __restrict slow, const Real* __restrict mean
   for (int64_t i = 0; i < n; ++i) slow[i] = moved_towards(slow[i], mean[i], weight);
 }
 
-typedef double Four __attribute__((vector_size(32)));
-typedef int64_t Order __attribute__((vector_size(32)));
-
-#ifdef __clang__
-#define HDET_SHUFFLE(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
-#else
-#define HDET_SHUFFLE(a, b, ...) __builtin_shuffle(a, b, Order{__VA_ARGS__})
-#endif
-
 // sums[0] = the sum of sums[0] to sums[2 n - 1], by halves.
 template <int n>
 HDET_INLINE void fold(double* sums) {
@@ -105,31 +114,17 @@ HDET_INLINE void fold(double* sums) {
   if constexpr (n > 1) fold<n / 2>(sums);
 }
 
-// As square_of_difference() does. (For __builtin_convertvector g++ 12 takes twice the instructions.)
+// Of the squares: row by row, then sum_of_four of each four, then by halves.
 template <class Real>
-HDET_INLINE void square_four(const Real* x, Four& squares) {
-  squares = Four{x[0], x[1], x[2], x[3]};
-  squares *= squares;
-}
-
-// Of the squares: sum_of_four of each four, then by halves. Four fours at a time are transposed by hand, which g++ does
-// three times slower.
-template <class Real>
-HDET_VECTORISED double sum_of_squares(const Real* __restrict differences) {
-  alignas(64) double sums[kBlock / 4];
-  for (int i = 0; i < kBlock / 16; ++i) {
-    Four a, b, c, d;
-    square_four(differences + 16 * i, a);
-    square_four(differences + 16 * i + 4, b);
-    square_four(differences + 16 * i + 8, c);
-    square_four(differences + 16 * i + 12, d);
-    const Four ab = HDET_SHUFFLE(a, b, 0, 4, 2, 6) + HDET_SHUFFLE(a, b, 1, 5, 3, 7);
-    const Four cd = HDET_SHUFFLE(c, d, 0, 4, 2, 6) + HDET_SHUFFLE(c, d, 1, 5, 3, 7);
-    const Four sum = HDET_SHUFFLE(ab, cd, 0, 1, 4, 5) + HDET_SHUFFLE(ab, cd, 2, 3, 6, 7);
-    memcpy(sums + 4 * i, &sum, sizeof(Four));
-  }
-  fold<kBlock / 8>(sums);
-  return sums[0];
+HDET_VECTORISED double sum_of_squares(const Real* __restrict x) {
+  static_assert(kRows == 4, "there are as many terms below");
+  alignas(64) double sums[kRow], fours[kRow / 4];
+  for (int i = 0; i < kRow; ++i)
+    sums[i] = square(x[i]) + square(x[i + kRow]) + square(x[i + 2 * kRow]) + square(x[i + 3 * kRow]);
+  for (int i = 0; i < kRow / 4; ++i)
+    fours[i] = sum_of_four(sums[4 * i], sums[4 * i + 1], sums[4 * i + 2], sums[4 * i + 3]);
+  fold<kRow / 8>(fours);
+  return fours[0];
 }
 
 double sum_blocks(const std::vector<double>& blocks) {
@@ -199,26 +194,36 @@ template <class Real, class Wire>
 double unpack_as(const Arguments& a, double divisor, Real* anchor, Real* slow, double weight) {
   std::vector<double> sums(blocks_of(a.numel));
   const Wire* const wire = static_cast<const Wire*>(a.wire);
+  const Divisor<Real> by_divisor(static_cast<Real>(divisor)), by_one(1);
   torch::stable::parallel_for(0, blocks_of(a.numel), kGrain, [&](int64_t first, int64_t last) {
-    alignas(64) Real mean[kBlock];
-    alignas(64) Real differences[kBlock];
+    alignas(64) Real mean[kRow], differences[kBlock];
     const Piece* piece = piece_at(a.table, first * kBlock);
     for (int64_t block = first; block < last; ++block) {
-      const int64_t begin = block * kBlock, size = std::min<int64_t>(kBlock, a.numel - begin);
-      divide_all(wire + begin, static_cast<Real>(divisor), mean, size);
-      if (anchor) add_all(anchor + begin, mean, size);
-      for_each_run(piece, begin, begin + size, [&](const Piece& p, int64_t from, int64_t n, int64_t offset) {
-        visit(p.dtype, p.data, [&](auto* data) {
-          using To = std::remove_pointer_t<decltype(data)>;
-          if constexpr (std::is_same_v<To, double> == std::is_same_v<Real, double>) {
-            replace_all(data + from, mean + offset, differences + offset, n);
-            if (anchor) widen_all(data + from, anchor + begin + offset, n);
-          }
-        });
-      });
-      if (slow && weight == 1.0) memcpy(slow + begin, mean, size * sizeof(Real));
-      if (slow && weight != 1.0) move_all(slow + begin, mean, static_cast<Real>(weight), size);
-      std::fill(differences + size, differences + kBlock, Real(0));
+      const int64_t start = block * kBlock, stop = std::min(start + kBlock, a.numel);
+      for (int64_t begin = start; begin < stop; begin += kRow) {
+        const int64_t size = std::min<int64_t>(kRow, stop - begin);
+        const auto replace_row = [&](const auto* row, Divisor<Real> by) {
+          for_each_run(piece, begin, begin + size, [&](const Piece& p, int64_t from, int64_t n, int64_t offset) {
+            visit(p.dtype, p.data, [&](auto* data) {
+              using To = std::remove_pointer_t<decltype(data)>;
+              if constexpr (std::is_same_v<To, double> == std::is_same_v<Real, double>) {
+                replace_all(row + offset, by, data + from, differences + (begin - start) + offset, n);
+                if (anchor) widen_all(data + from, anchor + begin + offset, n);
+              }
+            });
+          });
+        };
+        if (!anchor && !slow) {
+          replace_row(wire + begin, by_divisor);
+          continue;
+        }
+        divide_all(wire + begin, by_divisor, mean, size);
+        if (anchor) add_all(anchor + begin, mean, size);
+        replace_row(static_cast<const Real*>(mean), by_one);
+        if (slow && weight == 1.0) memcpy(slow + begin, mean, size * sizeof(Real));
+        if (slow && weight != 1.0) move_all(slow + begin, mean, static_cast<Real>(weight), size);
+      }
+      std::fill(differences + (stop - start), differences + kBlock, Real(0));
       sums[block] = sum_of_squares(differences);
     }
   });

@@ -1,8 +1,8 @@
 // CUDA kernels of hdet::pack, hdet::unpack and hdet::all_finite. Without nvcc, emulation.h runs them on the CPU, thread by thread.
 //
-// A thread block takes a tile of kUnroll blocks of the wire, whatever tensors they belong to; thread t owns elements
-// 4 t to 4 t + 3 of each. A tile inside one aligned tensor goes through 16-byte accesses, all issued before the first
-// is used. Where tensors begin and end travels in the kernel's arguments: nothing is uploaded, and a graph can replay.
+// A thread block takes a block of the wire, whatever tensors it belongs to; thread t owns elements 4 t to 4 t + 3 of
+// each of its rows. A block inside one aligned tensor goes through 16-byte accesses, all issued before the first is
+// used. Where tensors begin and end travels in the kernel's arguments: nothing is uploaded, and a graph can replay.
 
 #include "kernels.h"
 
@@ -20,9 +20,7 @@
 namespace hdet {
 namespace {
 
-constexpr int kThreads = kBlock / 4;
-constexpr int kUnroll = 4;
-constexpr int kTile = kUnroll * kBlock;
+constexpr int kThreads = kRow / 4;
 constexpr int64_t kMaxSlice = int64_t{1} << 30;
 constexpr int kFew = 256;
 // Any block of the wire must fit into one launch, with a tensor for every element; 32764 bytes of arguments at most.
@@ -40,7 +38,7 @@ struct Slice {
   uint8_t dtype[Capacity];
 };
 static_assert(sizeof(Slice<kMany>) <= 32000, "a kernel takes at most 32764 bytes of arguments");
-static_assert(kMany > kBlock, "a block of the wire must fit into one launch");
+static_assert(kMany >= kBlock, "a block of the wire must fit into one launch");
 
 struct Rates {
   Factors factors;
@@ -101,11 +99,11 @@ template <class T, class Real>
 __device__ double replace(const Unpacking<Real>& u, T& element, Real wire, Real& anchor, Real& slow) {
   Real mean = wire / u.divisor;
   if (u.anchor) mean = anchor + mean;
-  const double square = square_of_difference<Real>(widen(element), mean);
+  const double squared = square(widen(element) - mean);
   element = Narrow<T>::from(mean);
   if (u.anchor) anchor = widen(element);
   if (u.slow) slow = u.weight == Real(1) ? mean : moved_towards(slow, mean, u.weight);
-  return square;
+  return squared;
 }
 
 // In place of the accumulator's type, for pieces of all dtypes together.
@@ -126,13 +124,13 @@ __device__ void with_dtype(uint8_t dtype, void* data, Run&& run) {
   }
 }
 
-// Calls fast(pointer) if the tile lies inside one piece, with the pointer to the thread's first element. Otherwise calls
-// square = slow(pointer, position) for the thread's elements one by one, and after each four sum(block, squares).
-template <class Real, int Capacity, class Fast, class Slow, class Sum>
-__device__ void for_tile(const Slice<Capacity>& slice, bool aligned, Fast&& fast, Slow&& slow, Sum&& sum) {
-  const uint32_t first = blockIdx.x * kTile;
+// Calls fast(pointer) if the block lies inside one piece, with the pointer to the thread's first element. Otherwise calls
+// slow(pointer, position, j) for the thread's elements one by one, the j-th of four.
+template <class Real, int Capacity, class Fast, class Slow>
+__device__ void for_block(const Slice<Capacity>& slice, bool aligned, Fast&& fast, Slow&& slow) {
+  const uint32_t first = blockIdx.x * kBlock;
   const uint32_t low = piece_at(slice, first, 0, slice.count - 1);
-  if (aligned && slice.start[low + 1] - first >= kTile) {
+  if (aligned && slice.start[low + 1] - first >= kBlock) {
     bool done = false;
     with_dtype<Real>(slice.dtype[low], slice.data[low], [&](auto* data) {
       data += first - slice.start[low] + 4 * threadIdx.x;
@@ -143,61 +141,57 @@ __device__ void for_tile(const Slice<Capacity>& slice, bool aligned, Fast&& fast
     });
     if (done) return;
   }
-  const uint32_t high = piece_at(slice, min(first + kTile, slice.size) - 1, low, slice.count - 1);
+  const uint32_t high = piece_at(slice, min(first + kBlock, slice.size) - 1, low, slice.count - 1);
 #pragma unroll 1
-  for (int u = 0; u < kUnroll; ++u) {
-    const uint32_t position = first + u * kBlock + 4 * threadIdx.x;
+  for (int u = 0; u < kRows; ++u) {
+    const uint32_t position = first + u * kRow + 4 * threadIdx.x;
     uint32_t piece = piece_at(slice, position, low, high);
-    double squares[4] = {};
 #pragma unroll
     for (int j = 0; j < 4; ++j) {
       if (position + j < slice.size) {
         while (slice.start[piece + 1] <= position + j) ++piece;
         with_dtype<Real>(slice.dtype[piece], slice.data[piece], [&](auto* data) {
-          squares[j] = slow(data + (position + j - slice.start[piece]), slice.begin + position + j);
+          slow(data + (position + j - slice.start[piece]), slice.begin + position + j, j);
         });
       }
     }
-    sum(u, squares);
   }
 }
 
 template <class Real, class Wire, int Capacity>
 __global__ void __launch_bounds__(kThreads)
     pack_kernel(const __grid_constant__ Slice<Capacity> slice, Wire* __restrict__ wire, const Packing<Real> p) {
-  const int64_t mine = slice.begin + int64_t{blockIdx.x} * kTile + 4 * threadIdx.x;
+  const int64_t mine = slice.begin + int64_t{blockIdx.x} * kBlock + 4 * threadIdx.x;
   const bool aligned = is_aligned(wire + mine) && (!p.anchor || is_aligned(p.anchor + mine));
   int found = 0;
-  for_tile<Real>(
+  for_block<Real>(
       slice, aligned,
       [&](auto* data) {
         using T = std::remove_pointer_t<decltype(data)>;
-        Four<T> values[kUnroll];
-        Four<Real> anchor[kUnroll] = {};
+        Four<T> values[kRows];
+        Four<Real> anchor[kRows] = {};
 #pragma unroll
-        for (int u = 0; u < kUnroll; ++u) {
-          values[u] = four(data + u * kBlock);
-          if (p.anchor) anchor[u] = four(p.anchor + mine + u * kBlock);
+        for (int u = 0; u < kRows; ++u) {
+          values[u] = four(data + u * kRow);
+          if (p.anchor) anchor[u] = four(p.anchor + mine + u * kRow);
         }
 #pragma unroll
-        for (int u = 0; u < kUnroll; ++u) {
+        for (int u = 0; u < kRows; ++u) {
           Four<Wire> packed;
 #pragma unroll
           for (int j = 0; j < 4; ++j) {
             packed.at[j] = Narrow<Wire>::from((widen(values[u].at[j]) - anchor[u].at[j]) * p.scale);
             found += is_nonfinite(packed.at[j]);
           }
-          four(wire + mine + u * kBlock) = packed;
+          four(wire + mine + u * kRow) = packed;
         }
       },
-      [&](auto* element, int64_t at) {
+      [&](auto* element, int64_t at, int) {
         const Real anchor = p.anchor ? p.anchor[at] : Real(0);
         const Wire packed = Narrow<Wire>::from((widen(*element) - anchor) * p.scale);
         wire[at] = packed;
         found += is_nonfinite(packed);
-        return 0.0;
-      },
-      [](int, const double*) {});
+      });
   for (int lanes = 16; lanes > 0; lanes /= 2) found += __shfl_down_sync(0xffffffffu, found, lanes);
   if (threadIdx.x % 32 == 0 && found) atomicAdd(p.nonfinite, static_cast<unsigned long long>(found));
 }
@@ -206,82 +200,71 @@ template <class Real, class Wire, int Capacity>
 __global__ void __launch_bounds__(kThreads)
     unpack_kernel(const __grid_constant__ Slice<Capacity> slice, const Wire* __restrict__ wire,
                   const Unpacking<Real> p) {
-  __shared__ double squares_of_four[kUnroll][kThreads];
-  const int64_t mine = slice.begin + int64_t{blockIdx.x} * kTile + 4 * threadIdx.x;
+  __shared__ double sums_of_four[kThreads];
+  const int64_t mine = slice.begin + int64_t{blockIdx.x} * kBlock + 4 * threadIdx.x;
   const bool aligned = is_aligned(wire + mine) && (!p.anchor || is_aligned(p.anchor + mine)) &&
                        (!p.slow || is_aligned(p.slow + mine));
-  const auto sum = [](int u, const double* squares) {
-    squares_of_four[u][threadIdx.x] = sum_of_four(squares[0], squares[1], squares[2], squares[3]);
-  };
-  for_tile<Real>(
+  double sums[4] = {};  // over the rows
+  for_block<Real>(
       slice, aligned,
       [&](auto* data) {
         using T = std::remove_pointer_t<decltype(data)>;
-        Four<Wire> packed[kUnroll];
-        Four<T> elements[kUnroll];
+        Four<Wire> packed[kRows];
+        Four<T> elements[kRows];
 #pragma unroll
-        for (int u = 0; u < kUnroll; ++u) {
-          packed[u] = four(wire + mine + u * kBlock);
-          elements[u] = four(data + u * kBlock);
+        for (int u = 0; u < kRows; ++u) {
+          packed[u] = four(wire + mine + u * kRow);
+          elements[u] = four(data + u * kRow);
         }
 #pragma unroll
-        for (int u = 0; u < kUnroll; ++u) {
-          double squares[4];
+        for (int u = 0; u < kRows; ++u) {
           Four<Real> anchor = {}, slow = {};
-          if (p.anchor) anchor = four(p.anchor + mine + u * kBlock);
-          if (p.slow) slow = four(p.slow + mine + u * kBlock);
+          if (p.anchor) anchor = four(p.anchor + mine + u * kRow);
+          if (p.slow) slow = four(p.slow + mine + u * kRow);
 #pragma unroll
           for (int j = 0; j < 4; ++j)
-            squares[j] = replace<T, Real>(p, elements[u].at[j], widen(packed[u].at[j]), anchor.at[j], slow.at[j]);
-          sum(u, squares);
-          four(data + u * kBlock) = elements[u];
-          if (p.anchor) four(p.anchor + mine + u * kBlock) = anchor;
-          if (p.slow) four(p.slow + mine + u * kBlock) = slow;
+            sums[j] += replace<T, Real>(p, elements[u].at[j], widen(packed[u].at[j]), anchor.at[j], slow.at[j]);
+          four(data + u * kRow) = elements[u];
+          if (p.anchor) four(p.anchor + mine + u * kRow) = anchor;
+          if (p.slow) four(p.slow + mine + u * kRow) = slow;
         }
       },
-      [&](auto* element, int64_t at) {
+      [&](auto* element, int64_t at, int j) {
         using T = std::remove_pointer_t<decltype(element)>;
         Real anchor = p.anchor ? p.anchor[at] : Real(0), slow = p.slow ? p.slow[at] : Real(0);
-        const double square = replace<T, Real>(p, *element, widen(wire[at]), anchor, slow);
+        sums[j] += replace<T, Real>(p, *element, widen(wire[at]), anchor, slow);
         if (p.anchor) p.anchor[at] = anchor;
         if (p.slow) p.slow[at] = slow;
-        return square;
-      },
-      sum);
+      });
+  sums_of_four[threadIdx.x] = sum_of_four(sums[0], sums[1], sums[2], sums[3]);
   __syncthreads();
-  // One warp halves the sums of one block: from 256 to 32 in each thread, then across them.
-  const int block = threadIdx.x / 32, lane = threadIdx.x % 32;
-  const uint32_t in_slice = blockIdx.x * kUnroll + block;
-  if (block >= kUnroll || in_slice * kBlock >= slice.size) return;
-  double sums[kThreads / 32];
-  for (int i = 0; i < kThreads / 32; ++i) sums[i] = squares_of_four[block][lane + 32 * i];
+  // One warp halves them: from 128 to 32 in each thread, then across them.
+  if (threadIdx.x >= 32) return;
+  double halves[kThreads / 32];
+  for (int i = 0; i < kThreads / 32; ++i) halves[i] = sums_of_four[threadIdx.x + 32 * i];
   for (int half = kThreads / 64; half > 0; half /= 2)
-    for (int i = 0; i < half; ++i) sums[i] += sums[i + half];
-  for (int lanes = 16; lanes > 0; lanes /= 2) sums[0] += __shfl_down_sync(0xffffffffu, sums[0], lanes);
-  if (lane == 0) p.sums[slice.begin / kBlock + in_slice] = sums[0];
+    for (int i = 0; i < half; ++i) halves[i] += halves[i + half];
+  for (int lanes = 16; lanes > 0; lanes /= 2) halves[0] += __shfl_down_sync(0xffffffffu, halves[0], lanes);
+  if (threadIdx.x == 0) p.sums[slice.begin / kBlock + blockIdx.x] = halves[0];
 }
 
 template <int Capacity>
 __global__ void __launch_bounds__(kThreads)
     all_finite_kernel(const __grid_constant__ Slice<Capacity> slice, bool* finite) {
   int found = 0;
-  for_tile<Any>(
+  for_block<Any>(
       slice, true,
       [&](auto* data) {
         using T = std::remove_pointer_t<decltype(data)>;
-        Four<T> values[kUnroll];
+        Four<T> values[kRows];
 #pragma unroll
-        for (int u = 0; u < kUnroll; ++u) values[u] = four(static_cast<const T*>(data + u * kBlock));
+        for (int u = 0; u < kRows; ++u) values[u] = four(static_cast<const T*>(data + u * kRow));
 #pragma unroll
-        for (int u = 0; u < kUnroll; ++u)
+        for (int u = 0; u < kRows; ++u)
 #pragma unroll
           for (int j = 0; j < 4; ++j) found |= is_nonfinite(values[u].at[j]);
       },
-      [&](auto* element, int64_t) {
-        found |= is_nonfinite(*element);
-        return 0.0;
-      },
-      [](int, const double*) {});
+      [&](auto* element, int64_t, int) { found |= is_nonfinite(*element); });
   if (found) *finite = false;  // whoever writes, writes the same
 }
 
@@ -309,7 +292,7 @@ __global__ void rates_kernel(const __grid_constant__ Rates rates) { write_rates(
 
 // --------------------------------------------------------------------------------------------------- on the host
 
-// Calls launch(slice, tiles) for slices that together cover the wire.
+// Calls launch(slice, blocks) for slices that together cover the wire.
 template <int Capacity, class Launch>
 void for_slices(const Piece* table, int64_t pieces, int64_t numel, Launch&& launch) {
   int64_t first = 0;
@@ -330,7 +313,7 @@ void for_slices(const Piece* table, int64_t pieces, int64_t numel, Launch&& laun
       slice.dtype[slice.count] = static_cast<uint8_t>(table[i].dtype);
     }
     slice.start[slice.count] = slice.size;
-    launch(slice, (slice.size + kTile - 1) / kTile);
+    launch(slice, (slice.size + kBlock - 1) / kBlock);
     while (first < pieces && table[first].end <= end) ++first;
     begin = end;
   }
@@ -362,8 +345,8 @@ extern "C" int hdet_cuda_pack(const Piece* table, int64_t pieces, int64_t numel,
     using Real = decltype(real);
     using Wire = decltype(packed);
     const Packing<Real> packing{static_cast<const Real*>(anchor), static_cast<Real>(scale), nonfinite};
-    for_slices(table, pieces, numel, [&](const auto& slice, uint32_t tiles) {
-      HDET_LAUNCH((pack_kernel<Real, Wire>), tiles, kThreads, stream, slice, static_cast<Wire*>(wire), packing);
+    for_slices(table, pieces, numel, [&](const auto& slice, uint32_t blocks) {
+      HDET_LAUNCH((pack_kernel<Real, Wire>), blocks, kThreads, stream, slice, static_cast<Wire*>(wire), packing);
     });
   });
   return cudaGetLastError();
@@ -377,8 +360,8 @@ extern "C" int hdet_cuda_unpack(const Piece* table, int64_t pieces, int64_t nume
     using Wire = decltype(packed);
     const Unpacking<Real> unpacking{static_cast<Real>(divisor), static_cast<Real>(weight), static_cast<Real*>(anchor),
                                     static_cast<Real*>(slow), sums};
-    for_slices(table, pieces, numel, [&](const auto& slice, uint32_t tiles) {
-      HDET_LAUNCH((unpack_kernel<Real, Wire>), tiles, kThreads, stream, slice, static_cast<const Wire*>(wire),
+    for_slices(table, pieces, numel, [&](const auto& slice, uint32_t blocks) {
+      HDET_LAUNCH((unpack_kernel<Real, Wire>), blocks, kThreads, stream, slice, static_cast<const Wire*>(wire),
                   unpacking);
     });
   });
@@ -399,8 +382,8 @@ extern "C" int hdet_cuda_unpack(const Piece* table, int64_t pieces, int64_t nume
 extern "C" int hdet_cuda_all_finite(const Piece* table, int64_t pieces, int64_t numel, bool* finite, void* stream) {
   const cudaError_t error = cudaMemsetAsync(finite, 1, sizeof(*finite), static_cast<cudaStream_t>(stream));
   if (error != cudaSuccess) return error;
-  for_slices(table, pieces, numel, [&](const auto& slice, uint32_t tiles) {
-    HDET_LAUNCH(all_finite_kernel, tiles, kThreads, stream, slice, finite);
+  for_slices(table, pieces, numel, [&](const auto& slice, uint32_t blocks) {
+    HDET_LAUNCH(all_finite_kernel, blocks, kThreads, stream, slice, finite);
   });
   return cudaGetLastError();
 }

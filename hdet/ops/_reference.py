@@ -10,8 +10,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-BLOCK = 1024
-"""Consecutive wire positions whose squared distances are summed as one tree."""
+BLOCK, ROWS = 2048, 4
+"""Consecutive wire positions whose squared distances are summed as one tree, and in how many rows at first."""
 LANES = 1024
 """Block sums are summed in this many lanes."""
 
@@ -79,8 +79,8 @@ def all_finite(pieces: Sequence[Tensor]) -> Tensor:
 
 def sum_squares(squares: Tensor) -> Tensor:
     """Sum a flat float64 tensor in the one order that every kernel keeps: see :func:`hdet.ops.unpack`."""
-    quads = _padded(squares, BLOCK).view(-1, BLOCK // 4, 4)
-    a, b, c, d = quads.unbind(-1)
+    first, *others = _padded(squares, BLOCK).view(-1, ROWS, BLOCK // ROWS).unbind(1)
+    a, b, c, d = sum(others, first).unflatten(-1, (-1, 4)).unbind(-1)
     blocks = _padded(_halved((a + b) + (c + d)), LANES).view(-1, LANES)
     lanes = squares.new_zeros(LANES)
     for row in blocks:

@@ -49,7 +49,7 @@ class EnsembleConfig:
     """Whether a run that blew up goes back to its last good converged state."""
     seed: int = 0
     """Seeds the permutations, and nothing else."""
-    bucket_mib: float = 32.0
+    bucket_mib: float = 64.0
     """Size of a communication bucket in MiB, > 0."""
     overlap_steps: int = 0
     """``tau``: steps by which the average lags behind the round's end, in [0, T)."""

@@ -204,7 +204,7 @@ class Ensemble:
         rollback: bool | str | torch.device = True,
         replicas: ReplicasLike = None,
         seed: int = 0,
-        bucket_mib: float = 32.0,
+        bucket_mib: float = 64.0,
         overlap_steps: int = 0,
         monitor: MonitorLike = None,
         gradients: Literal["shared", "local", "grouped"] = "shared",

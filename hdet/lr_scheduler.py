@@ -109,7 +109,7 @@ class OneCycleLR(lr_scheduler.OneCycleLR):
         rollback: bool | str | torch.device = True,
         replicas: ReplicasLike = None,
         seed: int = 0,
-        bucket_mib: float = 32.0,
+        bucket_mib: float = 64.0,
         overlap_steps: int = 0,
         monitor: MonitorLike = None,
         gradients: Literal["shared", "local", "grouped"] = "shared",

@@ -61,7 +61,7 @@ class Ours(Contender):
 
     averages_buffers = True
     wire_dtype: torch.dtype | None = None
-    bucket_mib = 32.0
+    bucket_mib = 64.0
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__(model)
@@ -105,7 +105,7 @@ class AverageOnly(Contender):
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__(model)
-        self._averager = Averager(Weights([model]), Replicas(), 32 * 2**20)
+        self._averager = Averager(Weights([model]), Replicas(), int(Ours.bucket_mib * 2**20))
 
     def prepare(self) -> None:
         mine = self._averager.inspect()

@@ -181,7 +181,7 @@ class HdetConfig:
     memory. Not with ``overlap_steps``."""
     seed: int = 0
     """Seeds the assignment of multipliers to replicas."""
-    bucket_mib: float = 32.0
+    bucket_mib: float = 64.0
     """Size of a communication bucket in MiB."""
     wire_dtype: Literal["float32", "bfloat16"] = "float32"
     """In what parameters travel to be averaged; ``bfloat16``: as differences from the last mean, in half the bytes. Not

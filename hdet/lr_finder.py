@@ -141,10 +141,7 @@ def find_lr(
             "unsharded model, or a smaller one, and replicas=None."
         )
     search = _Search(models, optimizer, loss_fn, cycle(batches), steps, max_grad_norm, group)
-    coarse = _ladder(low, high, _COARSE)
-    search.measure_until_one_helps(coarse)
-    while lrs := search.untried(coarse):
-        search.measure(lrs)
+    search.measure_until_one_helps(_ladder(low, high, _COARSE))
     found = search.finding()
     if not found.conclusive and group.writer:
         logger.warning(
@@ -187,17 +184,19 @@ class _Search:
         self._before = self._evaluate()
         self._start_loss = _mean([loss for (loss,) in self._replicas.all_gather([_mean(self._before)])])
 
-    def measure_until_one_helps(self, lrs: Sequence[float]) -> None:
-        """Try the candidates, again with twice the steps where none lowers the loss."""
+    def measure_until_one_helps(self, coarse: Sequence[float]) -> None:
+        """Try the candidates, then more around the best; again with twice the steps where none lowers the loss."""
         first = self._steps
         for doublings in range(_DOUBLINGS + 1):
             self._steps = first * 2**doublings
             self._trials.clear()
-            self.measure(lrs)
+            self.measure(coarse)
+            while lrs := self._untried(coarse):
+                self.measure(lrs)
             if self._credible():
                 return
         raise HdetError(
-            f"No learning rate in [{lrs[0]:.3g}, {lrs[-1]:.3g}] lowered the loss of {self._start_loss:.4g} in "
+            f"No learning rate in [{coarse[0]:.3g}, {coarse[-1]:.3g}] lowered the loss of {self._start_loss:.4g} in "
             f"{self._steps} steps. Pass another range, or more steps."
         )
 
@@ -210,8 +209,10 @@ class _Search:
             found = (_Trial(*row) for row in self._replicas.all_gather(mine))
             self._trials.update(zip(rung, found, strict=False))
 
-    def untried(self, coarse: Sequence[float]) -> list[float]:
-        """What has not been tried yet around the best candidate, if that is one of the coarse ones."""
+    def _untried(self, coarse: Sequence[float]) -> list[float]:
+        """What has not been tried yet around the best candidate, if there is one and it is one of the coarse ones."""
+        if not self._credible():  # not even those that were, before what lies between them had been tried
+            return []
         best = self._best()
         near = [lr for lr in (best / _FINE, best * _FINE) if coarse[0] <= lr <= coarse[-1]]
         return [lr for lr in near if best in coarse and lr not in self._trials]

@@ -90,9 +90,9 @@ def unpack(
     rates in fp64.
 
     The order of the sum is fixed, and does not depend on the number of threads. In each block of 2048 consecutive wire
-    positions, the four rows of 512 are added one after the other, of the 512 sums four neighbours at a time as ``(a + b)
-    + (c + d)``, and the 128 sums of these halved (``s_i + s_{i + h}`` for ``h = 64, 32, ..., 1``). Block ``k`` is added
-    to lane ``k mod 1024``, in the order of ``k``, and the 1024 lanes are halved.
+    positions, the four rows of 512 are added one after the other, of the 512 sums four neighbours at a time as ``(a +
+    b) + (c + d)``, and the 128 sums of these halved (``s_i + s_{i + h}`` for ``h = 64, 32, ..., 1``). Block ``k`` is
+    added to lane ``k mod 1024``, in the order of ``k``, and the 1024 lanes are halved.
 
     Args:
         wire: as for :func:`pack`. Only read.

@@ -514,6 +514,19 @@ def test_find_lr_distrusts_what_a_dead_net_gains_by_chance(monkeypatch):
     assert found.max_lr == pytest.approx(0.215, rel=0.01)  # the largest that gains almost as much as the best
 
 
+def test_find_lr_takes_more_steps_where_what_lies_between_belies_the_best(monkeypatch):
+    """Two neighbours lower the loss, and between them nothing does: by chance, and nobody is credible any more."""
+
+    def trial(self, lr):
+        helps = round(lr, 5) in (0.01, 0.1) if self._steps == 40 else lr < 0.11
+        return hdet.lr_finder._Trial(-lr if helps else 0.1, 0.001)
+
+    monkeypatch.setattr(hdet.lr_finder._Search, "_try", trial)
+    model, batches, loss_fn = regression()
+    found = hdet.find_lr(model, torch.optim.SGD(model.parameters(), lr=1.0), loss_fn, batches, low=1e-3, high=10.0)
+    assert (found.steps, found.max_lr) == (80, pytest.approx(0.1))
+
+
 def test_find_lr_says_when_nothing_stands_out_of_the_noise(monkeypatch, caplog):
     """Targets that are noise: whatever a candidate gains on a few batches, it is by chance."""
     model, batches, loss_fn = regression()

@@ -18,6 +18,7 @@ from torch.distributed.distributed_c10d import _coalescing_manager
 import hdet
 from hdet.averager import Averager, Inspection
 from hdet.bench.measure import OURS, Unavailable
+from hdet.config import EnsembleConfig
 from hdet.replicas import Replicas
 from hdet.weights import Weights
 
@@ -61,7 +62,7 @@ class Ours(Contender):
 
     averages_buffers = True
     wire_dtype: torch.dtype | None = None
-    bucket_mib = 64.0
+    bucket_mib = EnsembleConfig.bucket_mib
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__(model)

@@ -72,7 +72,7 @@ def spoil(draw, tensor):
 
 SIZES = st.one_of(
     st.lists(st.integers(0, 40), max_size=12),
-    st.lists(st.sampled_from([1023, 1024, 1025, 4096, 8192, 12300]), max_size=3),
+    st.lists(st.sampled_from([1023, 1024, 1025, 2047, 2048, 2049, 4096, 8192, 12300]), max_size=3),
     st.tuples(st.integers(1, 2), st.integers(200, 2600)).map(lambda few: [few[0]] * few[1]),  # several launches
 )
 

@@ -45,7 +45,8 @@ class LRFinding:
     max_lr: float
     """The suggestion: the largest candidate that lowers the loss by at least 93% as much as the best one. One counts
     only if the next lower one lowers it, too: a net that a high learning rate has killed may gain a little by chance.
-    """
+    With ``auto_lr``, if that is conclusive, the number of replicas times that, at most 4: a candidate's batches were
+    those of one replica, and too high a learning rate is found out in a few rounds, too low a one in many."""
     lrs: tuple[float, ...]
     """The candidates, in increasing order."""
     losses: tuple[float, ...]
@@ -59,10 +60,6 @@ class LRFinding:
     than chance; more ``steps`` would help, or larger batches."""
     steps: int
     """That each candidate was given."""
-    auto_max_lr: float
-    """What a run with ``auto_lr=True`` and a probe should begin with, and does with ``max_lr="auto"``: ``max_lr`` times
-    the number of replicas, at most 4, if that is conclusive. A candidate's batches were those of one replica, and too
-    high a learning rate is found out in a few rounds, too low a one in many."""
 
     def plot(self, path: str | Path) -> None:
         """Draw the losses over the learning rates into a file. Needs matplotlib."""
@@ -92,18 +89,20 @@ def find_lr(
     high: float = 10.0,
     steps: int = 40,
     max_grad_norm: float | None = None,
+    auto_lr: bool = False,
     replicas: ReplicasLike = None,
 ) -> LRFinding:
     """Try learning rates in ``[low, high]`` and suggest a ``max_lr`` for OneCycleLR. Collective.
 
     First factors of 10 apart over the whole range, then a third of that to both sides of the best (and of another, if
-    that shows the first to be one of chance): with ``N`` replicas
-    and the default range ``ceil(8 / N) + ceil(2 / N)`` times ``steps`` steps. Where none lowers the loss, on a plateau,
-    it begins again with twice the steps, up to three times. Model, buffers and optimizer are
-    afterwards as they were, whatever is raised; the data loader has moved on.
+    that shows the first to be one of chance): with ``N`` replicas and the default range ``ceil(8 / N) + ceil(2 / N)``
+    times ``steps`` steps. With ``auto_lr`` the factors of 10 only. Where none lowers the loss, on a plateau, it begins
+    again with twice the steps, up to three times. Model, buffers and optimizer are afterwards as they were, whatever is
+    raised; the data loader has moved on.
 
     Each candidate sees batches of one replica's size, not of all: where the noise of the gradient limits the learning
-    rate, the suggestion is on the low side, by at most a factor of ``N``. ``auto_lr=True`` goes on from there.
+    rate, the suggestion is on the low side, by at most a factor of ``N``. A run with ``auto_lr=True`` makes up for
+    that, and for a suggestion that is coarse.
 
     Args:
         model: the module or modules to train; ``DistributedDataParallel`` is taken off.
@@ -113,6 +112,8 @@ def find_lr(
         low, high: the range, ``0 < low < high``.
         steps: per candidate at first, at least 4. The first third is a warm-up.
         max_grad_norm: clip gradients to this norm, as the training loop does: it changes which learning rates work.
+        auto_lr: whether what it is for is a run with ``auto_lr=True`` and a probe, which goes on from the suggestion:
+            it is then coarser, and higher (:attr:`LRFinding.max_lr`).
         replicas: as for :class:`hdet.Ensemble`.
 
     Raises:
@@ -141,8 +142,8 @@ def find_lr(
             "unsharded model, or a smaller one, and replicas=None."
         )
     search = _Search(models, optimizer, loss_fn, cycle(batches), steps, max_grad_norm, group)
-    search.measure_until_one_helps(_ladder(low, high, _COARSE))
-    found = search.finding()
+    search.measure_until_one_helps(_ladder(low, high, _COARSE), refine=not auto_lr)
+    found = search.finding(auto_lr=auto_lr)
     if not found.conclusive and group.writer:
         logger.warning(
             f"find_lr: in {found.steps} steps no learning rate lowered the loss of {found.start_loss:.4g} by clearly "
@@ -153,7 +154,7 @@ def find_lr(
 
 
 def head_start(replicas: int, *, conclusive: bool) -> int:
-    """By how many times ``auto_lr`` begins above a suggestion."""
+    """By how many times ``auto_lr`` begins above the best candidate."""
     return min(_AHEAD, replicas) if conclusive else 1
 
 
@@ -184,14 +185,14 @@ class _Search:
         self._before = self._evaluate()
         self._start_loss = _mean([loss for (loss,) in self._replicas.all_gather([_mean(self._before)])])
 
-    def measure_until_one_helps(self, coarse: Sequence[float]) -> None:
+    def measure_until_one_helps(self, coarse: Sequence[float], *, refine: bool) -> None:
         """Try the candidates, then more around the best; again with twice the steps where none lowers the loss."""
         first = self._steps
         for doublings in range(_DOUBLINGS + 1):
             self._steps = first * 2**doublings
             self._trials.clear()
             self.measure(coarse)
-            while lrs := self._untried(coarse):
+            while refine and (lrs := self._untried(coarse)):
                 self.measure(lrs)
             if self._credible():
                 return
@@ -217,16 +218,17 @@ class _Search:
         near = [lr for lr in (best / _FINE, best * _FINE) if coarse[0] <= lr <= coarse[-1]]
         return [lr for lr in near if best in coarse and lr not in self._trials]
 
-    def finding(self) -> LRFinding:
-        """What the trials come to."""
+    def finding(self, *, auto_lr: bool) -> LRFinding:
+        """What the trials come to, to begin with or to begin above."""
         trials, best = self._trials, self._trials[self._best()]
         suggestion = max(lr for lr in self._credible() if trials[lr].change <= _ALMOST * best.change)
         lrs = tuple(sorted(trials))
         losses = tuple(self._start_loss + trials[lr].change for lr in lrs)
         errors = tuple(trials[lr].error for lr in lrs)
         clear = -best.change >= _CLEAR * best.error
-        auto = suggestion * head_start(self._replicas.size, conclusive=clear)
-        return LRFinding(suggestion, lrs, losses, errors, self._start_loss, clear, self._steps, auto)
+        if auto_lr:
+            suggestion *= head_start(self._replicas.size, conclusive=clear)
+        return LRFinding(suggestion, lrs, losses, errors, self._start_loss, clear, self._steps)
 
     def _best(self) -> float:
         return min(self._credible(), key=lambda lr: self._trials[lr].change)

@@ -41,8 +41,7 @@ class OneCycleLR(lr_scheduler.OneCycleLR):
 
     Args:
         optimizer, max_lr, ..., last_epoch: as in torch. ``max_lr="auto"`` asks :func:`hdet.find_lr`, with the probe's
-            ``loss_fn`` and ``batches``, and with ``auto_lr`` begins above what that suggests
-            (:attr:`hdet.LRFinding.auto_max_lr`); the constructor is then collective.
+            ``loss_fn`` and ``batches``; the constructor is then collective.
         model: the module or modules to average. Required when ``spread > 0``.
         spread: ``alpha``, in [0, 1): replicas train under ``[1 - alpha, 1 + alpha]`` times the base.
         converge_every: ``T``, the round's length in steps; default ``total_steps // 100``, at least 1.
@@ -279,9 +278,8 @@ def _find(
             'max_lr="auto" needs model= and probe=hdet.Probe(loss_fn=..., batches=...): it trains on those batches.'
         )
     rates = [float(group["lr"]) for group in optimizer.param_groups]
-    found = find_lr(model, optimizer, probe.loss_fn, probe.batches, replicas=replicas)
-    max_lr = found.auto_max_lr if auto else found.max_lr
-    return [max_lr * rate / max(rates) for rate in rates]
+    found = find_lr(model, optimizer, probe.loss_fn, probe.batches, auto_lr=auto, replicas=replicas)
+    return [found.max_lr * rate / max(rates) for rate in rates]
 
 
 def _length(total_steps: object, epochs: object, steps_per_epoch: object) -> int:

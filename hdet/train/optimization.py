@@ -37,7 +37,13 @@ def build_optimizer(config: OptimizerConfig, model: nn.Module, device: torch.dev
 
 
 def find_max_lr(
-    config: OptimizerConfig, model: nn.Module, loss_fn: LossFunction, batches: Iterable[Any], device: torch.device
+    config: OptimizerConfig,
+    model: nn.Module,
+    loss_fn: LossFunction,
+    batches: Iterable[Any],
+    device: torch.device,
+    *,
+    auto_lr: bool,
 ) -> hdet.LRFinding:
     """``optimizer.max_lr=auto``: what ``hdet.find_lr`` finds, under this configuration's clipping. Collective.
 
@@ -46,7 +52,7 @@ def find_max_lr(
     """
     optimizer = build_optimizer(replace(config, max_lr=1.0), model, device)
     model.train()
-    return hdet.find_lr(model, optimizer, loss_fn, batches, max_grad_norm=config.grad_clip or None)
+    return hdet.find_lr(model, optimizer, loss_fn, batches, max_grad_norm=config.grad_clip or None, auto_lr=auto_lr)
 
 
 class Schedule:

@@ -197,10 +197,17 @@ class Trainer:
         """``max_lr=auto``. Collective."""
         started = time.monotonic()
         batches = (self._draw(i, "find_lr") for i in itertools.count())
-        self._finding = find_max_lr(self.config.optimizer, self.model, self._loss_of, batches, self.process.device)
-        self._find_seconds = time.monotonic() - started
         ours = self.config.hdet
-        return self._finding.auto_max_lr if ours.auto_lr and ours.probe and ours.spread else self._finding.max_lr
+        self._finding = find_max_lr(
+            self.config.optimizer,
+            self.model,
+            self._loss_of,
+            batches,
+            self.process.device,
+            auto_lr=bool(ours.auto_lr and ours.probe and ours.spread),
+        )
+        self._find_seconds = time.monotonic() - started
+        return self._finding.max_lr
 
     @property
     def _dtype(self) -> torch.dtype:

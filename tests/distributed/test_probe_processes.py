@@ -67,12 +67,14 @@ def test_find_lr_finds_the_same_everywhere_and_puts_everything_back(launch, proc
     results = launch.results(processes, "find_lr")
     for result in results:
         assert result["restored"]
-        assert result["found"] == results[0]["found"]
-    found = results[0]["found"]
+        assert (result["found"], result["coarse"]) == (results[0]["found"], results[0]["coarse"])
+    found, coarse = results[0]["found"], results[0]["coarse"]
     assert 0.05 < found["max_lr"] < 1  # tuned: 0.2
     assert min(found["losses"]) < found["start_loss"]
     assert found["conclusive"]
-    assert found["auto_max_lr"] == processes * found["max_lr"]  # auto_lr begins above, and goes on from there
+    assert coarse["conclusive"]
+    assert coarse["lrs"] == pytest.approx([1e-3, 1e-2, 0.1, 1.0, 10.0])
+    assert pytest.approx(coarse["max_lr"] / processes) in coarse["lrs"]  # auto_lr begins above, and goes on from there
 
 
 @every_size

@@ -1020,14 +1020,18 @@ def find_lr(rank, world):
     optimizer.step()
     before = (bits(model), [p.grad.clone() for p in model.parameters()], optimizer.state_dict())
     before = copy.deepcopy(before)
-    found = hdet.find_lr(
-        model,
-        optimizer,
-        lambda model, batch: F.cross_entropy(model(batch.inputs), batch.targets),
-        (workload.draw(16, generator) for _ in range(10**6)),
-        low=1e-3,
-        high=10,
-        steps=40,
+    found, coarse = (
+        hdet.find_lr(
+            model,
+            optimizer,
+            lambda model, batch: F.cross_entropy(model(batch.inputs), batch.targets),
+            (workload.draw(16, generator) for _ in range(10**6)),
+            low=1e-3,
+            high=10,
+            steps=40,
+            auto_lr=auto_lr,
+        )
+        for auto_lr in (False, True)
     )
     after = (bits(model), [p.grad for p in model.parameters()], optimizer.state_dict())
     same_state = all(
@@ -1036,6 +1040,7 @@ def find_lr(rank, world):
     )
     return {
         "found": dataclasses.asdict(found),
+        "coarse": dataclasses.asdict(coarse),
         "restored": before[0] == after[0]
         and all(torch.equal(a, b) for a, b in zip(before[1], after[1], strict=True))
         and same_state

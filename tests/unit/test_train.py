@@ -374,6 +374,7 @@ def test_find_max_lr_trains_under_the_run_s_clipping():
             lambda model, x: (model(x) - x.sum(-1, keepdim=True)).square().mean(),
             torch.randn(64, 8, 4),
             torch.device("cpu"),
+            auto_lr=False,
         ).max_lr
         assert all(torch.equal(p, b) for p, b in zip(model.parameters(), before, strict=True))
     assert found[1e-2] > 5 * found[0.0]

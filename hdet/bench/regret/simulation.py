@@ -277,6 +277,7 @@ def _found(
     def loss_fn(model: nn.Module, batch: Batch) -> Tensor:
         return workload.loss(model(batch.inputs), batch.targets)
 
+    goes_on = isinstance(setting.controller, TwoSlope)
     found = find_lr(
         model,
         optimizer,
@@ -286,7 +287,8 @@ def _found(
         high=start * 100,
         steps=max(4, min(setting.find_steps, workload.steps // 7)),
         max_grad_norm=1.0,
+        auto_lr=goes_on,
     )
-    # The search runs in one process, for which ``auto_max_lr`` is ``max_lr``.
-    replicas = setting.replicas if isinstance(setting.controller, TwoSlope) else 1
-    return found.max_lr * head_start(replicas, conclusive=found.conclusive), -(-drawn // setting.replicas)
+    # The search runs in one process, and so does not begin above what it finds.
+    times = head_start(setting.replicas, conclusive=found.conclusive) if goes_on else 1
+    return found.max_lr * times, -(-drawn // setting.replicas)

@@ -307,12 +307,11 @@ class Trainer:
         picture = Path(self.config.train.log_dir) / "find_lr.png"
         if self.process.writer:
             finding.plot(picture)
-        best = min(finding.losses)
-        begins = self.config.optimizer.max_lr
-        above = f", auto_lr begins at {begins:.2e}" if begins != finding.max_lr else ""
+        best, lr = min(zip(finding.losses, finding.lrs, strict=True))
         self.log.say(
-            f"max_lr {finding.max_lr:.2e} found among {len(finding.lrs)} learning rates in {self._find_seconds:.1f} s "
-            f"(loss {finding.start_loss:.3f}, after the best one's steps {best:.3f}){above}: {picture}"
+            f"max_lr {finding.max_lr:.2e} found by trying {len(finding.lrs)} learning rates in "
+            f"{self._find_seconds:.1f} s (loss {finding.start_loss:.3f}, after {finding.steps} steps at {lr:.2e} "
+            f"{best:.3f}): {picture}"
         )
 
     def _summarise(self, lr: float) -> None:

@@ -467,7 +467,7 @@ def test_a_learning_rate_that_was_found_is_not_looked_for_again(monkeypatch, tmp
     saved = torch.load(tmp_path / "checkpoint.pt", weights_only=True)
     assert saved["config"]["optimizer"]["max_lr"] == "auto"
     out = capfd.readouterr().out
-    assert f"max_lr {saved['max_lr']:.2e} found among" in out
+    assert f"max_lr {saved['max_lr']:.2e} found by trying" in out
     assert (tmp_path / "find_lr.png").read_bytes().startswith(b"\x89PNG")
     assert run(monkeypatch, tmp_path, *arguments[:-1], "--resume") == 2  # at max_lr=0.001 it would be another run
     assert "optimizer.max_lr=auto" in capfd.readouterr().err
@@ -477,7 +477,7 @@ def test_a_learning_rate_that_was_found_is_not_looked_for_again(monkeypatch, tmp
 
     monkeypatch.setattr(hdet, "find_lr", search)
     assert run(monkeypatch, tmp_path, *arguments, "--resume") == 0
-    assert "found among" not in capfd.readouterr().out
+    assert "found by trying" not in capfd.readouterr().out
     summary = json.loads((tmp_path / "summary.json").read_text())
     assert summary["max_lr"] == saved["max_lr"]
     peak = max(r["lr"] for r in read_jsonl(tmp_path / "metrics.jsonl") if "lr" in r)
@@ -504,7 +504,7 @@ def test_a_run_leaves_its_results(monkeypatch, tmp_path, capfd):
     arguments = ["--train.total_steps=6", "--train.eval_every=3", "--train.log_every=2", "--train.accumulate=2"]
     assert run(monkeypatch, tmp_path / "run", *arguments, "--optimizer.max_lr=1e-2") == 0
     out = capfd.readouterr().out
-    assert "found among" not in out
+    assert "found by trying" not in out
     for said in ("M parameters", "1 replica ", "spread 0.111", "tensorboard --logdir", "step 3: validation", "Done in"):
         assert said in out
     records = read_jsonl(tmp_path / "run" / "metrics.jsonl")

@@ -112,8 +112,8 @@ def find_lr(
         low, high: the range, ``0 < low < high``.
         steps: per candidate at first, at least 4. The first third is a warm-up.
         max_grad_norm: clip gradients to this norm, as the training loop does: it changes which learning rates work.
-        auto_lr: whether what it is for is a run with ``auto_lr=True`` and a probe, which goes on from the suggestion:
-            it is then coarser, and higher (:attr:`LRFinding.max_lr`).
+        auto_lr: for a run with ``auto_lr=True`` and a probe, which goes on from the suggestion: that is then coarser,
+            and higher (:attr:`LRFinding.max_lr`).
         replicas: as for :class:`hdet.Ensemble`.
 
     Raises:
@@ -191,9 +191,9 @@ class _Search:
         for doublings in range(_DOUBLINGS + 1):
             self._steps = first * 2**doublings
             self._trials.clear()
-            self.measure(coarse)
+            self._measure(coarse)
             while refine and (lrs := self._untried(coarse)):
-                self.measure(lrs)
+                self._measure(lrs)
             if self._credible():
                 return
         raise HdetError(
@@ -201,7 +201,7 @@ class _Search:
             f"{self._steps} steps. Pass another range, or more steps."
         )
 
-    def measure(self, lrs: Sequence[float]) -> None:
+    def _measure(self, lrs: Sequence[float]) -> None:
         """Try each candidate on one replica, as many at a time as there are replicas."""
         size, rank = self._replicas.size, self._replicas.rank
         for first in range(0, len(lrs), size):

@@ -45,8 +45,9 @@ class LRFinding:
     max_lr: float
     """The suggestion: the largest candidate that lowers the loss by at least 93% as much as the best one. One counts
     only if the next lower one lowers it, too: a net that a high learning rate has killed may gain a little by chance.
-    With ``auto_lr``, if that is conclusive, the number of replicas times that, at most 4: a candidate's batches were
-    those of one replica, and too high a learning rate is found out in a few rounds, too low a one in many."""
+    With ``auto_lr`` the smallest such candidate, since a few dozen steps are kind to a rate that ruins a long run, and
+    if that is conclusive, the number of replicas times it, at most 4: a candidate's batches were those of one replica,
+    and a rate that is somewhat too high is found out in a few rounds, one too low in many."""
     lrs: tuple[float, ...]
     """The candidates, in increasing order."""
     losses: tuple[float, ...]
@@ -221,13 +222,13 @@ class _Search:
     def finding(self, *, auto_lr: bool) -> LRFinding:
         """What the trials come to, to begin with or to begin above."""
         trials, best = self._trials, self._trials[self._best()]
-        suggestion = max(lr for lr in self._credible() if trials[lr].change <= _ALMOST * best.change)
+        almost = [lr for lr in self._credible() if trials[lr].change <= _ALMOST * best.change]
         lrs = tuple(sorted(trials))
         losses = tuple(self._start_loss + trials[lr].change for lr in lrs)
         errors = tuple(trials[lr].error for lr in lrs)
         clear = -best.change >= _CLEAR * best.error
-        if auto_lr:
-            suggestion *= head_start(self._replicas.size, conclusive=clear)
+        above = head_start(self._replicas.size, conclusive=clear)
+        suggestion = min(almost) * above if auto_lr else max(almost)
         return LRFinding(suggestion, lrs, losses, errors, self._start_loss, clear, self._steps)
 
     def _best(self) -> float:

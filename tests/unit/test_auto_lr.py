@@ -514,9 +514,16 @@ def test_find_lr_distrusts_what_a_dead_net_gains_by_chance(monkeypatch):
     assert found.max_lr == pytest.approx(0.215, rel=0.01)  # the largest that gains almost as much as the best
 
 
-@pytest.mark.parametrize(("error", "found_lr"), [(0.05, 0.4), (0.2, 0.1)])
-def test_find_lr_for_auto_lr_is_coarse_and_begins_above_what_is_conclusive(monkeypatch, error, found_lr):
-    change = {0.001: -0.1, 0.01: -0.2, 0.1: -0.3, 1.0: -0.1, 10.0: 0.1}
+@pytest.mark.parametrize(
+    ("error", "lower", "found_lr"),
+    [
+        (0.05, -0.2, 0.4),  # four times the best one, 0.1
+        (0.2, -0.2, 0.1),  # inconclusive
+        (0.05, -0.285, 0.04),  # the next lower one is almost as good
+    ],
+)
+def test_find_lr_for_auto_lr_is_coarse_and_begins_above_what_is_conclusive(monkeypatch, error, lower, found_lr):
+    change = {0.001: -0.1, 0.01: lower, 0.1: -0.3, 1.0: -0.1, 10.0: 0.1}
     monkeypatch.setattr(
         hdet.lr_finder._Search,
         "_try",

@@ -114,7 +114,7 @@ def find_lr(
         steps: per candidate at first, at least 4. The first third is a warm-up.
         max_grad_norm: clip gradients to this norm, as the training loop does: it changes which learning rates work.
         auto_lr: for a run with ``auto_lr=True`` and a probe, which goes on from the suggestion: that is then coarser,
-            and higher (:attr:`LRFinding.max_lr`).
+            and made from the candidates in another way (:attr:`LRFinding.max_lr`).
         replicas: as for :class:`hdet.Ensemble`.
 
     Raises:
@@ -155,7 +155,7 @@ def find_lr(
 
 
 def head_start(replicas: int, *, conclusive: bool) -> int:
-    """By how many times ``auto_lr`` begins above the best candidate."""
+    """By how many times ``auto_lr`` begins above the candidate that was chosen."""
     return min(_AHEAD, replicas) if conclusive else 1
 
 
@@ -220,15 +220,14 @@ class _Search:
         return [lr for lr in near if best in coarse and lr not in self._trials]
 
     def finding(self, *, auto_lr: bool) -> LRFinding:
-        """What the trials come to, to begin with or to begin above."""
+        """What the trials come to, for a run with ``auto_lr`` or one without."""
         trials, best = self._trials, self._trials[self._best()]
         almost = [lr for lr in self._credible() if trials[lr].change <= _ALMOST * best.change]
         lrs = tuple(sorted(trials))
         losses = tuple(self._start_loss + trials[lr].change for lr in lrs)
         errors = tuple(trials[lr].error for lr in lrs)
         clear = -best.change >= _CLEAR * best.error
-        above = head_start(self._replicas.size, conclusive=clear)
-        suggestion = min(almost) * above if auto_lr else max(almost)
+        suggestion = min(almost) * head_start(self._replicas.size, conclusive=clear) if auto_lr else max(almost)
         return LRFinding(suggestion, lrs, losses, errors, self._start_loss, clear, self._steps)
 
     def _best(self) -> float:

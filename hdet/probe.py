@@ -25,6 +25,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils._pytree import tree_map
 
 from hdet.averager import Point, SlowAverage
@@ -104,9 +105,9 @@ def evaluate(
     """One rank's losses, in the order of :class:`hdet.controller.ProbeLosses`. Collective among a replica's members, if
     ``loss_fn`` is: a sharded model's forward pass is, and all of them must then call the model equally often.
 
-    The models are in eval mode meanwhile, without autograd; their parameters, training flags and torch's random number
-    generators are afterwards as they were, whatever ``loss_fn`` raises. Buffers are the model's own affair: torch's do
-    not change in eval mode.
+    The models are in eval mode meanwhile, without autograd, and with batch normalisation as in training
+    (:func:`evaluation`); their parameters, training flags and torch's random number generators are afterwards as they
+    were, whatever ``loss_fn`` raises. Other buffers are the model's own affair: torch's do not change in eval mode.
 
     Args:
         reach: how far away the far point is.
@@ -231,13 +232,21 @@ def preserved_rng(models: Sequence[nn.Module]) -> Iterator[None]:
 
 @contextmanager
 def evaluation(models: Sequence[nn.Module]) -> Iterator[None]:
-    """Eval mode without autograd; training flags and torch's random number generators come back as they were."""
+    """Eval mode without autograd, but batch normalisation by the batch's own statistics wherever training does so: the
+    running ones are those of recent parameters, and make a point elsewhere look worse than it is. Training flags,
+    running statistics and torch's random number generators come back as they were."""
     training = [module for model in models for module in model.modules() if module.training]
+    norms = [module for module in training if isinstance(module, _BatchNorm)]
+    running = [(norm.running_mean, norm.running_var) for norm in norms]
     with torch.no_grad(), preserved_rng(models):
         for model in models:
             model.eval()
         try:
+            for norm in norms:  # in eval mode without running statistics, also SyncBatchNorm takes the local batch's
+                norm.running_mean = norm.running_var = None
             yield
         finally:
+            for norm, (mean, variance) in zip(norms, running, strict=True):
+                norm.running_mean, norm.running_var = mean, variance
             for module in training:
                 module.training = True

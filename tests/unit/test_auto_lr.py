@@ -1,5 +1,6 @@
 """TwoSlope, the probe's parts, snapshots, find_lr and found schedules, without processes."""
 
+import copy
 import dataclasses
 import math
 
@@ -15,7 +16,7 @@ from hdet.buckets import fill_buckets
 from hdet.controller import ControllerState, Observation, OneSlope, ProbeLosses, Slopes, TwoSlope, slopes_of
 from hdet.forecast import forecast
 from hdet.found_schedule import Recorder
-from hdet.probe import FORGOTTEN, Batches, evaluate
+from hdet.probe import FORGOTTEN, Batches, evaluate, evaluation
 from hdet.recovery import Recovery
 from hdet.snapshot import Snapshot
 from hdet.spread import multipliers
@@ -306,6 +307,35 @@ def test_evaluate_uses_the_six_points_and_leaves_no_trace():
     assert torch.equal(torch.get_rng_state(), state)
     assert [part.training for part in model] == [True, True, False, True]
     assert model.training
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+def test_the_probe_normalises_by_the_statistics_that_training_uses(frozen):
+    """Running statistics are those of recent parameters: at another point they would make the loss worse than it is."""
+    model = probed_model()
+    if frozen:
+        model[1].eval()  # as in fine-tuning with fixed statistics
+    before = copy.deepcopy(model.state_dict())
+    batch = torch.randn(16, 4) * 3 + 1
+
+    def output():
+        with torch.no_grad():
+            return model[3](model[1](model[0](batch)))
+
+    expected = output()  # without dropout; outside of the probe it moves the running statistics
+    model.load_state_dict(before)
+
+    def evaluated():
+        with evaluation((model,)):
+            assert not model[1].training
+            assert torch.equal(model(batch), expected)
+            raise RuntimeError("on purpose")
+
+    with pytest.raises(RuntimeError, match="on purpose"):
+        evaluated()
+    assert [part.training for part in model] == [True, not frozen, True, True]
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+    assert list(model.state_dict()) == list(before)
 
 
 @pytest.mark.parametrize("bad", [torch.ones(2), torch.tensor(1), "1.0", None])

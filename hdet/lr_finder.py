@@ -35,7 +35,7 @@ _CLEAR = 3.0
 _HELD_OUT = 16
 """Batches."""
 _DOUBLINGS = 3
-_AHEAD = 4
+_AHEAD = 2
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ class LRFinding:
     """The suggestion: the largest candidate that lowers the loss by at least 93% as much as the best one. One counts
     only if the next lower one lowers it, too: a net that a high learning rate has killed may gain a little by chance.
     With ``auto_lr`` the smallest such candidate, since a few dozen steps are kind to a rate that ruins a long run, and
-    if that is conclusive, the number of replicas times it, at most 4: a candidate's batches were those of one replica,
+    if that is conclusive and there are several replicas, twice it: a candidate's batches were those of one replica,
     and a rate that is somewhat too high is found out in a few rounds, one too low in many."""
     lrs: tuple[float, ...]
     """The candidates, in increasing order."""

@@ -24,8 +24,9 @@ from torch.nn.parallel import DistributedDataParallel as DDP
 
 import hdet
 from hdet.bench.regret import peers
+from hdet.bench.regret.data import Batch
 from hdet.bench.regret.simulation import Setting, simulate
-from hdet.bench.regret.workloads import WORKLOADS, Batch
+from hdet.bench.regret.workloads import WORKLOADS
 
 SCENARIOS = []
 OUT = Path(sys.argv[1])

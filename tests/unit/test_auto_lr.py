@@ -547,9 +547,9 @@ def test_find_lr_distrusts_what_a_dead_net_gains_by_chance(monkeypatch):
 @pytest.mark.parametrize(
     ("error", "lower", "found_lr"),
     [
-        (0.05, -0.2, 0.4),  # four times the best one, 0.1
+        (0.05, -0.2, 0.2),  # twice the best one, 0.1
         (0.2, -0.2, 0.1),  # inconclusive
-        (0.05, -0.285, 0.04),  # the next lower one is almost as good
+        (0.05, -0.285, 0.02),  # the next lower one is almost as good
     ],
 )
 def test_find_lr_for_auto_lr_is_coarse_and_begins_above_what_is_conclusive(monkeypatch, error, lower, found_lr):

@@ -17,7 +17,7 @@ from hdet.bench.processes import cpus
 from hdet.bench.regret import plot, table
 from hdet.bench.regret.contenders import CONTENDERS
 from hdet.bench.regret.runs import Result, Run, Store, as_json, execute_all, plan
-from hdet.bench.regret.workloads import SCHEDULES, STARTS, WORKLOADS
+from hdet.bench.regret.workloads import SCHEDULES, SEEN, STARTS, UNSEEN, WORKLOADS
 from hdet.bench.report import machine
 
 SCHEMA = 1
@@ -111,7 +111,12 @@ def parser() -> argparse.ArgumentParser:
         prog=_PROGRAM, description="Train from wrong learning rates, and compare with the right one."
     )
     add = found.add_argument
-    add("--workloads", nargs="+", choices=WORKLOADS, help="default: all")
+    add(
+        "--workloads",
+        nargs="+",
+        choices=[*WORKLOADS, "unseen"],
+        help=f"default: {', '.join(SEEN)}; unseen: the others, which the controller's constants were not chosen on",
+    )
     add("--contenders", nargs="+", choices=CONTENDERS, default=list(CONTENDERS), help="default: all")
     add("--starts", nargs="+", type=_positive, default=STARTS, metavar="X", help="in units of the tuned max_lr")
     add("--schedule", choices=SCHEDULES, default=SCHEDULES[0], help="of all that have none of their own")
@@ -130,7 +135,10 @@ def parser() -> argparse.ArgumentParser:
 
 def plan_of(options: argparse.Namespace) -> list[Run]:
     """The runs that the command line asks for."""
-    workloads = options.workloads or (_QUICK_WORKLOADS if options.quick else tuple(WORKLOADS))
+    workloads = options.workloads or (_QUICK_WORKLOADS if options.quick else tuple(SEEN))
+    if "unseen" in workloads:
+        workloads = dict.fromkeys([*workloads, *UNSEEN])
+        del workloads["unseen"]
     seeds, length = (1, 0.1) if options.quick else (options.seeds, options.length)
     if options.schedule != SCHEDULES[0]:
         workloads = [f"{workload}/{options.schedule}" for workload in workloads]

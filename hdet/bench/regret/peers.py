@@ -23,7 +23,8 @@ from torch.optim.lr_scheduler import CosineAnnealingLR, LambdaLR, LRScheduler, O
 
 from hdet import schedules
 from hdet.bench.measure import Unavailable
-from hdet.bench.regret.workloads import Batch, Workload
+from hdet.bench.regret.data import Batch
+from hdet.bench.regret.workloads import Workload
 
 BETAS = (0.9, 0.95)
 _WARM_UP = 0.05

@@ -21,9 +21,10 @@ from torch.nn.parallel import DistributedDataParallel
 import hdet
 from hdet.bench import processes
 from hdet.bench.regret import peers
+from hdet.bench.regret.data import Batch
 from hdet.bench.regret.outcome import Outcome
 from hdet.bench.regret.simulation import Setting, simulate
-from hdet.bench.regret.workloads import WORKLOADS, Batch, Workload
+from hdet.bench.regret.workloads import WORKLOADS, Workload
 
 
 def train(workload: Workload, max_lr: float, seed: int, setting: Setting) -> Iterator[Outcome]:

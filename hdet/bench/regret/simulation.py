@@ -23,8 +23,9 @@ from torch import Tensor, nn
 
 from hdet.averager import Point, SlowAverage
 from hdet.bench.regret import peers
+from hdet.bench.regret.data import Batch
 from hdet.bench.regret.outcome import Outcome
-from hdet.bench.regret.workloads import Batch, Workload
+from hdet.bench.regret.workloads import Workload
 from hdet.buckets import fill_buckets
 from hdet.controller import Controller, ControllerState, Observation, Published, Slopes, TwoSlope, slopes_of
 from hdet.errors import DivergedError, HdetError

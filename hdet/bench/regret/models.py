@@ -1,0 +1,148 @@
+"""The models of the regret benchmark. Parameters are drawn from torch's global generator."""
+
+from __future__ import annotations
+
+import itertools
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+
+class Transformer(nn.Module):
+    """Pre-norm transformer over ``(batch, length, width)``."""
+
+    def __init__(self, width: int, layers: int, heads: int, *, causal: bool) -> None:
+        super().__init__()
+        self.heads, self.causal = heads, causal
+        self.blocks = nn.ModuleList(
+            nn.ModuleDict(
+                {
+                    "norm1": nn.LayerNorm(width),
+                    "qkv": nn.Linear(width, 3 * width, bias=False),
+                    "out": nn.Linear(width, width, bias=False),
+                    "norm2": nn.LayerNorm(width),
+                    "up": nn.Linear(width, 4 * width),
+                    "down": nn.Linear(4 * width, width),
+                }
+            )
+            for _ in range(layers)
+        )
+        self.norm = nn.LayerNorm(width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        batch, length, width = x.shape
+        for block in self.blocks:
+            assert isinstance(block, nn.ModuleDict)
+            qkv = block["qkv"](block["norm1"](x)).view(batch, length, 3, self.heads, width // self.heads)
+            q, k, v = qkv.permute(2, 0, 3, 1, 4)
+            y = F.scaled_dot_product_attention(q, k, v, is_causal=self.causal)
+            x = x + block["out"](y.transpose(1, 2).reshape(batch, length, width))
+            x = x + block["down"](F.gelu(block["up"](block["norm2"](x))))
+        return self.norm(x)
+
+
+class CharLM(nn.Module):
+    """Logits ``(batch, 128, length)`` for the next ASCII character."""
+
+    def __init__(self, width: int = 32, layers: int = 2, context: int = 32) -> None:
+        super().__init__()
+        self.characters = nn.Embedding(128, width)
+        self.positions = nn.Parameter(torch.randn(context, width) * 0.02)
+        self.body = Transformer(width, layers, 4, causal=True)
+        self.head = nn.Linear(width, 128)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.body(self.characters(x) + self.positions)).transpose(1, 2)
+
+
+class VisionTransformer(nn.Module):
+    """Logits for ``(batch, 64)`` images of 8 x 8, seen as 16 patches of 2 x 2."""
+
+    def __init__(self, width: int = 32, layers: int = 2) -> None:
+        super().__init__()
+        self.patches = nn.Linear(4, width)
+        self.positions = nn.Parameter(torch.randn(16, width) * 0.02)
+        self.body = Transformer(width, layers, 4, causal=False)
+        self.head = nn.Linear(width, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        patches = x.view(-1, 4, 2, 4, 2).transpose(2, 3).reshape(-1, 16, 4)
+        return self.head(self.body(self.patches(patches) + self.positions).mean(1))
+
+
+class Recommender(nn.Module):
+    """Logit of a click, from user and item embeddings: their product, and a small net over both."""
+
+    def __init__(self, users: int = 2000, items: int = 1000, width: int = 16) -> None:
+        super().__init__()
+        self.users, self.items = nn.Embedding(users, width), nn.Embedding(items, width)
+        nn.init.normal_(self.users.weight, std=0.1)
+        nn.init.normal_(self.items.weight, std=0.1)
+        self.net = nn.Sequential(nn.Linear(2 * width, 32), nn.ReLU(), nn.Linear(32, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        user, item = self.users(x[..., 0]), self.items(x[..., 1])
+        return (user * item).sum(-1) + self.net(torch.cat((user, item), -1)).squeeze(-1)
+
+
+class CharGRU(nn.Module):
+    """Logits ``(batch, 128, length)`` for the next ASCII character."""
+
+    def __init__(self, width: int = 64) -> None:
+        super().__init__()
+        self.characters = nn.Embedding(128, 32)
+        self.body = nn.GRU(32, width, batch_first=True)
+        self.head = nn.Linear(width, 128)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.body(self.characters(x))[0]).transpose(1, 2)
+
+
+class TrigramClassifier(nn.Module):
+    """Logits for ``(batch, length)`` characters, from a bag of hashed trigrams."""
+
+    def __init__(self, classes: int, buckets: int = 4096, width: int = 16) -> None:
+        super().__init__()
+        self.buckets = buckets
+        self.embedding = nn.EmbeddingBag(buckets, width)
+        self.net = mlp(width, 32, classes, activation=nn.ReLU)
+
+    def forward(self, x: Tensor) -> Tensor:
+        hashed = (x[:, :-2] * 7919 + x[:, 1:-1] * 104729 + x[:, 2:] * 31) % self.buckets
+        return self.net(self.embedding(hashed))
+
+
+def mlp(*sizes: int, activation: type[nn.Module]) -> nn.Sequential:
+    """Linear layers with the activation between them."""
+    layers: list[nn.Module] = []
+    for inputs, outputs in itertools.pairwise(sizes):
+        layers += [nn.Linear(inputs, outputs), activation()]
+    return nn.Sequential(*layers[:-1])
+
+
+def conv() -> nn.Sequential:
+    """Logits for ``(batch, 64)`` images of 8 x 8."""
+    return nn.Sequential(
+        nn.Unflatten(1, (1, 8, 8)),
+        nn.Conv2d(1, 12, 3, padding=1),
+        nn.ReLU(),
+        nn.Conv2d(12, 24, 3, stride=2, padding=1),
+        nn.ReLU(),
+        nn.Conv2d(24, 24, 3, stride=2, padding=1),
+        nn.ReLU(),
+        nn.Flatten(),
+        nn.Linear(96, 10),
+    )
+
+
+def batch_norm_conv() -> nn.Sequential:
+    """:func:`conv` with batch normalisation."""
+    layers: list[nn.Module] = [nn.Unflatten(1, (1, 8, 8))]
+    for inputs, outputs, stride in ((1, 12, 1), (12, 24, 2), (24, 24, 2)):
+        layers += [
+            nn.Conv2d(inputs, outputs, 3, stride=stride, padding=1, bias=False),
+            nn.BatchNorm2d(outputs),
+            nn.ReLU(),
+        ]
+    return nn.Sequential(*layers, nn.Flatten(), nn.Linear(96, 10))

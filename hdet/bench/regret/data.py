@@ -154,7 +154,7 @@ def draw_pixels(size: int, generator: torch.Generator) -> Batch:
     height, width, _ = photo.shape
     y = torch.randint(height, (size,), generator=generator)
     x = torch.randint(width, (size,), generator=generator)
-    angle = (torch.stack((y / height, x / width), -1) * 2 - 1) * (2 * math.pi)
+    angle = (torch.stack((y / height, x / width), -1) * 2 - 1) * math.pi
     waves = [wave(angle * 2**k) for k in range(6) for wave in (torch.sin, torch.cos)]
     return Batch(torch.cat(waves, -1), photo[y, x])
 

@@ -8,10 +8,12 @@ and not at their points, unless ``--exact``; two runs that differ by rounding dr
 from __future__ import annotations
 
 import argparse
+import inspect
 import math
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -26,12 +28,18 @@ from hdet.bench.regret.outcome import Outcome
 from hdet.bench.regret.simulation import Setting, simulate
 from hdet.bench.regret.workloads import WORKLOADS, Workload
 
+# Batch norm's statistics stay a replica's own; torch 2.13 has another name for it.
+_NAMES = inspect.signature(DistributedDataParallel).parameters
+_OWN_STATISTICS: dict[str, Any] = {
+    "forward_sync_buffers" if "forward_sync_buffers" in _NAMES else "broadcast_buffers": False
+}
+
 
 def train(workload: Workload, max_lr: float, seed: int, setting: Setting) -> Iterator[Outcome]:
     """One run in a process group; every process must call it. Yields rank 0's outcome."""
     rank, world = dist.get_rank(), dist.get_world_size()
     torch.set_num_threads(1)
-    model = DistributedDataParallel(peers.build(workload, seed))
+    model = DistributedDataParallel(peers.build(workload, seed), **_OWN_STATISTICS)
     optimizer = peers.optimizer_of(workload, model.module, max_lr)
 
     def loss_fn(model: nn.Module, batch: Batch) -> Tensor:

@@ -91,7 +91,7 @@ class OptimizerConfig:
     """Which optimizer."""
     max_lr: float | Literal["auto"] = 1e-3
     """Peak of the schedule, > 0; with ``hdet.auto_lr`` the controller's starting point. ``auto``: what ``hdet.find_lr``
-    suggests, which tries learning rates for a few dozen steps each before the run starts; up to 4 times the best
+    suggests, which tries learning rates for a few dozen steps each before the run starts; up to twice the best
     of them where ``hdet.auto_lr`` has a probe."""
     weight_decay: float = 0.1
     """Weight decay of the matrices, >= 0."""

@@ -95,7 +95,7 @@ def test_every_schedule_warms_up_to_max_lr_and_ends_as_it_says(schedule):
         found.step()
     assert rates[0] < 0.03
     assert max(rates) == pytest.approx(0.1, rel=1e-3)
-    assert rates[60] == pytest.approx(0.1, rel=1e-3) or schedule == "one_cycle"
+    assert rates[60] == pytest.approx(0.1, rel=1e-3) or schedule in ("one_cycle", "cosine")
     assert rates[-1] == pytest.approx(0.1) if schedule == "constant" else rates[-1] < 0.01
 
 

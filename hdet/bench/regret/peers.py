@@ -60,7 +60,9 @@ def schedule_of(workload: Workload, optimizer: torch.optim.Optimizer, max_lr: fl
         group["lr"] = group["initial_lr"] = max_lr
     warm_up = max(1, round(_WARM_UP * steps))
     shape: Callable[[int], float]
-    if workload.schedule == "wsd":
+    if workload.schedule == "cosine":
+        shape = schedules.cosine(total_steps=steps, warmup_steps=warm_up)
+    elif workload.schedule == "wsd":
         shape = schedules.warmup_stable_decay(total_steps=steps, decay_steps=steps // 5, warmup_steps=warm_up)
     else:
         shape = schedules.constant(warmup_steps=warm_up)

@@ -19,8 +19,9 @@ from hdet.train.models import GPT, loss_of
 STARTS = (0.01, 0.1, 1 / 3, 1.0, 3.0, 8.0)
 """Where runs start: max_lr in units of the tuned one."""
 
-SCHEDULES = ("one_cycle", "constant", "wsd")
-"""torch's OneCycleLR; or, after a warm-up of 5%, ``constant``, or ``wsd``: a linear decay over the last fifth."""
+SCHEDULES = ("one_cycle", "cosine", "constant", "wsd")
+"""torch's OneCycleLR; or, after a warm-up of 5%, half a ``cosine``, a ``constant``, or ``wsd``: a linear decay over the
+last fifth."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -74,7 +74,7 @@ def test_find_lr_finds_the_same_everywhere_and_puts_everything_back(launch, proc
     assert found["conclusive"]
     assert coarse["conclusive"]
     assert coarse["lrs"] == pytest.approx([1e-3, 1e-2, 0.1, 1.0, 10.0])
-    assert pytest.approx(coarse["max_lr"] / min(2, processes)) in coarse["lrs"]  # auto_lr begins above, and goes on from there
+    assert pytest.approx(coarse["max_lr"] / min(2, processes)) in coarse["lrs"]  # it begins above
 
 
 @every_size

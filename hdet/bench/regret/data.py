@@ -42,6 +42,7 @@ def digits() -> tuple[Batch, Batch]:
 
 
 def draw_digits(size: int, generator: torch.Generator) -> Batch:
+    """Images and labels."""
     train, _ = digits()
     chosen = torch.randint(1400, (size,), generator=generator)
     return Batch(train.inputs[chosen], train.targets[chosen])
@@ -56,12 +57,13 @@ def draw_shifted_digits(size: int, generator: torch.Generator) -> Batch:
 
 @functools.cache
 def source_code() -> tuple[Tensor, Tensor]:
+    """The standard library's modules, to train on and to validate."""
     return _split(sorted(Path(sysconfig.get_paths()["stdlib"]).glob("*.py")))
 
 
 @functools.cache
 def other_code() -> tuple[Tensor, Tensor]:
-    """Another dialect: the standard library's own tests of its e-mail and unittest packages, or what is there."""
+    """Another dialect: the standard library's tables of encodings, and pydoc's topics."""
     root = Path(sysconfig.get_paths()["stdlib"])
     return _split(sorted((root / "encodings").glob("*.py")) + sorted((root / "pydoc_data").glob("*.py")))
 
@@ -210,6 +212,7 @@ def tumours() -> tuple[Batch, Batch]:
 
 
 def draw_tumours(size: int, generator: torch.Generator) -> Batch:
+    """Measurements, and whether the tumour is benign."""
     train, _ = tumours()
     chosen = torch.randint(400, (size,), generator=generator)
     return Batch(train.inputs[chosen], train.targets[chosen])

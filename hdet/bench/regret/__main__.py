@@ -135,10 +135,8 @@ def parser() -> argparse.ArgumentParser:
 
 def plan_of(options: argparse.Namespace) -> list[Run]:
     """The runs that the command line asks for."""
-    workloads = options.workloads or (_QUICK_WORKLOADS if options.quick else tuple(SEEN))
-    if "unseen" in workloads:
-        workloads = dict.fromkeys([*workloads, *UNSEEN])
-        del workloads["unseen"]
+    named = options.workloads or (_QUICK_WORKLOADS if options.quick else tuple(SEEN))
+    workloads = [workload for name in named for workload in (UNSEEN if name == "unseen" else (name,))]
     seeds, length = (1, 0.1) if options.quick else (options.seeds, options.length)
     if options.schedule != SCHEDULES[0]:
         workloads = [f"{workload}/{options.schedule}" for workload in workloads]

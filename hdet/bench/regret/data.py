@@ -24,6 +24,19 @@ class Batch(NamedTuple):
 
 
 Draw = Callable[[int, torch.Generator], Batch]
+"""A training batch of the given size."""
+
+_LIBRARY = Path(sysconfig.get_paths()["stdlib"])
+
+
+def _some(examples: Batch, size: int, generator: torch.Generator) -> Batch:
+    """Examples drawn with replacement."""
+    chosen = torch.randint(len(examples.inputs), (size,), generator=generator)
+    return Batch(examples.inputs[chosen], examples.targets[chosen])
+
+
+def _characters(text: bytes) -> Tensor:
+    return torch.frombuffer(bytearray(text), dtype=torch.uint8)
 
 
 @functools.cache
@@ -43,9 +56,7 @@ def digits() -> tuple[Batch, Batch]:
 
 def draw_digits(size: int, generator: torch.Generator) -> Batch:
     """Images and labels."""
-    train, _ = digits()
-    chosen = torch.randint(1400, (size,), generator=generator)
-    return Batch(train.inputs[chosen], train.targets[chosen])
+    return _some(digits()[0], size, generator)
 
 
 def draw_shifted_digits(size: int, generator: torch.Generator) -> Batch:
@@ -58,19 +69,17 @@ def draw_shifted_digits(size: int, generator: torch.Generator) -> Batch:
 @functools.cache
 def source_code() -> tuple[Tensor, Tensor]:
     """The standard library's modules, to train on and to validate."""
-    return _split(sorted(Path(sysconfig.get_paths()["stdlib"]).glob("*.py")))
+    return _split(sorted(_LIBRARY.glob("*.py")))
 
 
 @functools.cache
 def other_code() -> tuple[Tensor, Tensor]:
     """Another dialect: the standard library's tables of encodings, and pydoc's topics."""
-    root = Path(sysconfig.get_paths()["stdlib"])
-    return _split(sorted((root / "encodings").glob("*.py")) + sorted((root / "pydoc_data").glob("*.py")))
+    return _split(sorted((_LIBRARY / "encodings").glob("*.py")) + sorted((_LIBRARY / "pydoc_data").glob("*.py")))
 
 
 def _split(files: list[Path]) -> tuple[Tensor, Tensor]:
-    data = torch.frombuffer(bytearray(b"".join(file.read_bytes() for file in files)), dtype=torch.uint8)
-    data = data.clamp(max=127)
+    data = _characters(b"".join(file.read_bytes() for file in files)).clamp(max=127)
     cut = int(len(data) * 0.95)
     return data[:cut], data[cut:]
 
@@ -129,7 +138,8 @@ def _power_law(size: int, count: int, generator: torch.Generator) -> Tensor:
     return ((size + 1.0) ** torch.rand(count, generator=generator)).long().clamp(max=size) - 1
 
 
-def fixed(draw: Callable[[int, torch.Generator], Batch], size: int, seed: int) -> Batch:
+def fixed(draw: Draw, size: int, seed: int) -> Batch:
+    """The same batch every time."""
     return draw(size, torch.Generator().manual_seed(seed))
 
 
@@ -137,9 +147,13 @@ def fixed(draw: Callable[[int, torch.Generator], Batch], size: int, seed: int) -
 
 
 def draw_images_to_copy(size: int, generator: torch.Generator) -> Batch:
-    """Digits, as what they are to be reconstructed from and as."""
-    images = draw_digits(size, generator).inputs
-    return Batch(images, images)
+    """Digits, each of which is its own target."""
+    return to_copy(draw_digits(size, generator))
+
+
+def to_copy(batch: Batch) -> Batch:
+    """Its inputs, each of which is its own target."""
+    return Batch(batch.inputs, batch.inputs)
 
 
 @functools.cache
@@ -182,8 +196,8 @@ def draw_mixture(size: int, generator: torch.Generator) -> Batch:
 @functools.cache
 def _files() -> list[Tensor]:
     """The standard library's 20 largest modules."""
-    found = sorted(Path(sysconfig.get_paths()["stdlib"]).glob("*.py"), key=lambda file: -file.stat().st_size)[:20]
-    return [torch.frombuffer(bytearray(file.read_bytes()), dtype=torch.uint8).long() for file in found]
+    found = sorted(_LIBRARY.glob("*.py"), key=lambda file: (-file.stat().st_size, file.name))[:20]
+    return [_characters(file.read_bytes()).long() for file in found]
 
 
 def draw_snippets(size: int, generator: torch.Generator, *, last_fifth: bool = False) -> Batch:
@@ -213,6 +227,4 @@ def tumours() -> tuple[Batch, Batch]:
 
 def draw_tumours(size: int, generator: torch.Generator) -> Batch:
     """Measurements, and whether the tumour is benign."""
-    train, _ = tumours()
-    chosen = torch.randint(400, (size,), generator=generator)
-    return Batch(train.inputs[chosen], train.targets[chosen])
+    return _some(tumours()[0], size, generator)

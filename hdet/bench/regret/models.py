@@ -79,7 +79,7 @@ class Recommender(nn.Module):
         self.users, self.items = nn.Embedding(users, width), nn.Embedding(items, width)
         nn.init.normal_(self.users.weight, std=0.1)
         nn.init.normal_(self.items.weight, std=0.1)
-        self.net = nn.Sequential(nn.Linear(2 * width, 32), nn.ReLU(), nn.Linear(32, 1))
+        self.net = mlp(2 * width, 32, 1, activation=nn.ReLU)
 
     def forward(self, x: Tensor) -> Tensor:
         user, item = self.users(x[..., 0]), self.items(x[..., 1])
@@ -121,28 +121,12 @@ def mlp(*sizes: int, activation: type[nn.Module]) -> nn.Sequential:
     return nn.Sequential(*layers[:-1])
 
 
-def conv() -> nn.Sequential:
+def conv(*, batch_norm: bool = False) -> nn.Sequential:
     """Logits for ``(batch, 64)`` images of 8 x 8."""
-    return nn.Sequential(
-        nn.Unflatten(1, (1, 8, 8)),
-        nn.Conv2d(1, 12, 3, padding=1),
-        nn.ReLU(),
-        nn.Conv2d(12, 24, 3, stride=2, padding=1),
-        nn.ReLU(),
-        nn.Conv2d(24, 24, 3, stride=2, padding=1),
-        nn.ReLU(),
-        nn.Flatten(),
-        nn.Linear(96, 10),
-    )
-
-
-def batch_norm_conv() -> nn.Sequential:
-    """:func:`conv` with batch normalisation."""
     layers: list[nn.Module] = [nn.Unflatten(1, (1, 8, 8))]
     for inputs, outputs, stride in ((1, 12, 1), (12, 24, 2), (24, 24, 2)):
-        layers += [
-            nn.Conv2d(inputs, outputs, 3, stride=stride, padding=1, bias=False),
-            nn.BatchNorm2d(outputs),
-            nn.ReLU(),
-        ]
+        layers.append(nn.Conv2d(inputs, outputs, 3, stride=stride, padding=1, bias=not batch_norm))
+        if batch_norm:
+            layers.append(nn.BatchNorm2d(outputs))
+        layers.append(nn.ReLU())
     return nn.Sequential(*layers, nn.Flatten(), nn.Linear(96, 10))

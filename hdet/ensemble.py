@@ -133,10 +133,10 @@ class Ensemble:
         prior: gains and centres to start from: a file that :meth:`save_prior` wrote.
         total_steps: calls of :meth:`step` in the whole run. ``TwoSlope`` must know, and what is still to come of the
             schedule: a copy of it is run ahead in the constructor.
-        rollback: with ``auto_lr``, whether a round that blew up is undone: the loss at twice the first round's, or no
-            replica finite. Parameters, buffers and optimizer state go back to the last converge whose round was not
-            above 1.1 times the first one, and the gain falls to a third. It takes memory for one copy of them, at the
-            device named instead of ``True`` (``"cpu"``).
+        rollback: with ``auto_lr``, whether a round that blew up is undone: the loss at twice the first round's (twice
+            as high again after each rollback), or no replica finite. Parameters, buffers and optimizer state go back to
+            the last converge whose round was not above 1.1 times the first one, and the gain falls to a third. It takes
+            memory for one copy of them, at the device named instead of ``True`` (``"cpu"``).
         replicas: who they are: a number of replicas (each of as many consecutive ranks), a ``ProcessGroup`` (every rank
             in it is one), a 1-D ``DeviceMesh``, or one dimension of a mesh (``mesh["replicate"]``; the ranks along the
             others are a replica's members, over which it is sharded). Default: every rank is one. Members share a

@@ -249,7 +249,8 @@ class _Search:
         gradients = [p.grad for p in parameters]
         try:
             with preserved_rng(self._models):
-                after = self._train(lr, [float(rate) / max(map(float, rates)) for rate in rates], parameters)
+                finite = self._train(lr, [float(rate) / max(map(float, rates)) for rate in rates], parameters)
+            after = self._evaluate() if finite else [math.inf] * _HELD_OUT
         finally:
             snapshot.restore()
             for p, gradient in zip(parameters, gradients, strict=True):
@@ -260,7 +261,7 @@ class _Search:
             return _Trial(math.inf, math.inf)
         return _Trial(_mean(changes), statistics.stdev(changes) / math.sqrt(len(changes)))
 
-    def _train(self, lr: float, proportions: Sequence[float], parameters: Sequence[Tensor]) -> list[float]:
+    def _train(self, lr: float, proportions: Sequence[float], parameters: Sequence[Tensor]) -> bool:
         average: list[Tensor] = []
         for step in range(self._steps):
             now = lr * min(1.0, (step + 1) / (self._steps / 3))
@@ -268,7 +269,7 @@ class _Search:
             self._optimizer.zero_grad()
             loss = self._loss_fn(self._subject, next(self._batches))
             if not math.isfinite(scalar(loss)):
-                return [math.inf] * _HELD_OUT
+                return False
             loss.backward()  # type: ignore[union-attr]
             if self._max_grad_norm is not None:
                 nn.utils.clip_grad_norm_(parameters, self._max_grad_norm)
@@ -279,7 +280,7 @@ class _Search:
                 torch._foreach_lerp_(average, [p.detach() for p in parameters], 1 / (step - self._steps // 2 + 1))
         with torch.no_grad():
             torch._foreach_copy_([p.detach() for p in parameters], average)
-        return self._evaluate()
+        return True
 
     @property
     def _subject(self) -> Any:

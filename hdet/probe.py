@@ -52,9 +52,11 @@ class Probe:
     """
 
     loss_fn: LossFunction
-    """``loss_fn(model, batch)``: the mean loss of a batch under the settings to be compared, as a scalar. A replica of
-    several members takes the mean of theirs, each on a batch of its own. An error raises on every rank; where the
-    model is sharded, one that strikes some members only must come after the forward pass, or the others wait in it."""
+    """``loss_fn(model, batch)``: the mean loss of a batch under the settings to be compared, as a scalar. What it draws
+    from torch's global random number generators, say a diffusion model's noise, is the same under all of them; what it
+    draws elsewhere (numpy, a generator of its own) is noise in the comparison. A replica of several members takes the
+    mean of theirs, each on a batch of its own. An error raises on every rank; where the model is sharded, one that
+    strikes some members only must come after the forward pass, or the others wait in it."""
     batches: Iterable[Any] | None = None
     """One is taken per round: a data loader of this replica's own, over training or held-out data; begun again when it
     ends. Without it the batches passed to ``scheduler.step(loss, batch=batch)`` are used again, each at least
@@ -106,8 +108,9 @@ def evaluate(
     ``loss_fn`` is: a sharded model's forward pass is, and all of them must then call the model equally often.
 
     The models are in eval mode meanwhile, without autograd, and with batch normalisation as in training
-    (:func:`evaluation`); their parameters, training flags and torch's random number generators are afterwards as they
-    were, whatever ``loss_fn`` raises. Other buffers are the model's own affair: torch's do not change in eval mode.
+    (:func:`evaluation`); ``loss_fn`` finds torch's random number generators in the same state each time. They, the
+    parameters and the training flags are afterwards as they were, whatever ``loss_fn`` raises. Other buffers are the
+    model's own affair: torch's do not change in eval mode.
 
     Args:
         reach: how far away the far point is.
@@ -138,7 +141,8 @@ def evaluate(
                     bucket.write(point)
                 weights.written()
                 try:
-                    losses.append(scalar(loss_fn(subject, batch)))
+                    with preserved_rng(bare):  # a loss that draws noise draws the same at every point
+                        losses.append(scalar(loss_fn(subject, batch)))
                 except Exception as error:
                     if not to_the_end:
                         raise

@@ -22,7 +22,9 @@ CUT = 3.0
 """What a rollback divides the gain by."""
 MAX_ROLLBACKS = 8
 _BLOWN_UP = 2.0
-"""A round blew up if its mean loss is this many times the first round's."""
+"""A round blew up if its mean loss is this many times the first round's; after each rollback, this many times more.
+What stays high under a third of the learning rate is not its doing: say, single examples that a net which has learned
+the others by heart is sure and wrong about."""
 _BAD = 1.1
 """A state is not worth going back to if its round's mean loss is this many times the first round's: it is on its way
 there, and no smaller learning rate would save it."""
@@ -87,7 +89,7 @@ class Recovery:
 
     def is_needed(self, finite: Sequence[bool], losses: Sequence[float], *, watches_losses: bool) -> bool:
         """Whether the round that just ended is to be undone: no replica is finite, or its losses lie far above the
-        first round's.
+        first round's, the farther the more rollbacks there have been.
 
         Args:
             finite: [replica] whether its parameters are.
@@ -113,7 +115,7 @@ class Recovery:
         if not watches_losses or not losses or math.isnan(self.first_loss):
             return False
         known = [loss for loss in losses if math.isfinite(loss)]
-        return not known or math.fsum(known) / len(known) > _BLOWN_UP * abs(self.first_loss)
+        return not known or math.fsum(known) / len(known) > _BLOWN_UP ** (self.count + 1) * abs(self.first_loss)
 
     def go_back(self) -> None:
         """The state as it was last kept."""

@@ -309,6 +309,30 @@ def test_evaluate_uses_the_six_points_and_leaves_no_trace():
     assert model.training
 
 
+def test_a_loss_that_draws_noise_draws_the_same_at_every_point():
+    """Points are compared with one another: the noise's own differences would hide the parameters'."""
+    model = nn.Linear(4, 4)
+    (bucket,) = fill_buckets(list(model.parameters()), 2**20, lambda t: t.device)
+    mean = bucket.pack()
+    slow = SlowAverage(0.8)
+    slow.unpack(0, bucket, mean.clone(), 1)
+    drawn = []
+
+    def loss_fn(module, x):
+        drawn.append(torch.randn_like(x))  # as in a diffusion model
+        if len(drawn) == 2:
+            torch.rand(7)
+        return (module(x + drawn[-1]) - x).square().mean()
+
+    points = [Point(bucket, mean, torch.zeros_like(mean))]
+    for _ in range(2):
+        found = evaluate((model,), loss_fn, torch.randn(16, 4), points, slow, Weights((model,)))
+        assert len(set(found)) == 1
+    assert all(torch.equal(noise, drawn[0]) for noise in drawn[:6])
+    assert all(torch.equal(noise, drawn[6]) for noise in drawn[6:])
+    assert not torch.equal(drawn[0], drawn[6])
+
+
 @pytest.mark.parametrize("frozen", [False, True])
 def test_the_probe_normalises_by_the_statistics_that_training_uses(frozen):
     """Running statistics are those of recent parameters: at another point they would make the loss worse than it is."""
@@ -485,8 +509,9 @@ def test_a_state_on_its_way_to_blowing_up_is_not_one_to_go_back_to():
         assert not recovery.is_needed([True], [loss], watches_losses=True)
         recovery.observe([loss])
         recovery.keep(loss)
-    for count in (1, 2):
-        assert recovery.is_needed([True], [4.1], watches_losses=True)
+    for count, bound in ((1, 4.0), (2, 8.0)):
+        assert not recovery.is_needed([True], [bound - 0.1], watches_losses=True)
+        assert recovery.is_needed([True], [bound + 0.1], watches_losses=True)
         recovery.go_back()
         assert recovery.count == count
         assert model.weight.tolist() == [[3.0, 3.0]]
@@ -495,6 +520,22 @@ def test_a_state_on_its_way_to_blowing_up_is_not_one_to_go_back_to():
     recovery.keep()  # nothing is known of its loss
     recovery.go_back()
     assert model.weight.tolist() == [[6.0, 6.0]]
+
+
+def test_a_loss_that_no_learning_rate_lowers_does_not_end_the_run():
+    model = nn.Linear(2, 1)
+    recovery = Recovery((model,), torch.optim.SGD(model.parameters(), lr=0.1), None)
+    recovery.observe([1.0])
+    for _ in range(100):  # every other round meets an example that is lost
+        recovery.keep(0.1)
+        if recovery.is_needed([True], [10.0], watches_losses=True):
+            recovery.go_back()
+    assert recovery.count == 3
+    for _ in range(5):
+        assert recovery.is_needed([False], [10.0], watches_losses=True)
+        recovery.go_back()
+    with pytest.raises(hdet.DivergedError, match="after 8 rollbacks"):
+        recovery.is_needed([False], [10.0], watches_losses=True)
 
 
 # ----------------------------------------------------------------------------------------------------------- find_lr
@@ -528,6 +569,19 @@ def test_find_lr_finds_the_edge_of_a_quadratic_from_anywhere(start):
     assert all(p.grad is None for p in model.parameters())
     assert len(found.lrs) == len(found.losses)
     assert list(found.lrs) == sorted(found.lrs)
+
+
+def test_find_lr_sees_through_noise_that_the_loss_draws():
+    found = []
+    for noise in (0.0, 1000.0):
+        model, batches, loss_fn = regression()
+
+        def noisy(m, batch, loss_fn=loss_fn, noise=noise):
+            return loss_fn(m, batch) + noise * torch.rand(())
+
+        found.append(hdet.find_lr(model, torch.optim.SGD(model.parameters(), lr=1.0), noisy, batches))
+    assert found[0].max_lr == found[1].max_lr
+    torch.testing.assert_close(found[1].errors[:4], found[0].errors[:4], atol=1e-3, rtol=0)
 
 
 def test_find_lr_distrusts_what_a_dead_net_gains_by_chance(monkeypatch):

@@ -26,6 +26,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.instancenorm import _InstanceNorm
 from torch.utils._pytree import tree_map
 
 from hdet.averager import Point, SlowAverage
@@ -236,21 +237,22 @@ def preserved_rng(models: Sequence[nn.Module]) -> Iterator[None]:
 
 @contextmanager
 def evaluation(models: Sequence[nn.Module]) -> Iterator[None]:
-    """Eval mode without autograd, but batch normalisation by the batch's own statistics wherever training does so: the
-    running ones are those of recent parameters, and make a point elsewhere look worse than it is. Training flags,
-    running statistics and torch's random number generators come back as they were."""
+    """Eval mode without autograd, but batch and instance normalisation by the input's own statistics wherever training
+    does so: the running ones are those of recent parameters, and make a point elsewhere look worse than it is. Training
+    flags, running statistics and torch's random number generators come back as they were."""
     training = [module for model in models for module in model.modules() if module.training]
-    norms = [module for module in training if isinstance(module, _BatchNorm)]
-    running = [(norm.running_mean, norm.running_var) for norm in norms]
+    norms = [module for module in training if isinstance(module, _BatchNorm | _InstanceNorm)]
+    running = [(norm.running_mean, norm.running_var, norm.track_running_stats) for norm in norms]
     with torch.no_grad(), preserved_rng(models):
         for model in models:
             model.eval()
         try:
             for norm in norms:  # in eval mode without running statistics, also SyncBatchNorm takes the local batch's
                 norm.running_mean = norm.running_var = None
+                norm.track_running_stats = False
             yield
         finally:
-            for norm, (mean, variance) in zip(norms, running, strict=True):
-                norm.running_mean, norm.running_var = mean, variance
+            for norm, (mean, variance, tracked) in zip(norms, running, strict=True):
+                norm.running_mean, norm.running_var, norm.track_running_stats = mean, variance, tracked
             for module in training:
                 module.training = True

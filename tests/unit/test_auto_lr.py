@@ -362,6 +362,17 @@ def test_the_probe_normalises_by_the_statistics_that_training_uses(frozen):
     assert list(model.state_dict()) == list(before)
 
 
+def test_instance_normalisation_that_tracks_statistics_does_not_use_them_in_the_probe():
+    norm = nn.InstanceNorm2d(3, track_running_stats=True)
+    batch = torch.randn(4, 3, 5, 5, generator=torch.Generator().manual_seed(0)) * 3 + 1
+    with evaluation((norm,)):
+        found = norm(batch)
+    assert norm.track_running_stats
+    assert norm.training
+    assert norm.num_batches_tracked == 0
+    assert torch.equal(found, norm(batch))
+
+
 @pytest.mark.parametrize("bad", [torch.ones(2), torch.tensor(1), "1.0", None])
 def test_a_loss_function_must_return_a_scalar(bad):
     model = probed_model()

@@ -156,6 +156,11 @@ def to_copy(batch: Batch) -> Batch:
     return Batch(batch.inputs, batch.inputs)
 
 
+def repeated(batch: Batch, times: int) -> Batch:
+    """Every example several times over: for models that draw noise."""
+    return Batch(batch.inputs.repeat(times, 1), batch.targets.repeat(times, 1))
+
+
 @functools.cache
 def _photo() -> Tensor:
     """The first of the photos that scikit-learn ships, in [0, 1]."""
@@ -211,6 +216,17 @@ def draw_snippets(size: int, generator: torch.Generator, *, last_fifth: bool = F
         start = int(where * (len(files[which]) - 65))
         snippets.append(files[which][start : start + 64])
     return Batch(torch.stack(snippets), chosen)
+
+
+@functools.cache
+def _plane() -> Tensor:
+    return 2 * torch.randn(50, generator=torch.Generator().manual_seed(8)) / math.sqrt(50) * torch.logspace(0.5, -1, 50)
+
+
+def draw_half_spaces(size: int, generator: torch.Generator) -> Batch:
+    """Labels that a logistic model gives to inputs of very different scales; never the same example twice."""
+    x = torch.randn(size, 50, generator=generator) * torch.logspace(0.5, -0.5, 50)
+    return Batch(x, (torch.rand(size, generator=generator) < torch.sigmoid(x @ _plane())).float())
 
 
 @functools.cache

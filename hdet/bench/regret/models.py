@@ -45,15 +45,28 @@ class Transformer(nn.Module):
 class CharLM(nn.Module):
     """Logits ``(batch, 128, length)`` for the next ASCII character."""
 
-    def __init__(self, width: int = 32, layers: int = 2, context: int = 32) -> None:
+    def __init__(self, width: int = 32, layers: int = 2, context: int = 32, *, causal: bool = True) -> None:
         super().__init__()
         self.characters = nn.Embedding(128, width)
         self.positions = nn.Parameter(torch.randn(context, width) * 0.02)
-        self.body = Transformer(width, layers, 4, causal=True)
+        self.body = Transformer(width, layers, 4, causal=causal)
         self.head = nn.Linear(width, 128)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.head(self.body(self.characters(x) + self.positions)).transpose(1, 2)
+
+
+class MaskedLM(nn.Module):
+    """Logits ``(batch, 128, length)`` for characters, 15% of which it does not see, and which those are: drawn anew in
+    every forward pass, also in eval mode."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = CharLM(causal=False)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        masked = torch.rand(x.shape) < 0.15
+        return self.body(x.masked_fill(masked, 0)), masked
 
 
 class VisionTransformer(nn.Module):
@@ -113,12 +126,28 @@ class TrigramClassifier(nn.Module):
         return self.net(self.embedding(hashed))
 
 
-def mlp(*sizes: int, activation: type[nn.Module]) -> nn.Sequential:
-    """Linear layers with the activation between them."""
-    layers: list[nn.Module] = []
-    for inputs, outputs in itertools.pairwise(sizes):
-        layers += [nn.Linear(inputs, outputs), activation()]
-    return nn.Sequential(*layers[:-1])
+class Denoiser(nn.Module):
+    """Predicts ``(batch, 64)`` images from mixtures with noise, which it draws itself, also in eval mode; a mixture's
+    share of noise is uniform in [0, 1)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = mlp(65, 128, 128, 64, activation=nn.GELU)
+
+    def forward(self, x: Tensor) -> Tensor:
+        share = torch.rand(len(x), 1)
+        return self.net(torch.cat(((1 - share) * x + share * torch.randn_like(x), share), -1))
+
+
+def mlp(*sizes: int, activation: type[nn.Module], dropout: float = 0.0) -> nn.Sequential:
+    """Linear layers with the activation, and dropout if asked for, between them."""
+    layers: list[nn.Module] = [nn.Linear(sizes[0], sizes[1])]
+    for inputs, outputs in itertools.pairwise(sizes[1:]):
+        layers.append(activation())
+        if dropout:
+            layers.append(nn.Dropout(dropout))
+        layers.append(nn.Linear(inputs, outputs))
+    return nn.Sequential(*layers)
 
 
 def conv(*, batch_norm: bool = False) -> nn.Sequential:

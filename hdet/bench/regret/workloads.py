@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -34,7 +34,7 @@ class Workload:
     draw: Draw
     """A training batch of the given size."""
     validation: Callable[[], Batch]
-    loss: Callable[[Tensor, Tensor], Tensor]
+    loss: Callable[[Any, Tensor], Tensor]
     """Mean loss, from the model's outputs and the targets."""
     optimizer: Literal["sgd", "adamw"]
     """SGD with momentum 0.9, or AdamW with betas (0.9, 0.95)."""
@@ -79,6 +79,17 @@ def _squared_error(outputs: Tensor, targets: Tensor) -> Tensor:
 
 def _log_loss(outputs: Tensor, targets: Tensor) -> Tensor:
     return F.binary_cross_entropy_with_logits(outputs.squeeze(-1), targets)
+
+
+def _masked_loss(outputs: tuple[Tensor, Tensor], targets: Tensor) -> Tensor:
+    """Over what the model did not see."""
+    logits, masked = outputs
+    losses = F.cross_entropy(logits, targets, reduction="none")
+    return (losses * masked).sum() / masked.sum().clamp(min=1)
+
+
+def _draw_text_to_copy(size: int, generator: torch.Generator) -> Batch:
+    return data.to_copy(data.draw_text(data.source_code, size, generator))
 
 
 def _by_name(*workloads: Workload) -> dict[str, Workload]:
@@ -182,6 +193,17 @@ UNSEEN = _by_name(
         tuned=0.0125,
     ),
     Workload(
+        name="masked_lm",
+        build=models.MaskedLM,
+        draw=_draw_text_to_copy,
+        validation=lambda: data.to_copy(data.validation_text(data.source_code)),
+        loss=_masked_loss,
+        optimizer="adamw",
+        batch_size=32,
+        steps=600,
+        tuned=0.05,
+    ),
+    Workload(
         name="gru",
         build=models.CharGRU,
         draw=functools.partial(data.draw_text, data.source_code),
@@ -205,6 +227,17 @@ UNSEEN = _by_name(
         tuned=0.05,
     ),
     Workload(
+        name="dropout",
+        build=functools.partial(models.mlp, 64, 128, 128, 10, activation=nn.ReLU, dropout=0.3),
+        draw=data.draw_digits,
+        validation=lambda: data.digits()[1],
+        loss=F.cross_entropy,
+        optimizer="adamw",
+        batch_size=64,
+        steps=600,
+        tuned=0.0125,
+    ),
+    Workload(
         name="autoencoder",
         build=functools.partial(models.mlp, 64, 96, 16, 96, 64, activation=nn.GELU),
         draw=data.draw_images_to_copy,
@@ -214,6 +247,17 @@ UNSEEN = _by_name(
         batch_size=64,
         steps=800,
         tuned=0.025,
+    ),
+    Workload(
+        name="denoiser",
+        build=models.Denoiser,
+        draw=data.draw_images_to_copy,
+        validation=lambda: data.repeated(data.to_copy(data.digits()[1]), 8),
+        loss=F.mse_loss,
+        optimizer="adamw",
+        batch_size=64,
+        steps=800,
+        tuned=0.0125,
     ),
     Workload(
         name="photo",
@@ -247,6 +291,17 @@ UNSEEN = _by_name(
         batch_size=64,
         steps=1000,
         tuned=0.1,
+    ),
+    Workload(
+        name="logistic",
+        build=lambda: nn.Linear(50, 1),
+        draw=data.draw_half_spaces,
+        validation=functools.partial(data.fixed, data.draw_half_spaces, 4000, 5),
+        loss=_log_loss,
+        optimizer="sgd",
+        batch_size=32,
+        steps=600,
+        tuned=0.025,
     ),
     Workload(
         name="snippets",

@@ -36,6 +36,9 @@ class ControllerState(NamedTuple):
     slopes: tuple[tuple[float, float], ...] = ()
     """Average and variance over the rounds, of ``R``, ``A`` and ``E`` and, with a longer memory, of ``A`` and ``E``;
     :class:`TwoSlope` only."""
+    level: tuple[float, float, int, float] = (0.0, 0.0, 0, math.inf)
+    """Of the training loss: average and variance over recent rounds, their number, and what the average has been at
+    least since the gain last fell because of it; :class:`TwoSlope` only."""
 
 
 class ProbeLosses(NamedTuple):
@@ -155,6 +158,7 @@ class TwoSlope:
         t = the same with A and E of memory ``smoothing[1]``, if that is larger and t > -threshold, F < headroom L
         t = 0 if t < 0, but the mean of R not below -agreement standard errors
         q = sign(t) clip((|t| - threshold) / slack, 0, 1)                inside the noise nothing moves
+        q = -1 if the training loss, averaged over recent rounds, is ``rise`` times its lowest, by a standard error
         log gain += step * (down q if q < 0 else climb q if F < 0 else height q)
 
     The raw slope sees at once that a learning rate is too high, but prefers a low one: that damps the iterates' noise,
@@ -168,6 +172,10 @@ class TwoSlope:
     long as the far point shows that there is room (``L`` is the loss beside it, ``L(e + (e - f))``). The debiased slope
     is late: it may be negative long after the learning rate has come down. So nothing falls unless the raw slope, which
     is not late and would rather have less anyway, agrees.
+
+    A loss that rises says "less" by itself: up to the best learning rate the training loss, averaged over a few rounds,
+    stays within 1.25 times its lowest, at four times it mostly does not. Where it has risen to ``rise`` times its
+    lowest, the gain falls by a whole step, and the lowest is counted from there.
 
     The slopes say "more", not how much. By the line identity a run at ``c`` times the learning rate is, to first order,
     ``c`` times as far along: where ``far`` times the progress that there would be at the schedule's peak still does not
@@ -185,6 +193,8 @@ class TwoSlope:
     """In (0, 1]: share of the run over which the debiased slope takes over from the raw one."""
     noise_weight: tuple[float, float] = (0.2, 0.04)
     """``k``, > 0, up to ``ramp`` and at ``until``; in between on a log scale."""
+    rise: float = 1.3
+    """> 1: by how many times its lowest the training loss may rise over a few rounds before the gain falls."""
     smoothing: tuple[float, float] = (0.5, 0.9)
     """In [0, 1): weights of the past in the averages: over recent rounds, and over many."""
     headroom: float = 4.0
@@ -213,6 +223,8 @@ class TwoSlope:
         _require("ramp", self.ramp, 0 < self.ramp <= 1, "in (0, 1]")
         for weight in self.noise_weight:
             _require("noise_weight", weight, weight > 0, "finite and > 0")
+        if not self.rise > 1:
+            raise ValueError(f"Invalid rise={self.rise}. Must be > 1; inf: any.")
         for memory in self.smoothing:
             _require("smoothing", memory, 0 <= memory < 1, "in [0, 1)")
         _require("headroom", self.headroom, self.headroom >= 0, "finite and >= 0")
@@ -257,13 +269,29 @@ class TwoSlope:
             t = max(t, _in_errors(*_sum(weights, (raw, *over_many))))
         if t < 0 and math.isfinite(slopes.raw) and _in_errors(*raw) >= -self.agreement:
             t = 0.0
-        moved = ControllerState(state.gain, mean, rounds, kept)
-        q = _significance(t, rounds, self.threshold, self.slack)
+        level, has_risen = self._watched(state.level, observation.losses)
+        moved = ControllerState(state.gain, mean, rounds, kept, level)
+        q = -1.0 if has_risen else _significance(t, rounds, self.threshold, self.slack)
         rise = self.climb if slopes.further < 0 else observation.height
         change = self.step * (self.down if q < 0 else rise) * q
         if change:
             moved = moved._replace(gain=_clamped(math.log(state.gain) + change, self.bounds))
         return moved, _weighed(slopes, weights)
+
+    def _watched(
+        self, level: tuple[float, float, int, float], losses: Sequence[float]
+    ) -> tuple[tuple[float, float, int, float], bool]:
+        """``ControllerState.level`` with this round's losses, and whether it has risen too far. Then it counts from
+        where it is now: it has had its answer."""
+        known = [loss for loss in losses if abs(loss) < _TOO_LARGE]
+        if not known:
+            return level, False
+        average, variance, rounds, lowest = level
+        rounds += 1
+        kept = _remember((average, variance), math.fsum(known) / len(known), rounds, _RECENT)
+        mean, error = _recall(kept, rounds, _RECENT)
+        has_risen = rounds > _FEWEST and mean > lowest + max(error, (self.rise - 1) * abs(lowest))
+        return (*kept, rounds, mean if has_risen else min(mean, lowest)), has_risen
 
     @property
     def _memories(self) -> tuple[_Memory, _Memory]:
@@ -410,6 +438,8 @@ def _significance(t: float, rounds: int, threshold: float, slack: float) -> floa
     return math.copysign(min(1.0, max(0.0, (abs(t) - threshold) / slack)), t) if rounds >= _FEWEST else 0.0
 
 
+_RECENT = _Memory(0.6, 0.8)
+"""Of the training loss."""
 _FEWEST = 3
 """Rounds before which nothing moves."""
 _LOUDEST = 3.0

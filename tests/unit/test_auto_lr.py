@@ -172,6 +172,30 @@ def test_a_learning_rate_that_is_too_high_does_not_hide_itself():
     assert state.gain < before < 0.1
 
 
+def test_the_gain_falls_where_the_training_loss_rises():
+    """Once per rise, whatever the slopes say; not for noise, not for what is not finite, and not if told not to."""
+
+    def gains(losses, **settings):
+        config, state, found = TwoSlope(**settings), ControllerState(), []
+        for k, loss in enumerate(losses):
+            probe = probe_of(0.1, 0.01 * (-1) ** k, 0.0)  # nothing stands out
+            state, _ = config.update(state, seen(probe)._replace(losses=(loss, loss, math.nan, loss)))
+            found.append(state.gain)
+        return found
+
+    risen = [2.0, 1.5, 1.2] + [1.0] * 12 + [1.5] * 12
+    config = TwoSlope()
+    fall = math.exp(-config.step * config.down)
+    assert gains(risen)[14] == 1
+    assert gains(risen)[-1] == pytest.approx(fall)
+    assert gains([-loss for loss in reversed(risen)])[-1] == pytest.approx(fall)  # a loss may be negative
+    assert gains([*risen, *[2.2] * 12])[-1] == pytest.approx(fall**2)
+    assert gains([2.0, 1.5, 1.2] + [1.0] * 12 + [1.25] * 12)[-1] == 1
+    assert gains([1.0 + 0.9 * (-1) ** k for k in range(40)])[-1] == 1
+    assert gains([1.0] * 12 + [math.nan, math.inf] * 5)[-1] == 1
+    assert gains(risen, rise=math.inf)[-1] == 1
+
+
 def test_a_rise_is_scaled_by_the_schedules_height_and_a_fall_is_not():
     up, down = ([probe_of(s * (1 + 0.01 * i), s * (1 + 0.01 * i), 0.0) for i in range(8)] for s in (1, -1))
     assert math.log(run(TwoSlope(), up, height=0.5).gain) == pytest.approx(math.log(run(TwoSlope(), up).gain) / 2)
@@ -233,7 +257,7 @@ def test_bounds_hold_under_any_input(rounds, progress, height):
 
 @pytest.mark.parametrize(
     "bad",
-    [{"step": 0}, {"ramp": 0}, {"noise_weight": (0.0, 1.0)}, {"smoothing": (0.5, 1.0)}, {"headroom": -1},
+    [{"step": 0}, {"ramp": 0}, {"noise_weight": (0.0, 1.0)}, {"rise": 1.0}, {"smoothing": (0.5, 1.0)}, {"headroom": -1},
      {"agreement": math.inf}, {"threshold": -1}, {"slack": 0}, {"down": 0},
      {"far": 0.5}, {"climb": 0}, {"rest_below": 1.5}, {"bounds": (2, 3)}],
 )  # fmt: skip

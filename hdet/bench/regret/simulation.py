@@ -200,7 +200,9 @@ class _Replicas:
                 parts = self._parts(batch)
                 reach = controller.reach(known)
                 probe = gathered([self._probe(mean, rho, part, reach) for rho, part in zip(rhos, parts, strict=True)])
-        losses = self._training_losses(batch, mean, rhos) if isinstance(controller, Published) else ()
+        losses = tuple(total / self.round_length for total in self._losses)
+        if isinstance(controller, Published) and not self._setting.exact:
+            losses = self._told_apart(batch, mean, rhos)
         seen = Observation(
             losses=losses,
             multipliers=rhos,
@@ -240,11 +242,8 @@ class _Replicas:
             reach=reach,
         )
 
-    def _training_losses(self, batch: Batch, mean: Tensor, rhos: Sequence[float]) -> tuple[float, ...]:
-        """Each replica's mean loss over the round. Without ``exact``, the round's mean and what the last batch says of
-        the replicas' points: the least noise that the published signal could have."""
-        if self._setting.exact:
-            return tuple(total / self.round_length for total in self._losses)
+    def _told_apart(self, batch: Batch, mean: Tensor, rhos: Sequence[float]) -> tuple[float, ...]:
+        """What the last batch says of the replicas' points: the least noise that the published signal could have."""
         losses = []
         for rho, part in zip(rhos, self._parts(batch), strict=True):
             self._bucket.write(torch.lerp(self._start, mean, rho))

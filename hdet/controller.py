@@ -290,7 +290,8 @@ class TwoSlope:
         rounds += 1
         kept = _remember((average, variance), math.fsum(known) / len(known), rounds, _RECENT)
         mean, error = _recall(kept, rounds, _RECENT)
-        has_risen = rounds > _FEWEST and mean > lowest + max(error, (self.rise - 1) * abs(lowest))
+        risen = mean - lowest
+        has_risen = rounds > _FEWEST and risen > error and risen > (self.rise - 1) * abs(lowest)
         return (*kept, rounds, mean if has_risen else min(mean, lowest)), has_risen
 
     @property

@@ -194,6 +194,7 @@ def test_the_gain_falls_where_the_training_loss_rises():
     assert gains([1.0 + 0.9 * (-1) ** k for k in range(40)])[-1] == 1
     assert gains([1.0] * 12 + [math.nan, math.inf] * 5)[-1] == 1
     assert gains(risen, rise=math.inf)[-1] == 1
+    assert gains([0.0] * 12 + [1.0] * 12, rise=math.inf)[-1] == 1
 
 
 def test_a_rise_is_scaled_by_the_schedules_height_and_a_fall_is_not():

@@ -182,14 +182,15 @@ class _Replicas:
             return
         controller, progress = self._setting.controller, step / self._steps
         mean = self._bucket.pack()
+        losses = tuple(total / self.round_length for total in self._losses)
         if self._recovery:
-            finite, level = bool(mean.isfinite().all()), [total / self.round_length for total in self._losses]
+            finite = bool(mean.isfinite().all())
             may_move = not isinstance(controller, TwoSlope) or controller.wants_probe(progress, self._until)
-            if self._recovery.is_needed([finite], level, watches_losses=may_move):
+            if self._recovery.is_needed([finite], losses, watches_losses=may_move):
                 self._roll_back()
                 return
-            self._recovery.observe(level)
-            self._recovery.keep(math.fsum(level) / len(level))
+            self._recovery.observe(losses)
+            self._recovery.keep(math.fsum(losses) / len(losses))
         rhos = self.multipliers(len(self.gains))
         known = 1.0 if self._setting.flat else height
         probe = None
@@ -200,7 +201,6 @@ class _Replicas:
                 parts = self._parts(batch)
                 reach = controller.reach(known)
                 probe = gathered([self._probe(mean, rho, part, reach) for rho, part in zip(rhos, parts, strict=True)])
-        losses = tuple(total / self.round_length for total in self._losses)
         if isinstance(controller, Published) and not self._setting.exact:
             losses = self._told_apart(batch, mean, rhos)
         seen = Observation(

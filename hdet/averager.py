@@ -52,31 +52,45 @@ class Point(NamedTuple):
 
 
 class SlowAverage:
-    """Two averages of the means ``m`` over the rounds, one trailing the other; both are ``m`` at the first::
+    """Two averages of the means ``m`` over the rounds, one trailing the other; both are ``m`` at the first. In round
+    ``n``::
 
-        e <- e + (1 - decay) (m - e)        the slow average
-        f <- f + (1 - decay) (e - f)        its trail
+        w = (power + 1) / (power + n)
+        e <- e + w (m - e)        the slow average
+        f <- f + w (e - f)        its trail
 
-    Where ``m`` moves steadily, ``e`` lags it by ``decay / (1 - decay)`` rounds, and ``f`` lags ``e`` by as many: ``e -
-    f`` is so many rounds of progress, without the noise of any one. They lie like the buckets of the trainable
-    parameters, each rank its own part, and move in the pass that writes the mean.
+    So ``e`` weighs round ``t`` by about ``t**power`` (polynomial-decay averaging: Shamir and Zhang 2013, arXiv
+    1212.1824), and looks back over the same share of the run at any time. Where ``m`` moves steadily, ``e - f`` is
+    :attr:`lag` rounds of progress, without the noise of any one. They lie like the buckets of the trainable parameters,
+    each rank its own part, and move in the pass that writes the mean.
 
     Args:
-        decay: in [0, 1).
+        power: >= 0; 0 is the plain average over all rounds, a larger one forgets sooner.
         dtype: in which they are kept; ``None`` for the wire's (fp32 for all but fp64 parameters).
         device: where they are kept; ``None`` for the parameters'.
     """
 
-    def __init__(self, decay: float, dtype: torch.dtype | None = None, device: torch.device | None = None) -> None:
-        self.decay, self.dtype, self.device = decay, dtype, device
+    def __init__(self, power: float, dtype: torch.dtype | None = None, device: torch.device | None = None) -> None:
+        self.power, self.dtype, self.device = power, dtype, device
+        self.rounds = 0
+        """``n``: means averaged so far."""
         self._parts: list[tuple[Tensor, Tensor]] = []
+
+    @property
+    def lag(self) -> float:
+        """Rounds from the trail to the slow average, ``(n - 1) (power + 1) / (power + 2)**2``; at the first, where both
+        are the same, as at the second."""
+        return max(1, self.rounds - 1) * (self.power + 1) / (self.power + 2) ** 2
 
     def restart(self) -> None:
         """Begin again at the next mean."""
-        self._parts = []
+        self.rounds, self._parts = 0, []
 
     def unpack(self, index: int, bucket: Bucket, wire: Tensor, count: int, anchor: Tensor | None = None) -> Tensor:
-        """``bucket.unpack(wire, count, anchor=anchor)``, and move bucket ``index``'s part towards the mean."""
+        """``bucket.unpack(wire, count, anchor=anchor)``, and move bucket ``index``'s part towards the mean. A round
+        begins with bucket 0."""
+        if index == 0:
+            self.rounds += 1
         if index == len(self._parts):
             slow = torch.empty_like(wire, dtype=bucket.dtype)
             distance = bucket.unpack(wire, count, slow, anchor=anchor)
@@ -90,10 +104,15 @@ class SlowAverage:
                 "before the scheduler is built."
             )
         slow = kept.to(wire.device, bucket.dtype)
-        distance = bucket.unpack(wire, count, slow, self.decay, anchor)
-        if slow is not kept:
-            kept.copy_(slow)
-        trail.lerp_(kept, 1 - self.decay)
+        weight = (self.power + 1) / (self.power + self.rounds)
+        distance = bucket.unpack(wire, count, slow, 1 - weight, anchor)
+        if slow is kept:
+            trail.lerp_(kept, weight)
+        else:
+            behind = trail.to(wire.device, bucket.dtype).lerp_(slow, weight)
+            random = torch.Generator(wire.device).manual_seed(self.rounds * 2**16 + index)
+            kept.copy_(_rounded(slow, kept.dtype, random))
+            trail.copy_(_rounded(behind, trail.dtype, random))
         return distance
 
     def point(self, index: int, distance: float, like: Tensor, shares: Sequence[tuple[int, float]] = ()) -> Tensor:
@@ -118,8 +137,9 @@ class SlowAverage:
         """What must be saved: both averages, by bucket."""
         return list(self._parts)
 
-    def load(self, state: Iterable[Sequence[Tensor]]) -> None:
-        """Continue from a saved :meth:`state`, cut into the same buckets."""
+    def load(self, state: Iterable[Sequence[Tensor]], rounds: int) -> None:
+        """Continue from a saved :meth:`state`, cut into the same buckets, after as many ``rounds``."""
+        self.rounds = rounds
         self._parts = [
             (
                 slow.clone().to(self.device or slow.device, self.dtype or slow.dtype),
@@ -127,6 +147,17 @@ class SlowAverage:
             )
             for slow, trail in state
         ]
+
+
+def _rounded(x: Tensor, dtype: torch.dtype, random: torch.Generator) -> Tensor:
+    """``x`` in ``dtype``; if that is less precise than fp32, rounded up or down at random, right on average. Steps of
+    an average over hundreds of rounds are smaller than half a bf16 digit, and would be lost."""
+    digits = round(math.log2(torch.finfo(dtype).eps / torch.finfo(torch.float32).eps))
+    if digits <= 0:
+        return x.to(dtype)
+    bits = x.float().view(torch.int32)
+    noise = torch.randint(2**digits, bits.shape, generator=random, dtype=torch.int32, device=x.device)
+    return bits.add(noise).bitwise_and_(-(2**digits)).view(torch.float32).to(dtype)
 
 
 class Inspection(NamedTuple):

@@ -71,7 +71,7 @@ class Observation(NamedTuple):
     """The schedule's last value as a share of its peak, in [0, 1]: 0 if it anneals, 1 if it is constant."""
     probe: ProbeLosses | None = None
     """``None`` in a round without a probe."""
-    lag: float = 4.0
+    lag: float = 1.0
     """Rounds of progress between the probe's slow average and its trail."""
 
 
@@ -156,7 +156,6 @@ class TwoSlope:
         t = x(means) / sqrt((1 - u)^2 var(R) + u^2 var(A) + (u K)^2 var(E))      of means over recent rounds, memory
                                                                                  ``smoothing[0]``, and their variances
         t = the same with A and E of memory ``smoothing[1]``, if that is larger and t > -threshold, F < headroom L
-        t = 0 if t < 0, but the mean of R not below -agreement standard errors
         q = sign(t) clip((|t| - threshold) / slack, 0, 1)                inside the noise nothing moves
         q = -1 if the training loss, averaged over recent rounds, is ``rise`` times its lowest, by a standard error
         log gain += step * (down q if q < 0 else climb q if F < 0 else height q)
@@ -169,9 +168,7 @@ class TwoSlope:
 
     Too high is loud, too low is quiet. At a low learning rate the slopes are small, and their errors are those of the
     livelier rounds before, so that recent rounds alone say nothing: there many rounds together may argue for more, as
-    long as the far point shows that there is room (``L`` is the loss beside it, ``L(e + (e - f))``). The debiased slope
-    is late: it may be negative long after the learning rate has come down. So nothing falls unless the raw slope, which
-    is not late and would rather have less anyway, agrees.
+    long as the far point shows that there is room (``L`` is the loss beside it, ``L(e + (e - f))``).
 
     A loss that rises says "less" by itself: up to the best learning rate the training loss, averaged over a few rounds,
     stays within 1.25 times its lowest, at four times it mostly does not. Where it has risen to ``rise`` times its
@@ -191,7 +188,7 @@ class TwoSlope:
     """> 0: how far the log gain rises in a round, at most, unless it climbs."""
     ramp: float = 0.2
     """In (0, 1]: share of the run over which the debiased slope takes over from the raw one."""
-    noise_weight: tuple[float, float] = (0.2, 0.04)
+    noise_weight: tuple[float, float] = (0.7, 0.06)
     """``k``, > 0, up to ``ramp`` and at ``until``; in between on a log scale."""
     rise: float = 1.3
     """> 1: by how many times its lowest the training loss may rise over a few rounds before the gain falls."""
@@ -200,8 +197,6 @@ class TwoSlope:
     headroom: float = 4.0
     """>= 0: by how many times the loss the far point may be worse if many rounds are to argue for more. At 0, or with a
     loss that is not positive, only where it is better."""
-    agreement: float = 0.5
-    """By how many standard errors ``R`` must be below zero if the gain is to fall. ``-inf``: it need not be."""
     threshold: float = 1.0
     """>= 0: standard errors from zero up to which nothing moves."""
     slack: float = 2.0
@@ -228,8 +223,6 @@ class TwoSlope:
         for memory in self.smoothing:
             _require("smoothing", memory, 0 <= memory < 1, "in [0, 1)")
         _require("headroom", self.headroom, self.headroom >= 0, "finite and >= 0")
-        if not self.agreement < math.inf:
-            raise ValueError(f"Invalid agreement={self.agreement}. Must be a number, or -inf.")
         _require("threshold", self.threshold, self.threshold >= 0, "finite and >= 0")
         _require("slack", self.slack, self.slack > 0, "finite and > 0")
         _require("down", self.down, self.down > 0, "finite and > 0")
@@ -267,8 +260,6 @@ class TwoSlope:
         if t > -self.threshold and slopes.further < self.headroom * _loss_near(observation.probe):
             over_many = (_recall(one, rounds, many) for one in kept[3:])
             t = max(t, _in_errors(*_sum(weights, (raw, *over_many))))
-        if t < 0 and math.isfinite(slopes.raw) and _in_errors(*raw) >= -self.agreement:
-            t = 0.0
         level, has_risen = self._watched(state.level, observation.losses)
         moved = ControllerState(state.gain, mean, rounds, kept, level)
         q = -1.0 if has_risen else _significance(t, rounds, self.threshold, self.slack)

@@ -50,7 +50,7 @@ Loss = float | Tensor | Sequence[float | Tensor] | None
 
 _SINGLE = frozenset((float, Tensor))
 _MIB = 2**20
-_STATE_VERSION = 4
+_STATE_VERSION = 5
 
 
 class _Gathered(NamedTuple):
@@ -298,7 +298,7 @@ class Ensemble:
         self._slow: SlowAverage | None = None
         self._prober: Prober | None = None
         if self._probe is not None:
-            self._slow = SlowAverage(self._probe.decay, self._probe.dtype, self._probe.place)
+            self._slow = SlowAverage(self._probe.power, self._probe.dtype, self._probe.place)
             self._prober = Prober(
                 self._probe,
                 self._slow,
@@ -539,6 +539,7 @@ class Ensemble:
             "first_loss": self._recovery.first_loss if self._recovery else math.nan,
             "rollbacks": self._recovery.count if self._recovery else 0,
             "slow_average": [list(part) for part in self._slow.state()] if self._slow else [],
+            "slow_rounds": self._slow.rounds if self._slow else 0,
             "outer": [list(part) for part in self._outer.state()] if self._outer else [],
             "shard": list(self._shard),
             "found_schedule": [[step, list(lrs)] for step, lrs in self._recorder.knots],
@@ -575,7 +576,7 @@ class Ensemble:
             self._recovery.first_loss, self._recovery.count = state["first_loss"], state["rollbacks"]
         self._recorder.knots = [(step, tuple(lrs)) for step, lrs in state["found_schedule"]]
         if self._slow is not None:
-            self._slow.load(state["slow_average"])
+            self._slow.load(state["slow_average"], state["slow_rounds"])
         if self._outer is not None:
             self._outer.load(state.get("outer", ()))
         self.resume_at(state["steps"], state["base_lr"])
@@ -894,7 +895,7 @@ class Ensemble:
         multipliers = [steering.multipliers(i, round) for i in rates]
         held, places = steering.held(round), list(steering.places)  # observe() moves the latter
         told = Told((math.nan,) * len(steering.rates), (Effect(math.nan, math.nan),) * len(places), None)
-        lag = self._probe.lag if self._probe else 1.0
+        lag = self._slow.lag if self._slow else 1.0
         if complete:
             final = self._forecast.final if self._forecast else 0.0
             seen = Round(

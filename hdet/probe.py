@@ -17,6 +17,7 @@ so that the slopes rest on N batches. :mod:`hdet.controller` says what they mean
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -65,8 +66,9 @@ class Probe:
     larger learning rate. For rounds of less than some hundred steps pass ``batches``."""
     held_out: bool = False
     """Whether ``batches`` are data that the model does not train on: what hyperparameters that only regularise need."""
-    decay: float = 0.8
-    """In [0.5, 1): of the slow average, per round."""
+    power: float = 0.25
+    """>= 0: the slow average weighs round ``t`` by about ``t**power``. The larger, the less far it looks back; 0 is the
+    plain average over all rounds."""
     dtype: torch.dtype | None = None
     """In which the slow averages are kept, for example ``torch.bfloat16``; default fp32."""
     device: torch.device | str | None = None
@@ -77,8 +79,8 @@ class Probe:
             raise TypeError(f"Invalid probe={self.loss_fn!r}. Must be a function: probe(model, batch) -> scalar loss.")
         if self.held_out and self.batches is None:
             raise ValueError("Probe(held_out=True) needs batches=: those passed to step() are training data.")
-        if not 0.5 <= self.decay < 1:
-            raise ValueError(f"Invalid Probe.decay={self.decay}. Must be in [0.5, 1).")
+        if not 0 <= self.power < math.inf:
+            raise ValueError(f"Invalid Probe.power={self.power}. Must be finite and >= 0.")
         if self.dtype is not None and not self.dtype.is_floating_point:
             raise TypeError(f"Invalid Probe.dtype={self.dtype}. Must be a floating-point dtype.")
 
@@ -86,11 +88,6 @@ class Probe:
     def place(self) -> torch.device | None:
         """``device`` as torch's."""
         return None if self.device is None else torch.device(self.device)
-
-    @property
-    def lag(self) -> float:
-        """Rounds of progress between the slow average and its trail."""
-        return self.decay / (1 - self.decay)
 
 
 def evaluate(

@@ -39,6 +39,7 @@ def test_the_slow_average_is_saved(launch, processes):
     for result in launch.results(processes, "paired_probe"):
         assert result["resumed_gain"] == pytest.approx(result["gains"][4])
         assert result["resumed_slow"]
+        assert result["resumed_rounds"] == 5
 
 
 @every_size

@@ -32,7 +32,7 @@ ABLATIONS: dict[str, Setting] = {
     "no noise weight": replace(DEFAULT, controller=TwoSlope(noise_weight=(_TINY, _TINY))),
     "no headroom": replace(DEFAULT, controller=TwoSlope(headroom=0.0)),
     "headroom without limit": replace(DEFAULT, controller=TwoSlope(headroom=1e9)),
-    "falls without R": replace(DEFAULT, controller=TwoSlope(agreement=-math.inf)),
+    "may rise": replace(DEFAULT, controller=TwoSlope(rise=math.inf)),
     "no significance gate": replace(DEFAULT, controller=TwoSlope(threshold=0.0, slack=_TINY)),
     "no height": replace(DEFAULT, flat=True),
     "never rests": replace(DEFAULT, controller=TwoSlope(rest_below=0.0)),
@@ -45,8 +45,9 @@ ABLATIONS: dict[str, Setting] = {
     "spread 0.5": replace(DEFAULT, spread=0.5),
     "50 rounds": replace(DEFAULT, rounds=50),
     "200 rounds": replace(DEFAULT, rounds=200),
-    "slow average 0.6": replace(DEFAULT, decay=0.6),
-    "slow average 0.9": replace(DEFAULT, decay=0.9),
+    "power 0": replace(DEFAULT, power=0.0),
+    "power 1": replace(DEFAULT, power=1.0),
+    "power 5": replace(DEFAULT, power=5.0),
     "probe batch / 4": replace(DEFAULT, probe_share=4),
 }
 SWEEP = (0.3, 0.5, 0.7, 1.0, 1.4, 2.0)

@@ -64,7 +64,7 @@ def train(workload: Workload, max_lr: float, seed: int, setting: Setting) -> Ite
         spread=setting.spread,
         converge_every=max(1, workload.steps // setting.rounds),
         auto_lr=True,
-        probe=hdet.Probe(loss_fn=loss_fn, batches=probe_batches(), decay=setting.decay),
+        probe=hdet.Probe(loss_fn=loss_fn, batches=probe_batches(), power=setting.power),
         controller=setting.controller,
         monitor=lambda report: gains.append(report.next_gain[0]),
     )

@@ -47,7 +47,7 @@ class Setting:
     spread: float = 0.11
     rounds: int = 100
     """Per run: the round's length is ``steps // rounds``, at least 1."""
-    decay: float = 0.8
+    power: float = 0.25
     """Of the probe's slow average."""
     auto: bool = False
     """Whether ``hdet.find_lr`` chooses max_lr first, at the cost of as many steps as its samples would have made."""
@@ -130,7 +130,7 @@ class _Replicas:
         self._recovery = Recovery((model,), optimizer, None) if setting.rollback else None
         self._parameters = [p for p in model.parameters() if p.requires_grad]
         (self._bucket,) = fill_buckets(self._parameters, 2**40, lambda t: t.device)
-        self._slow = SlowAverage(setting.decay)
+        self._slow = SlowAverage(setting.power)
         self._state = ControllerState()
         controller = setting.controller
         self._until = ahead.high_until(controller.rest_below) if isinstance(controller, TwoSlope) else 1.0
@@ -212,7 +212,7 @@ class _Replicas:
             until=self._until,
             final=self._final,
             probe=probe,
-            lag=self._setting.decay / (1 - self._setting.decay),
+            lag=self._slow.lag,
         )
         if probe is not None and (slopes := slopes_of(probe, rhos, seen.lag)) is not None:
             self.slopes.append((progress, slopes))

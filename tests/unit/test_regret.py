@@ -15,7 +15,7 @@ from hdet.bench.regret.contenders import CONTENDERS, Contender
 from hdet.bench.regret.outcome import Outcome
 from hdet.bench.regret.runs import SWEEP, Result, Run, Store, execute, execute_all, plan
 from hdet.bench.regret.simulation import Setting, simulate
-from hdet.bench.regret.workloads import SCHEDULES, SEEN, STARTS, UNSEEN, WORKLOADS, workload_of
+from hdet.bench.regret.workloads import FIRST, MORE, SCHEDULES, STARTS, WORKLOADS, workload_of
 from hdet.found_schedule import Recorder
 
 SHORT = dataclasses.replace(WORKLOADS["regression"], steps=WORKLOADS["regression"].steps // 10)
@@ -382,16 +382,16 @@ def test_defaults_run_everything_from_every_start():
     found = plan_of(parser().parse_args([]))
     free = sum(not contender.uses_start for contender in CONTENDERS.values())
     bound = len(CONTENDERS) - free - 1
-    assert len(found) == 3 * len(SEEN) * (len(SWEEP) + free + bound * len(STARTS))
+    assert len(found) == 3 * len(FIRST) * (len(SWEEP) + free + bound * len(STARTS))
 
 
-def test_the_unseen_workloads_can_be_named_together():
-    found = plan_of(parser().parse_args(["--workloads", "gru", "unseen", "regression"]))
-    assert {run.workload for run in found} == {*UNSEEN, "regression"}
+def test_the_other_workloads_can_be_named_together():
+    found = plan_of(parser().parse_args(["--workloads", "gru", "more", "regression"]))
+    assert {run.workload for run in found} == {*MORE, "regression"}
 
 
-@pytest.mark.parametrize("name", UNSEEN)
-def test_the_unseen_workloads_learn(name):
+@pytest.mark.parametrize("name", MORE)
+def test_the_other_workloads_learn(name):
     """A twentieth of the run lowers the loss, and the same seed gives the same run."""
     workload = dataclasses.replace(WORKLOADS[name], steps=WORKLOADS[name].steps // 20)
     before = peers.evaluate(workload, peers.build(workload, 0), workload.validation())

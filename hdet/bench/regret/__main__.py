@@ -17,7 +17,7 @@ from hdet.bench.processes import cpus
 from hdet.bench.regret import plot, table
 from hdet.bench.regret.contenders import CONTENDERS
 from hdet.bench.regret.runs import Result, Run, Store, as_json, execute_all, plan
-from hdet.bench.regret.workloads import SCHEDULES, SEEN, STARTS, UNSEEN, WORKLOADS
+from hdet.bench.regret.workloads import FIRST, MORE, SCHEDULES, STARTS, WORKLOADS
 from hdet.bench.report import machine
 
 SCHEMA = 1
@@ -114,8 +114,8 @@ def parser() -> argparse.ArgumentParser:
     add(
         "--workloads",
         nargs="+",
-        choices=[*WORKLOADS, "unseen"],
-        help=f"default: {', '.join(SEEN)}; unseen: the others, which the controller's constants were not chosen on",
+        choices=[*WORKLOADS, "more"],
+        help=f"default: {', '.join(FIRST)}; more: the other thirteen",
     )
     add("--contenders", nargs="+", choices=CONTENDERS, default=list(CONTENDERS), help="default: all")
     add("--starts", nargs="+", type=_positive, default=STARTS, metavar="X", help="in units of the tuned max_lr")
@@ -135,8 +135,8 @@ def parser() -> argparse.ArgumentParser:
 
 def plan_of(options: argparse.Namespace) -> list[Run]:
     """The runs that the command line asks for."""
-    named = options.workloads or (_QUICK_WORKLOADS if options.quick else tuple(SEEN))
-    workloads = [workload for name in named for workload in (UNSEEN if name == "unseen" else (name,))]
+    named = options.workloads or (_QUICK_WORKLOADS if options.quick else tuple(FIRST))
+    workloads = [workload for name in named for workload in (MORE if name == "more" else (name,))]
     seeds, length = (1, 0.1) if options.quick else (options.seeds, options.length)
     if options.schedule != SCHEDULES[0]:
         workloads = [f"{workload}/{options.schedule}" for workload in workloads]

@@ -143,7 +143,7 @@ def fixed(draw: Draw, size: int, seed: int) -> Batch:
     return draw(size, torch.Generator().manual_seed(seed))
 
 
-# ---------------------------------------------------------------------------------------------------- of the unseen
+# ---------------------------------------------------------------------------------------------------- of the others
 
 
 def draw_images_to_copy(size: int, generator: torch.Generator) -> Batch:

@@ -205,7 +205,7 @@ class TwoSlope:
     """> 0: how much faster the gain falls than it rises."""
     far: float = 8.0
     """>= 1: by how much a learning rate must be too low for the gain to climb."""
-    climb: float = 4.0
+    climb: float = 6.0
     """> 0: steps by which it then rises."""
     rest_below: float = 0.7
     """In [0, 1]: height of the schedule, as a share of its peak, below which the gain rests. OneCycle with torch's

@@ -158,7 +158,7 @@ class TwoSlope:
         t = the same with A and E of memory ``smoothing[1]``, if that is larger and t > -threshold, F < headroom L
         q = sign(t) clip((|t| - threshold) / slack, 0, 1)                inside the noise nothing moves
         q = -1 if the training loss, averaged over recent rounds, is ``rise`` times its lowest, by a standard error
-        log gain += step * (down q if q < 0 else climb q if F < 0 else height q)
+        log gain += step * (down q if q < 0 else climb q if F < 0, up to ramp, else height q)
 
     The raw slope sees at once that a learning rate is too high, but prefers a low one: that damps the iterates' noise,
     and what it gives up only shows later. So it rules the warm-up, as in a learning-rate range test. The debiased slope
@@ -176,9 +176,9 @@ class TwoSlope:
 
     The slopes say "more", not how much. By the line identity a run at ``c`` times the learning rate is, to first order,
     ``c`` times as far along: where ``far`` times the progress that there would be at the schedule's peak still does not
-    overshoot, the gain climbs ``climb`` steps at once, whatever the schedule's height. A round whose losses are not
-    finite moves the log gain down by ``step``. Once the schedule has fallen below ``rest_below`` for good, after
-    ``until``, the gain rests: its own annealing is not fought.
+    overshoot, the gain climbs ``climb`` steps at once, whatever the schedule's height; up to ``ramp`` only, for a
+    batch may say so by chance. A round whose losses are not finite moves the log gain down by ``step``. Once the
+    schedule has fallen below ``rest_below`` for good, after ``until``, the gain rests: its own annealing is not fought.
 
     Raises:
         ValueError: for a value outside the range its field names.
@@ -206,7 +206,7 @@ class TwoSlope:
     far: float = 8.0
     """>= 1: by how much a learning rate must be too low for the gain to climb."""
     climb: float = 6.0
-    """> 0: steps by which it then rises."""
+    """> 0: steps by which it then rises, up to ``ramp``."""
     rest_below: float = 0.7
     """In [0, 1]: height of the schedule, as a share of its peak, below which the gain rests. OneCycle with torch's
     defaults gets there after 56% of the run."""
@@ -263,7 +263,8 @@ class TwoSlope:
         level, has_risen = self._watched(state.level, observation.losses)
         moved = ControllerState(state.gain, mean, rounds, kept, level)
         q = -1.0 if has_risen else _significance(t, rounds, self.threshold, self.slack)
-        rise = self.climb if slopes.further < 0 else observation.height
+        far_too_low = slopes.further < 0 and observation.progress <= self.ramp
+        rise = self.climb if far_too_low else observation.height
         change = self.step * (self.down if q < 0 else rise) * q
         if change:
             moved = moved._replace(gain=_clamped(math.log(state.gain) + change, self.bounds))

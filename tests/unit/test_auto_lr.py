@@ -203,16 +203,17 @@ def test_a_rise_is_scaled_by_the_schedules_height_and_a_fall_is_not():
 
 
 def test_far_below_the_best_learning_rate_the_gain_climbs():
-    """Whatever the schedule's height; and only if the slopes ask for more."""
+    """In the ramp, whatever the schedule's height; and only if the slopes ask for more."""
     config = TwoSlope(climb=3.0)
 
-    def change(slope, further, height):
+    def change(slope, further, height, progress=0.2):
         probes = [probe_of(s := slope * (1 + 0.01 * i), s, 0.0, further) for i in range(8)]
-        return math.log(run(config, probes, height=height).gain)
+        return math.log(run(config, probes, progress, height=height).gain)
 
     for height in (0.1, 1.0):
         assert change(1, -0.1, height) == pytest.approx(3 * change(1, 0.1, 1.0))
         assert change(-1, -0.1, height) == change(-1, 0.1, height) < 0
+        assert change(1, -0.1, height, 0.21) == change(1, 0.1, height, 0.21) > 0
     assert config.reach(1.0) == config.far
     assert config.reach(0.25) == 4 * config.far
     assert math.isfinite(config.reach(0.0))

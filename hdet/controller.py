@@ -280,7 +280,7 @@ class TwoSlope:
             return level, False
         average, variance, rounds, lowest = level
         rounds += 1
-        kept = _remember((average, variance), math.fsum(known) / len(known), rounds, _RECENT)
+        kept = _remember((average, variance), _mean(known), rounds, _RECENT)
         mean, error = _recall(kept, rounds, _RECENT)
         risen = mean - lowest
         has_risen = rounds > _FEWEST and risen > error and risen > (self.rise - 1) * abs(lowest)

@@ -70,7 +70,7 @@ class Probe:
     """>= 0: the slow average weighs round ``t`` by about ``t**power``. The larger, the less far it looks back; 0 is the
     plain average over all rounds."""
     dtype: torch.dtype | None = None
-    """In which the slow averages are kept, for example ``torch.bfloat16``; default fp32."""
+    """In which the slow averages are kept, for example ``torch.bfloat16``; default fp32. Less is rounded at random."""
     device: torch.device | str | None = None
     """Where they are kept, for example ``"cpu"``; default beside the parameters."""
 

@@ -51,32 +51,6 @@ class Point(NamedTuple):
     """``theta_r - m``; zero for a replica that was left out."""
 
 
-class Span(NamedTuple):
-    """How far a :class:`SlowAverage` looks back."""
-
-    rounds: int = 0
-    """Means averaged so far."""
-    counted: float = 0.0
-    """``n``: as many of them count."""
-    age: float = 0.0
-    """Rounds from the slow average to the mean, where that moves steadily."""
-    lag: float = 0.0
-    """Rounds from the trail to the slow average, likewise."""
-
-    def weight(self, power: float) -> float:
-        """``w``, of the latest mean."""
-        return (power + 1) / (power + self.counted)
-
-    def next(self, power: float) -> Span:
-        """With one round more."""
-        if not self.rounds:
-            return Span(1, 1.0)
-        span = self._replace(rounds=self.rounds + 1, counted=self.counted + 1)
-        stays = 1 - span.weight(power)
-        age = stays * (self.age + 1)
-        return span._replace(age=age, lag=stays * (self.lag + self.age + 1 - age))
-
-
 class SlowAverage:
     """Two averages of the means ``m`` over the rounds, one trailing the other; both are ``m`` at the first. In round
     ``n``::
@@ -86,10 +60,9 @@ class SlowAverage:
         f <- f + w (e - f)        its trail
 
     So ``e`` weighs round ``t`` by about ``t**power`` (polynomial-decay averaging: Shamir and Zhang 2013, arXiv
-    1212.1824), and looks back over the same share of the run at any time: ``e - f`` is
-    ``(n - 1) (power + 1) / (power + 2)**2`` rounds of progress where ``m`` moves steadily, without the noise of any
-    one. :meth:`shorten` makes it forget faster, as if ``n`` were lower. They lie like the buckets of the trainable
-    parameters, each rank its own part, and move in the pass that writes the mean.
+    1212.1824), and looks back over the same share of the run at any time. Where ``m`` moves steadily, ``e - f`` is
+    :attr:`lag` rounds of progress, without the noise of any one. They lie like the buckets of the trainable parameters,
+    each rank its own part, and move in the pass that writes the mean.
 
     Args:
         power: >= 0; 0 is the plain average over all rounds, a larger one forgets sooner.
@@ -99,27 +72,25 @@ class SlowAverage:
 
     def __init__(self, power: float, dtype: torch.dtype | None = None, device: torch.device | None = None) -> None:
         self.power, self.dtype, self.device = power, dtype, device
-        self.span = Span()
+        self.rounds = 0
+        """``n``: means averaged so far."""
         self._parts: list[tuple[Tensor, Tensor]] = []
 
     @property
     def lag(self) -> float:
-        """Rounds from the trail to the slow average; 1 at the first, where both are the same."""
-        return self.span.lag or 1.0
+        """Rounds from the trail to the slow average, ``(n - 1) (power + 1) / (power + 2)**2``; at the first, where both
+        are the same, as at the second."""
+        return max(1, self.rounds - 1) * (self.power + 1) / (self.power + 2) ** 2
 
     def restart(self) -> None:
         """Begin again at the next mean."""
-        self.span, self._parts = Span(), []
-
-    def shorten(self) -> None:
-        """Forget faster from the next round on. Where every round says so, ``n`` ends at 4 and the lag at 3."""
-        self.span = self.span._replace(counted=max(1.0, 0.8 * self.span.counted))
+        self.rounds, self._parts = 0, []
 
     def unpack(self, index: int, bucket: Bucket, wire: Tensor, count: int, anchor: Tensor | None = None) -> Tensor:
         """``bucket.unpack(wire, count, anchor=anchor)``, and move bucket ``index``'s part towards the mean. A round
         begins with bucket 0."""
         if index == 0:
-            self.span = self.span.next(self.power)
+            self.rounds += 1
         if index == len(self._parts):
             slow = torch.empty_like(wire, dtype=bucket.dtype)
             distance = bucket.unpack(wire, count, slow, anchor=anchor)
@@ -133,13 +104,13 @@ class SlowAverage:
                 "before the scheduler is built."
             )
         slow = kept.to(wire.device, bucket.dtype)
-        weight = self.span.weight(self.power)
+        weight = (self.power + 1) / (self.power + self.rounds)
         distance = bucket.unpack(wire, count, slow, 1 - weight, anchor)
         if slow is kept:
             trail.lerp_(kept, weight)
         else:
             behind = trail.to(wire.device, bucket.dtype).lerp_(slow, weight)
-            random = torch.Generator(wire.device).manual_seed(self.span.rounds * 2**16 + index)
+            random = torch.Generator(wire.device).manual_seed(self.rounds * 2**16 + index)
             kept.copy_(_rounded(slow, kept.dtype, random))
             trail.copy_(_rounded(behind, trail.dtype, random))
         return distance
@@ -166,9 +137,9 @@ class SlowAverage:
         """What must be saved: both averages, by bucket."""
         return list(self._parts)
 
-    def load(self, state: Iterable[Sequence[Tensor]], span: Span) -> None:
-        """Continue from a saved :meth:`state`, cut into the same buckets, and its ``span``."""
-        self.span = span
+    def load(self, state: Iterable[Sequence[Tensor]], rounds: int) -> None:
+        """Continue from a saved :meth:`state`, cut into the same buckets, after as many ``rounds``."""
+        self.rounds = rounds
         self._parts = [
             (
                 slow.clone().to(self.device or slow.device, self.dtype or slow.dtype),

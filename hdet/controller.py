@@ -117,10 +117,6 @@ class Published:
         """Nor for a far point."""
         return 1.0
 
-    def is_stale(self, probe: ProbeLosses) -> bool:
-        """Nor for a slow average."""
-        return False
-
     def update(self, state: ControllerState, observation: Observation) -> tuple[ControllerState, float | None]:
         """One round: ``(state, observation) -> (next state, hypergradient)``.
 
@@ -163,7 +159,6 @@ class TwoSlope:
         q = sign(t) clip((|t| - threshold) / slack, 0, 1)                inside the noise nothing moves
         q = -1 if the training loss, averaged over recent rounds, is ``rise`` times its lowest, by a standard error
         log gain += step * (down q if q < 0 else climb q if F < 0, up to ramp, else height q)
-        the slow average forgets faster if mean_r(mirror_r - (above_r + below_r) / 2) / 2 > stale |E|
 
     The raw slope sees at once that a learning rate is too high, but prefers a low one: that damps the iterates' noise,
     and what it gives up only shows later. So it rules the warm-up, as in a learning-rate range test. The debiased slope
@@ -174,10 +169,6 @@ class TwoSlope:
     Too high is loud, too low is quiet. At a low learning rate the slopes are small, and their errors are those of the
     livelier rounds before, so that recent rounds alone say nothing: there many rounds together may argue for more, as
     long as the far point shows that there is room (``L`` is the loss beside it, ``L(e + (e - f))``).
-
-    A slow average serves where noise hides progress. Where progress is so fast that the newest mean is far ahead of it,
-    it only lags: ``A`` says what was, and ``E`` has the way between the two in it, which is no noise. There it is to
-    look back less far (:meth:`is_stale`).
 
     A loss that rises says "less" by itself: up to the best learning rate the training loss, averaged over a few rounds,
     stays within 1.25 times its lowest, at four times it mostly does not. Where it has risen to ``rise`` times its
@@ -197,7 +188,7 @@ class TwoSlope:
     """> 0: how far the log gain rises in a round, at most, unless it climbs."""
     ramp: float = 0.2
     """In (0, 1]: share of the run over which the debiased slope takes over from the raw one."""
-    noise_weight: tuple[float, float] = (0.7, 0.04)
+    noise_weight: tuple[float, float] = (0.7, 0.06)
     """``k``, > 0, up to ``ramp`` and at ``until``; in between on a log scale."""
     rise: float = 1.3
     """> 1: by how many times its lowest the training loss may rise over a few rounds before the gain falls."""
@@ -216,9 +207,6 @@ class TwoSlope:
     """>= 1: by how much a learning rate must be too low for the gain to climb."""
     climb: float = 6.0
     """> 0: steps by which it then rises, up to ``ramp``."""
-    stale: float = 4.0
-    """> 0: by how many times ``|E|`` the loss may fall from the slow average to the newest mean, and rise to its mirror
-    image, before the slow average forgets faster; inf: by any."""
     rest_below: float = 0.7
     """In [0, 1]: height of the schedule, as a share of its peak, below which the gain rests. OneCycle with torch's
     defaults gets there after 56% of the run."""
@@ -240,8 +228,6 @@ class TwoSlope:
         _require("down", self.down, self.down > 0, "finite and > 0")
         _require("far", self.far, self.far >= 1, "finite and >= 1")
         _require("climb", self.climb, self.climb > 0, "finite and > 0")
-        if not self.stale > 0:
-            raise ValueError(f"Invalid stale={self.stale}. Must be > 0; inf: any.")
         _require("rest_below", self.rest_below, 0 <= self.rest_below <= 1, "in [0, 1]")
         _check_bounds(self.bounds)
 
@@ -252,13 +238,6 @@ class TwoSlope:
     def reach(self, height: float) -> float:
         """How far the far point is to be from the slow average, in units of ``e - f``."""
         return self.far / max(height, _LOWEST)
-
-    def is_stale(self, probe: ProbeLosses) -> bool:
-        """Whether the slow average is to forget faster. No, if a loss is not finite, ``far`` aside."""
-        if not all(abs(loss) < _TOO_LARGE for losses in probe[:-1] for loss in losses):
-            return False
-        fall = (_mean(probe.mirror) - _mean(probe.above + probe.below)) / 2
-        return fall > self.stale * abs(level_of(probe) - _mean(probe.slow_above + probe.slow_below))
 
     def update(self, state: ControllerState, observation: Observation) -> tuple[ControllerState, float | None]:
         """One round: ``(state, observation) -> (next state, x)``.

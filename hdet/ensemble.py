@@ -19,7 +19,7 @@ from torch.optim.lr_scheduler import LambdaLR, LRScheduler, ReduceLROnPlateau
 
 from hdet.agreement import digest, gather_agreed
 from hdet.arguments import check_arguments
-from hdet.averager import Averaged, Averager, Inspection, Pending, SlowAverage, Span
+from hdet.averager import Averaged, Averager, Inspection, Pending, SlowAverage
 from hdet.controller import Controller, OneSlope, ProbeLosses, Published, Slopes, TwoSlope
 from hdet.design import Design, Effect
 from hdet.fan_out import FanOut, copied
@@ -50,7 +50,7 @@ Loss = float | Tensor | Sequence[float | Tensor] | None
 
 _SINGLE = frozenset((float, Tensor))
 _MIB = 2**20
-_STATE_VERSION = 6
+_STATE_VERSION = 5
 
 
 class _Gathered(NamedTuple):
@@ -539,7 +539,7 @@ class Ensemble:
             "first_loss": self._recovery.first_loss if self._recovery else math.nan,
             "rollbacks": self._recovery.count if self._recovery else 0,
             "slow_average": [list(part) for part in self._slow.state()] if self._slow else [],
-            "slow_span": list(self._slow.span) if self._slow else [],
+            "slow_rounds": self._slow.rounds if self._slow else 0,
             "outer": [list(part) for part in self._outer.state()] if self._outer else [],
             "shard": list(self._shard),
             "found_schedule": [[step, list(lrs)] for step, lrs in self._recorder.knots],
@@ -576,7 +576,7 @@ class Ensemble:
             self._recovery.first_loss, self._recovery.count = state["first_loss"], state["rollbacks"]
         self._recorder.knots = [(step, tuple(lrs)) for step, lrs in state["found_schedule"]]
         if self._slow is not None:
-            self._slow.load(state["slow_average"], Span(*state["slow_span"]))
+            self._slow.load(state["slow_average"], state["slow_rounds"])
         if self._outer is not None:
             self._outer.load(state.get("outer", ()))
         self.resume_at(state["steps"], state["base_lr"])
@@ -795,8 +795,6 @@ class Ensemble:
         if not complete:
             self._restart_virtual()
         report = self._control(complete, losses)
-        if slow is not None and losses is not None and self.config.controller.is_stale(losses):
-            slow.shorten()
         if complete and self._recovery is not None:
             self._recovery.keep(report.mean_loss)
         return self._tell(report, averaged, watched, time.perf_counter() - started)

@@ -39,17 +39,7 @@ def test_the_slow_average_is_saved(launch, processes):
     for result in launch.results(processes, "paired_probe"):
         assert result["resumed_gain"] == pytest.approx(result["gains"][4])
         assert result["resumed_slow"]
-        assert tuple(result["resumed_span"]) == tuple(result["saved_span"])
-        assert result["resumed_span"][0] == 5
-
-
-@every_size
-def test_the_slow_average_forgets_alike_on_all_ranks(launch, processes):
-    results = launch.results(processes, "paired_probe")
-    rounds, counted, *_ = results[0]["span"]
-    assert rounds == 7
-    assert 1 < counted < 7
-    assert all(result["span"] == results[0]["span"] for result in results)
+        assert result["resumed_rounds"] == 5
 
 
 @every_size

@@ -942,9 +942,7 @@ def paired_probe(rank, world):
             torch.equal(a, b)
             for a, b in zip(parts, [x for y in states[2]["hdet"]["slow_average"] for x in y], strict=True)
         ),
-        "resumed_span": again.ensemble._slow.span,
-        "saved_span": states[2]["hdet"]["slow_span"],
-        "span": scheduler.ensemble._slow.span,
+        "resumed_rounds": again.ensemble._slow.rounds,
     }
 
 

@@ -45,7 +45,6 @@ ABLATIONS: dict[str, Setting] = {
     "spread 0.5": replace(DEFAULT, spread=0.5),
     "50 rounds": replace(DEFAULT, rounds=50),
     "200 rounds": replace(DEFAULT, rounds=200),
-    "never stale": replace(DEFAULT, controller=TwoSlope(stale=math.inf)),
     "power 0": replace(DEFAULT, power=0.0),
     "power 1": replace(DEFAULT, power=1.0),
     "power 5": replace(DEFAULT, power=5.0),

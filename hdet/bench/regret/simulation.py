@@ -217,8 +217,6 @@ class _Replicas:
         if probe is not None and (slopes := slopes_of(probe, rhos, seen.lag)) is not None:
             self.slopes.append((progress, slopes))
         self._state, _ = controller.update(self._state, seen)
-        if probe is not None and controller.is_stale(probe):
-            self._slow.shorten()
         self._losses = [0.0] * self._setting.replicas
         self.gains.append(self.gain)
         self._start = mean

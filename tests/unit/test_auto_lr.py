@@ -302,6 +302,17 @@ def test_a_slow_average_in_bf16_keeps_up_over_thousands_of_rounds():
     assert progress.mean() == pytest.approx(slow.lag / rounds, rel=0.02)
 
 
+@pytest.mark.parametrize("power", [0.0, 0.25, 3.0])
+def test_the_lag_of_a_slow_average_is_that_of_steady_progress(power):
+    piece = torch.zeros(1, dtype=torch.float64)
+    (bucket,) = fill_buckets([piece], 2**20, lambda t: t.device)
+    slow = SlowAverage(power)
+    for n in range(1, 31):
+        slow.unpack(0, bucket, torch.full((1,), float(n), dtype=torch.float64), 1)
+        progress = slow.point(0, 1, piece) - slow.point(0, 0, piece)
+        assert float(progress) == pytest.approx(slow.lag if n > 1 else 0.0)
+
+
 def probed_model():
     torch.manual_seed(0)
     return nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.Dropout(0.5), nn.Linear(8, 1))

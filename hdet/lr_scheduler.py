@@ -45,6 +45,7 @@ class OneCycleLR(lr_scheduler.OneCycleLR):
         model: the module or modules to average. Required when ``spread > 0``.
         spread: ``alpha``, in [0, 1): replicas train under ``[1 - alpha, 1 + alpha]`` times the base.
         converge_every: ``T``, the round's length in steps; default ``total_steps // 100``, at least 1.
+            ``TwoSlope`` is made for about a hundred rounds.
         auto_lr: whether the controller moves the gain.
         probe: ``loss_fn(model, batch)``: makes ``auto_lr`` worth trusting; pass the batch to :meth:`step` then.
         controller: default ``TwoSlope()`` with a probe, ``Published()`` without; both in ``hdet.controller``.

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from hdet.bench.measure import Unavailable
-from hdet.bench.regret import peers, plot, runs, table
+from hdet.bench.regret import peers, plot, runs, simulation, table
 from hdet.bench.regret.__main__ import main, parser, plan_of
 from hdet.bench.regret.contenders import CONTENDERS, Contender
 from hdet.bench.regret.outcome import Outcome
@@ -123,6 +123,13 @@ def test_a_run_that_blows_up_again_and_again_has_diverged():
         return batch._replace(targets=batch.targets * math.nan)
 
     assert math.isnan(simulate(dataclasses.replace(SHORT, draw=draw), SHORT.tuned, 0, Setting()).loss)
+
+
+def test_a_search_that_takes_the_whole_run_is_a_run_that_failed(monkeypatch):
+    monkeypatch.setattr(simulation, "_found", lambda *_: (0.1, SHORT.steps))
+    found = simulate(SHORT, SHORT.tuned, 0, Setting(auto=True))
+    assert math.isnan(found.loss)
+    assert found.details["error"] == f"The search took {SHORT.steps} of the run's {SHORT.steps} steps."
 
 
 def test_a_search_that_finds_nothing_is_a_run_that_failed():

@@ -77,8 +77,11 @@ def simulate(
     if setting.auto:
         try:
             max_lr, spent = _found(workload, model, optimizer, max_lr, setting, generator)
-        except HdetError as error:  # a user would have no run at all
-            return Outcome(math.nan, time.perf_counter() - began, 1.0, {"error": str(error)})
+        except HdetError as failure:  # a user would have no run at all
+            return Outcome(math.nan, time.perf_counter() - began, 1.0, {"error": str(failure)})
+        if spent >= steps:  # in a run that is too short for a search
+            error = f"The search took {spent} of the run's {steps} steps."
+            return Outcome(math.nan, time.perf_counter() - began, 1.0, {"error": error})
         steps -= spent
         details = {"found": max_lr, "spent": spent}
     schedule = peers.schedule_of(workload, optimizer, max_lr, steps)

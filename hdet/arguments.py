@@ -20,6 +20,12 @@ from hdet.replicas import Replicas, ReplicasLike
 from hdet.sharding import check_sharding
 
 
+def round_length(total_steps: int) -> int:
+    """The default of ``converge_every``: a hundred rounds; of 100 steps, as soon as that makes more; at most four
+    hundred. Every probe costs about as much as two steps."""
+    return int(max(1, total_steps // 400, min(100, total_steps // 100)))
+
+
 def check_arguments(
     *,
     model: nn.Module | Iterable[nn.Module] | None,
@@ -48,8 +54,10 @@ def check_arguments(
     wire_dtype: torch.dtype | None = None,
 ) -> tuple[EnsembleConfig, tuple[nn.Module, ...], Probe | None, tuple[Monitor, ...], Replicas]:
     """What an ensemble is made of, or the error that names the bad argument; changes nothing and sends nothing."""
+    if converge_every is None and total_steps is not None:
+        converge_every = round_length(total_steps)
     if converge_every is None and (spread > 0 or hyperparameters):
-        raise ValueError("Pass converge_every, the round's length in steps (total steps / 100 is a good start).")
+        raise ValueError("Pass converge_every, the round's length in steps, or total_steps, from which it follows.")
     if probe is not None and not isinstance(probe, Probe):
         probe = Probe(loss_fn=probe)
     if controller is None:

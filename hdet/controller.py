@@ -63,6 +63,8 @@ class Observation(NamedTuple):
     """The base schedule's own value (before the gain) at the round's last step; only ``literal=True`` reads it."""
     progress: float = math.nan
     """Share of the run that is over, in [0, 1]."""
+    share: float = 0.01
+    """The round's length as a share of the run's, > 0."""
     height: float = 1.0
     """The schedule's value as a share of its peak, in [0, 1]."""
     until: float = 1.0
@@ -145,26 +147,31 @@ class Slopes(NamedTuple):
 class TwoSlope:
     r"""Weighs two slopes of the loss over the log learning rate, both from the paired probe.
 
-    With ``z_r = rho_r - 1``, and ``lag`` the rounds between the slow average and its trail::
+    With ``z_r = rho_r - 1``, ``lag`` the rounds between the slow average and its trail, and ``c`` a round's length in
+    hundredths of the run::
 
-        R = -sum_r(sign(z_r) (above_r - below_r) / 2) / sum_r(|z_r|)    raw slope
-        A = -mean_r(slow_above_r - slow_below_r) / (2 lag)              debiased slope
+        R = -sum_r(sign(z_r) (above_r - below_r) / 2) / sum_r(|z_r|) / c    raw slope
+        A = -mean_r(slow_above_r - slow_below_r) / (2 lag) / c              debiased slope
         E = mean_r((above_r + below_r) / 2 + mirror_r - slow_above_r - slow_below_r) / 2     noise
         F = mean_r(far_r - slow_above_r)      at reach = far / height: is a rate so much higher still too low?
         x = (1 - u) R + u (A - K E),  K = k + 2 final s^2
         u = min(1, progress / ramp),  s = clip((progress - ramp) / (until - ramp), 0, 1),  k: noise_weight[0] -> [1]
         t = x(means) / sqrt((1 - u)^2 var(R) + u^2 var(A) + (u K)^2 var(E))      of means over recent rounds, memory
-                                                                                 ``smoothing[0]``, and their variances
-        t = the same with A and E of memory ``smoothing[1]``, if that is larger and t > -threshold, F < headroom L
+                                                                                 ``smoothing[0]^c``, and their variances
+        t = the same with A and E of memory ``smoothing[1]^c``, if that is larger and t > -threshold, F < headroom L
         q = sign(t) clip((|t| - threshold) / slack, 0, 1)                inside the noise nothing moves
-        q = -1 if the training loss, averaged over recent rounds, is ``rise`` times its lowest, by a standard error
-        log gain += step * (down q if q < 0 else climb q if F < 0, up to ramp, else height q)
+        log gain += step * min(1, c) * (down q if q < 0 else climb q if F < 0, up to ramp, else height q)
+        log gain -= step * down  instead, if the training loss, averaged over recent rounds, is ``rise`` times its
+                                 lowest, by a standard error
 
     The raw slope sees at once that a learning rate is too high, but prefers a low one: that damps the iterates' noise,
     and what it gives up only shows later. So it rules the warm-up, as in a learning-rate range test. The debiased slope
     cannot see noise, and lasting progress is positive until the learning rate is so high that none is left; a little of
     the noise is held against it, ``k``, and more where no annealing will remove it: under a constant schedule ``x``
-    ends as the raw slope again (in expectation ``R = A - 2 E``), and the gain anneals.
+    ends as the raw slope again (in expectation ``R = A - 2 E`` with ``c = 1``), and the gain anneals.
+
+    It counts in hundredths of the run, however many rounds there are: what a learning rate gains in a round, and how
+    far the gain should move, go with the round's length; the noise does not. A step is not longer in a longer round.
 
     Too high is loud, too low is quiet. At a low learning rate the slopes are small, and their errors are those of the
     livelier rounds before, so that recent rounds alone say nothing: there many rounds together may argue for more, as
@@ -172,7 +179,7 @@ class TwoSlope:
 
     A loss that rises says "less" by itself: up to the best learning rate the training loss, averaged over a few rounds,
     stays within 1.25 times its lowest, at four times it mostly does not. Where it has risen to ``rise`` times its
-    lowest, the gain falls by a whole step, and the lowest is counted from there.
+    lowest, the gain falls by a whole step, however short the round, and the lowest is counted from there.
 
     The slopes say "more", not how much. By the line identity a run at ``c`` times the learning rate is, to first order,
     ``c`` times as far along: where ``far`` times the progress that there would be at the schedule's peak still does not
@@ -185,7 +192,7 @@ class TwoSlope:
     """
 
     step: float = 0.2
-    """> 0: how far the log gain rises in a round, at most, unless it climbs."""
+    """> 0: how far the log gain rises in a round, and in a hundredth of the run, at most, unless it climbs."""
     ramp: float = 0.2
     """In (0, 1]: share of the run over which the debiased slope takes over from the raw one."""
     noise_weight: tuple[float, float] = (0.7, 0.06)
@@ -193,7 +200,7 @@ class TwoSlope:
     rise: float = 1.3
     """> 1: by how many times its lowest the training loss may rise over a few rounds before the gain falls."""
     smoothing: tuple[float, float] = (0.5, 0.9)
-    """In [0, 1): weights of the past in the averages: over recent rounds, and over many."""
+    """In [0, 1): weights of what was a hundredth of the run ago, in the averages over recent rounds and over many."""
     headroom: float = 4.0
     """>= 0: by how many times the loss the far point may be worse if many rounds are to argue for more. At 0, or with a
     loss that is not positive, only where it is better."""
@@ -240,7 +247,7 @@ class TwoSlope:
         return self.far / max(height, _LOWEST)
 
     def update(self, state: ControllerState, observation: Observation) -> tuple[ControllerState, float | None]:
-        """One round: ``(state, observation) -> (next state, x)``.
+        """One round: ``(state, observation) -> (next state, x)``, ``x`` in units of the loss per hundredth of the run.
 
         In a round without a probe ``x`` is ``None``, and the state unchanged."""
         if observation.probe is None or not self.wants_probe(observation.progress, observation.until):
@@ -250,28 +257,32 @@ class TwoSlope:
             return state._replace(gain=_clamped(math.log(state.gain) - self.step, self.bounds)), -math.inf
         if math.isnan(slopes.raw) and observation.progress < self.ramp:
             return state, None  # learning rates did not differ in this round, and the raw slope still counts
+        length = observation.share / _HUNDREDTH
+        slopes = slopes._replace(raw=slopes.raw / length, debiased=slopes.debiased / length)
         weights = self._weights(observation.progress, observation.until, observation.final)
         rounds = state.rounds + 1
-        kept = self._remembered(state.slopes or ((0.0, 0.0),) * 5, slopes, rounds)
-        recent, many = self._memories
+        kept = self._remembered(state.slopes or ((0.0, 0.0),) * 5, slopes, rounds, length)
+        recent, many = self._memories(length)
         raw, *lately = (_recall(one, rounds, recent) for one in kept[:3])
         mean, error = _sum(weights, (raw, *lately))
         t = _in_errors(mean, error)
         if t > -self.threshold and slopes.further < self.headroom * _loss_near(observation.probe):
             over_many = (_recall(one, rounds, many) for one in kept[3:])
             t = max(t, _in_errors(*_sum(weights, (raw, *over_many))))
-        level, has_risen = self._watched(state.level, observation.losses)
+        level, has_risen = self._watched(state.level, observation.losses, length)
         moved = ControllerState(state.gain, mean, rounds, kept, level)
-        q = -1.0 if has_risen else _significance(t, rounds, self.threshold, self.slack)
+        q = _significance(t, rounds, self.threshold, self.slack)
         far_too_low = slopes.further < 0 and observation.progress <= self.ramp
         rise = self.climb if far_too_low else observation.height
-        change = self.step * (self.down if q < 0 else rise) * q
+        change = self.step * min(1.0, length) * (self.down if q < 0 else rise) * q
+        if has_risen:
+            change = -self.step * self.down
         if change:
             moved = moved._replace(gain=_clamped(math.log(state.gain) + change, self.bounds))
         return moved, _weighed(slopes, weights)
 
     def _watched(
-        self, level: tuple[float, float, int, float], losses: Sequence[float]
+        self, level: tuple[float, float, int, float], losses: Sequence[float], length: float
     ) -> tuple[tuple[float, float, int, float], bool]:
         """``ControllerState.level`` with this round's losses, and whether it has risen too far. Then it counts from
         where it is now: it has had its answer."""
@@ -280,22 +291,24 @@ class TwoSlope:
             return level, False
         average, variance, rounds, lowest = level
         rounds += 1
-        kept = _remember((average, variance), _mean(known), rounds, _RECENT)
-        mean, error = _recall(kept, rounds, _RECENT)
+        recent = _RECENT.over(length)
+        kept = _remember((average, variance), _mean(known), rounds, recent)
+        mean, error = _recall(kept, rounds, recent)
+        if rounds * length <= 1:  # too few to count from
+            return (*kept, rounds, mean), False
         risen = mean - lowest
         has_risen = rounds > _FEWEST and risen > error and risen > (self.rise - 1) * abs(lowest)
         return (*kept, rounds, mean if has_risen else min(mean, lowest)), has_risen
 
-    @property
-    def _memories(self) -> tuple[_Memory, _Memory]:
+    def _memories(self, length: float) -> tuple[_Memory, _Memory]:
         recent, many = self.smoothing
-        return _Memory(recent, 0.95), _Memory(many, 0.9)
+        return _Memory(recent, 0.95).over(length), _Memory(many, 0.9).over(length)
 
     def _remembered(
-        self, kept: tuple[tuple[float, float], ...], slopes: Slopes, rounds: int
+        self, kept: tuple[tuple[float, float], ...], slopes: Slopes, rounds: int, length: float
     ) -> tuple[tuple[float, float], ...]:
         """``ControllerState.slopes`` with this round's."""
-        recent, many = self._memories
+        recent, many = self._memories(length)
         raw, *lasting = kept
         if math.isfinite(slopes.raw):
             raw = _remember(raw, slopes.raw, rounds, recent, lowest=_LOUDEST)
@@ -339,11 +352,12 @@ class Place(NamedTuple):
 class OneSlope:
     r"""Moves the centre of a hyperparameter other than the learning rate down the slope of the probe's loss.
 
-    With ``effect`` the loss's rise from the centre to one spread above it, as a round tells it (:mod:`hdet.design`)::
+    With ``effect`` the loss's rise from the centre to one spread above it, as a round tells it (:mod:`hdet.design`),
+    and ``c`` the round's length in hundredths of the run::
 
-        t = mean(-effect) / standard error          over recent rounds, memory ``smoothing``
+        t = mean(-effect / c) / standard error          over recent rounds, memory ``smoothing^c``
         q = sign(t) clip((|t| - threshold) / slack, 0, 1)
-        position += step * spread * height * q
+        position += step * min(1, c) * spread * height * q
 
     What it sees is the effect of a round. One that comes later, it cannot see.
 
@@ -352,9 +366,9 @@ class OneSlope:
     """
 
     step: float = 0.25
-    """> 0: how far the centre moves in a round, at most, in spreads."""
+    """> 0: how far the centre moves in a round, and in a hundredth of the run, at most, in spreads."""
     smoothing: float = 0.8
-    """In [0, 1): weight of the past in the average of the evidence."""
+    """In [0, 1): weight of what was a hundredth of the run ago, in the average of the evidence."""
     threshold: float = 1.0
     """>= 0: standard errors from zero up to which nothing moves."""
     slack: float = 2.0
@@ -366,21 +380,24 @@ class OneSlope:
         _require("threshold", self.threshold, self.threshold >= 0, "finite and >= 0")
         _require("slack", self.slack, self.slack > 0, "finite and > 0")
 
-    def update(self, place: Place, effect: float, *, spread: float, height: float = 1.0) -> Place:
+    def update(self, place: Place, effect: float, *, spread: float, height: float = 1.0, share: float = 0.01) -> Place:
         """One round. The place does not change in one that said nothing: ``effect`` is NaN.
 
         Args:
             effect: in units of the loss.
             spread: in the hyperparameter's space.
             height: the schedule's, as a share of its peak: under a small learning rate little can be learned.
+            share: the round's length as a share of the run's, > 0.
         """
         if not abs(effect) < _TOO_LARGE:
             return place
         rounds = place.rounds + 1
-        memory = _Memory(self.smoothing, 0.9)
-        kept = _remember((place.velocity, place.variance), -effect, rounds, memory)
+        length = share / _HUNDREDTH
+        memory = _Memory(self.smoothing, 0.9).over(length)
+        kept = _remember((place.velocity, place.variance), -effect / length, rounds, memory)
         q = _significance(_in_errors(*_recall(kept, rounds, memory)), rounds, self.threshold, self.slack)
-        return Place(place.position + self.step * spread * height * q, kept[0], rounds, kept[1])
+        step = self.step * min(1.0, length)
+        return Place(place.position + step * spread * height * q, kept[0], rounds, kept[1])
 
 
 class _Memory(NamedTuple):
@@ -388,6 +405,12 @@ class _Memory(NamedTuple):
 
     mean: float
     variance: float
+    length: float = 1.0
+    """Of a round, in hundredths of the run."""
+
+    def over(self, length: float) -> _Memory:
+        """The same for rounds of another length."""
+        return _Memory(self.mean**length, self.variance**length, length)
 
 
 def _remember(
@@ -410,7 +433,7 @@ def _recall(kept: tuple[float, float], rounds: int, memory: _Memory) -> tuple[fl
     """What :func:`_remember` has kept: the average, and its standard error."""
     mean, variance = kept
     share = (1 - memory.mean) / (1 + memory.mean)  # variance of the average, in variances of one round
-    share = share if rounds > 6 else max(1 / rounds, share)
+    share = share if rounds * memory.length > 6 else max(1 / rounds, share)
     deviation2 = variance / (1 - memory.variance ** max(1, rounds - 1))
     return mean / (1 - memory.mean**rounds), math.sqrt(deviation2 * share)
 
@@ -433,6 +456,8 @@ def _significance(t: float, rounds: int, threshold: float, slack: float) -> floa
 
 _RECENT = _Memory(0.6, 0.8)
 """Of the training loss."""
+_HUNDREDTH = 0.01
+"""Of the run: what averages and steps are counted in."""
 _FEWEST = 3
 """Rounds before which nothing moves."""
 _LOUDEST = 3.0

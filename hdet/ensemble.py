@@ -117,8 +117,8 @@ class Ensemble:
         schedule_every: calls of :meth:`step` to one step of ``schedule``, for schedules that count epochs.
         model: the module or modules whose parameters and buffers are averaged. Required when ``spread > 0``.
         spread: ``alpha``, in [0, 1). The paper uses 1/9.
-        converge_every: ``T``, the round's length in steps. Required when ``spread > 0``. ``TwoSlope`` is made for about
-            a hundred rounds.
+        converge_every: ``T``, the round's length in steps; by default a hundred rounds, and in a run of more than
+            10,000 steps rounds of 100 steps, up to 400 rounds. Required when ``spread > 0`` without ``total_steps``.
         auto_lr: whether the controller moves the gain. Needs the loss in :meth:`step`.
         probe: ``loss_fn(model, batch)``, or a :class:`hdet.Probe`: the paired probe, by which learning rates can be
             told apart in short rounds.
@@ -804,6 +804,13 @@ class Ensemble:
     def _progress(self) -> float:
         return self._steps / self.config.total_steps if self.config.total_steps else math.nan
 
+    @property
+    def _share(self) -> float:
+        """A round's length as a share of the run's; without ``total_steps`` there may be any number of rounds, and a
+        hundred are assumed."""
+        total = self.config.total_steps
+        return self.config.converge_every / total if total else 0.01
+
     def _height(self) -> float:
         """Of the schedule, as a share of its peak."""
         peak = self._forecast.peak if self._forecast else 0.0
@@ -903,6 +910,7 @@ class Ensemble:
                 losses=losses,
                 schedule=tuple(schedule),
                 progress=self._progress,
+                share=self._share,
                 height=self._height(),
                 until=self._until,
                 final=final,

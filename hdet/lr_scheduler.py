@@ -44,8 +44,8 @@ class OneCycleLR(lr_scheduler.OneCycleLR):
             ``loss_fn`` and ``batches``; the constructor is then collective.
         model: the module or modules to average. Required when ``spread > 0``.
         spread: ``alpha``, in [0, 1): replicas train under ``[1 - alpha, 1 + alpha]`` times the base.
-        converge_every: ``T``, the round's length in steps; default ``total_steps // 100``, at least 1.
-            ``TwoSlope`` is made for about a hundred rounds.
+        converge_every: ``T``, the round's length in steps; by default a hundred rounds, and in a run of more than
+            10,000 steps rounds of 100 steps, up to 400 rounds.
         auto_lr: whether the controller moves the gain.
         probe: ``loss_fn(model, batch)``: makes ``auto_lr`` worth trusting; pass the batch to :meth:`step` then.
         controller: default ``TwoSlope()`` with a probe, ``Published()`` without; both in ``hdet.controller``.
@@ -144,9 +144,8 @@ class OneCycleLR(lr_scheduler.OneCycleLR):
         }
         length = _length(total_steps, epochs, steps_per_epoch)
         settings["total_steps"] = length
-        round_length = max(1, length // 100) if converge_every is None else converge_every
         # Before torch's constructor changes the optimizer.
-        check_arguments(converge_every=round_length, **settings)
+        check_arguments(converge_every=converge_every, **settings)
         policy_of(optimizer_state, optimizer, hyperparameters, gradients=gradients, overlap_steps=overlap_steps)
         if cycle_momentum and any(isinstance(h, ParamGroupField) and h.is_momentum for h in hyperparameters):
             raise ValueError("cycle_momentum=True sets the momentum in every step. To explore it, pass False.")
@@ -172,7 +171,7 @@ class OneCycleLR(lr_scheduler.OneCycleLR):
         if spread > 0 or hyperparameters or gradients != "shared" or any(x is not None for x in given):
             # Before the learning rates fan out; without a probe nobody asks what is to come.
             ahead = None if probe is None else forecast(self, optimizer, self.total_steps)
-            self.ensemble = Ensemble(optimizer, converge_every=round_length, **settings)
+            self.ensemble = Ensemble(optimizer, converge_every=converge_every, **settings)
             if ahead is not None:
                 self.ensemble.look_ahead(ahead)
             if self.last_epoch:

@@ -33,6 +33,7 @@ class Round(NamedTuple):
     schedule: tuple[float, ...]
     """[group] the schedule's learning rate."""
     progress: float
+    share: float
     height: float
     until: float
     final: float
@@ -146,6 +147,7 @@ class Steering:
                 multipliers=self.multipliers(i, round),
                 schedule=seen.schedule[i],
                 progress=seen.progress,
+                share=seen.share,
                 height=seen.height,
                 until=seen.until,
                 final=seen.final,
@@ -158,7 +160,9 @@ class Steering:
                 self.rates[i] = moved
         for i, (effect, (spread, moves)) in enumerate(zip(found[spread_rates:], spreads, strict=True)):
             if moves:
-                self.places[i] = self._one_slope.update(self.places[i], effect.value, spread=spread, height=seen.height)
+                self.places[i] = self._one_slope.update(
+                    self.places[i], effect.value, spread=spread, height=seen.height, share=seen.share
+                )
         return Told(tuple(slopes), tuple(found[spread_rates:]), together)
 
     def _divide(self, round: int, seen: Round, probes: list[ProbeLosses | None], first: Slopes) -> Slopes | None:

@@ -155,7 +155,7 @@ class HdetConfig:
     ``hyperparameters``, is the baseline: the plain schedule and DistributedDataParallel; nothing else in this section
     has an effect then."""
     converge_every: int | None = None
-    """Steps from one average of the replicas to the next; default ``total_steps // 100``, at least 1."""
+    """Steps from one average of the replicas to the next; default as in ``hdet.OneCycleLR``."""
     auto_lr: bool = True
     """Whether a controller moves the learning rate."""
     probe: bool | Literal["held_out"] = False

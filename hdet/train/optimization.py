@@ -179,7 +179,7 @@ def _build(
     if not ours.is_baseline:
         settings = {
             "spread": ours.spread,
-            "converge_every": ours.converge_every or max(1, total_steps // 100),
+            "converge_every": ours.converge_every,
             "auto_lr": ours.auto_lr and ours.spread > 0,
             "hyperparameters": explored,
             "probe": probe if ours.probe else None,

@@ -36,7 +36,7 @@ def probe_of(raw, debiased, noise, further=0.0, level=2.0, lag=4.0, rho=RHO):
 
 
 def seen(probe, progress=0.3, height=1.0, final=0.0):
-    return Observation((), RHO, 0.1, progress, height, 0.55, final, probe, 4.0)
+    return Observation((), RHO, 0.1, progress, 0.01, height, 0.55, final, probe, 4.0)
 
 
 def run(config, probes, progress=0.3, **more):
@@ -174,11 +174,12 @@ def test_a_learning_rate_that_is_too_high_does_not_hide_itself():
 def test_the_gain_falls_where_the_training_loss_rises():
     """Once per rise, whatever the slopes say; not for noise, not for what is not finite, and not if told not to."""
 
-    def gains(losses, **settings):
+    def gains(losses, share=0.01, **settings):
         config, state, found = TwoSlope(**settings), ControllerState(), []
         for k, loss in enumerate(losses):
             probe = probe_of(0.1, 0.01 * (-1) ** k, 0.0)  # nothing stands out
-            state, _ = config.update(state, seen(probe)._replace(losses=(loss, loss, math.nan, loss)))
+            now = seen(probe)._replace(losses=(loss, loss, math.nan, loss), share=share)
+            state, _ = config.update(state, now)
             found.append(state.gain)
         return found
 
@@ -193,7 +194,35 @@ def test_the_gain_falls_where_the_training_loss_rises():
     assert gains([1.0 + 0.9 * (-1) ** k for k in range(40)])[-1] == 1
     assert gains([1.0] * 12 + [math.nan, math.inf] * 5)[-1] == 1
     assert gains(risen, rise=math.inf)[-1] == 1
+    many = [loss for loss in risen for _ in range(10)]
+    assert gains(many, share=0.001)[-1] == pytest.approx(fall)  # a whole step, in short rounds too
+    assert gains([0.5, *[1.0] * 200], share=0.001)[-1] == 1  # whose first says little
     assert gains([0.0] * 12 + [1.0] * 12, rise=math.inf)[-1] == 1
+
+
+@pytest.mark.parametrize("length", [0.01, 0.1, 0.25, 2.0])
+@pytest.mark.parametrize(
+    ("slopes", "progress"),
+    [((-0.5, 0.1, 0.1, 0.0), 0.05), ((-0.5, 0.1, 0.05, 0.0), 0.3), ((-0.5, 0.03, 0.2, 0.0), 0.3)],
+)
+def test_rounds_of_any_length_lead_to_the_same_gain(slopes, progress, length):
+    """In hundredths of the run. Progress in a round goes with its length, noise does not."""
+    config = TwoSlope()
+    evidence = config.evidence(Slopes(*slopes), progress, 0.55, 0.0)
+
+    def log_gain(length):
+        state = ControllerState()
+        for k in range(round(16 / length)):
+            raw, debiased, noise, _ = ((1 + 0.1 * (-1) ** k) * slope for slope in slopes)
+            observation = seen(probe_of(raw * length, debiased * length, noise), progress)
+            state, x = config.update(state, observation._replace(share=length / 100))
+            assert x == pytest.approx((1 + 0.1 * (-1) ** k) * evidence)
+        return math.log(state.gain)
+
+    expected = log_gain(1.0)
+    assert abs(expected) > 1
+    # In one round the gain moves no farther than a step, however long it is.
+    assert log_gain(length) == pytest.approx(expected / max(1.0, length), rel=0.2)
 
 
 def test_a_rise_is_scaled_by_the_schedules_height_and_a_fall_is_not():
@@ -238,7 +267,7 @@ def test_several_learning_rates_share_what_one_probe_says():
     odd = [-lag * sum(p * z for p, z in zip(progress, column, strict=True)) for column in columns]
     there = (level + noise,) * 4
     probe = ProbeLosses(there, there, tuple(level + x for x in odd), tuple(level - x for x in odd), there, (4.0,) * 4)
-    told = steering.observe(0, Round((), (0.1, 0.1), 0.3, 1.0, 0.55, 0.0, lag, probe))
+    told = steering.observe(0, Round((), (0.1, 0.1), 0.3, 0.01, 1.0, 0.55, 0.0, lag, probe))
     assert told.slopes == pytest.approx((0.0, 0.2, 0.2, 4.0 - (level - lag * 0.2)), abs=1e-9)
     k = TwoSlope().evidence(Slopes(0.0, 0.0, -1.0, 0.0), 0.3, 0.55, 0.0)
     assert told.hypergradient == pytest.approx([p - k * noise / 2 for p in progress])

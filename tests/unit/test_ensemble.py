@@ -169,11 +169,13 @@ def test_one_replica_trains_at_the_base_rate():
     assert (report.distance, report.excluded, report.converge_bytes) == ((0.0,), (), 0)
 
 
-def test_default_round_length_is_a_hundredth_of_the_run():
+@pytest.mark.parametrize(("total", "expected"), [(50, 1), (1000, 10), (10_099, 100), (30_000, 100), (100_000, 250)])
+def test_a_hundred_rounds_by_default_and_in_long_runs_up_to_four_hundred(total, expected):
     model, optimizer, _ = setting()
-    for total, expected in ((1000, 10), (50, 1)):
-        schedule = hdet.OneCycleLR(optimizer, 0.1, total_steps=total, model=model, spread=0.1)
-        assert schedule.ensemble.config.converge_every == expected
+    schedule = hdet.OneCycleLR(optimizer, 0.1, total_steps=total, model=model, spread=0.1)
+    assert schedule.ensemble.config.converge_every == expected
+    ensemble = hdet.Ensemble(setting()[1], model=model, spread=0.1, total_steps=total)
+    assert ensemble.config.converge_every == expected
 
 
 def test_converge_inside_a_round_does_not_end_it():

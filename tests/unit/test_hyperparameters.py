@@ -316,6 +316,17 @@ def test_one_slope_does_not_depend_on_the_units_of_the_loss():
     assert small.position < 0
 
 
+@pytest.mark.parametrize("length", [0.05, 0.25, 2.0])
+def test_one_slope_counts_in_shares_of_the_run(length):
+    def position(length):
+        place, config = Place(), OneSlope()
+        for k in range(round(40 / length)):
+            place = config.update(place, length * (1 + 0.1 * (-1) ** k), spread=0.1, share=length / 100)
+        return place.position
+
+    assert position(length) == pytest.approx(position(1.0) / max(1.0, length), rel=0.15)
+
+
 def scheduler_of(model=None, hyperparameters=(), gradients="local", **settings):
     model = model or net()
     optimizer = optimizer_of(model)

@@ -43,8 +43,10 @@ ABLATIONS: dict[str, Setting] = {
     "N = 16": replace(DEFAULT, replicas=16),
     "spread 0.05": replace(DEFAULT, spread=0.05),
     "spread 0.5": replace(DEFAULT, spread=0.5),
+    "25 rounds": replace(DEFAULT, rounds=25),
     "50 rounds": replace(DEFAULT, rounds=50),
     "200 rounds": replace(DEFAULT, rounds=200),
+    "400 rounds": replace(DEFAULT, rounds=400),
     "power 0": replace(DEFAULT, power=0.0),
     "power 1": replace(DEFAULT, power=1.0),
     "power 5": replace(DEFAULT, power=5.0),
@@ -58,8 +60,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run all, print one table; returns the exit status."""
     options = _parser().parse_args(argv)
     seeds = range(options.seeds)
-    jobs: list[tuple[str, str, float, int]] = [
-        (row, workload, multiple, seed)
+    jobs: list[tuple[str, str, float, int, int]] = [
+        (row, workload, multiple, seed, options.length)
         for workload in options.workloads
         for row in ("", *options.ablations)
         for multiple in (SWEEP if row == "" else STARTS)
@@ -88,15 +90,16 @@ def _parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("--workloads", nargs="+", choices=WORKLOADS, default=["digits_mlp", "regression"])
     add("--ablations", nargs="+", choices=ABLATIONS, default=list(ABLATIONS))
+    add("--length", type=int, default=1, metavar="X", help="X times as many steps")
     add("--seeds", type=int, default=4)
     add("--workers", type=int, default=os.cpu_count())
     return parser
 
 
-def _run(job: tuple[str, str, float, int]) -> float:
+def _run(job: tuple[str, str, float, int, int]) -> float:
     torch.set_num_threads(1)
-    row, name, multiple, seed = job
-    workload = WORKLOADS[name]
+    row, name, multiple, seed, length = job
+    workload = replace(WORKLOADS[name], steps=WORKLOADS[name].steps * length)
     if row == "":
         return peers.one_cycle(workload, multiple * workload.tuned, seed)
     return simulate(workload, multiple * workload.tuned, seed, ABLATIONS[row]).loss

@@ -75,7 +75,7 @@ _OURS = (
         'max_lr="auto": found by hdet.find_lr around the start, then auto_lr=True with a probe; the samples that the '
         "search takes are taken from the run.",
         ours=True,
-        version=13,
+        version=14,
         auto=True,
     ),
     _simulated("two_slope", "auto_lr=True with a probe, from the start given.", ours=True, version=7),

@@ -211,6 +211,7 @@ class _Replicas:
             multipliers=rhos,
             schedule=height,
             progress=progress,
+            share=self.round_length / self._steps,
             height=known,
             until=self._until,
             final=self._final,

@@ -10,11 +10,12 @@ from hypothesis import strategies as st
 from torch import nn
 
 import hdet
-from hdet.controller import OneSlope, Place, Published
+from hdet.controller import OneSlope, Place, ProbeLosses, Published, TwoSlope
 from hdet.design import effects, levels, multipliers_of
 from hdet.hyperparameters import check_identified
 from hdet.prior import Prior
 from hdet.spread import assignment
+from hdet.steering import Round, Steering
 
 NAMES = ["a", "b", "c", "d", "e"]
 
@@ -325,6 +326,21 @@ def test_one_slope_counts_in_shares_of_the_run(length):
         return place.position
 
     assert position(length) == pytest.approx(position(1.0) / max(1.0, length), rel=0.15)
+
+
+def test_steering_tells_how_long_a_round_is():
+    def position(share):
+        settings = {"auto_lr": False, "rates": 1, "names": ("h",), "replicas": 4, "spread": 0.1, "seed": 0}
+        steering = Steering(TwoSlope(), OneSlope(), design="orthogonal", **settings)
+        for round in range(6):
+            (held,) = steering.held(round)
+            above, below, one = tuple(1 + 0.1 * z for z in held), tuple(1 - 0.1 * z for z in held), (1.0,) * 4
+            probe = ProbeLosses(above, below, one, one, one, one)
+            steering.observe(round, Round((), (0.1,), 0.3, share, 1.0, 0.55, 0.0, 4.0, probe), [(0.5, True)])
+        return steering.places[0].position
+
+    assert position(0.01) < 0
+    assert position(0.0025) == pytest.approx(position(0.01) / 4)
 
 
 def scheduler_of(model=None, hyperparameters=(), gradients="local", **settings):

@@ -159,6 +159,7 @@ class TwoSlope:
         t = x(means) / sqrt((1 - u)^2 var(R) + u^2 var(A) + (u K)^2 var(E))      of means over recent rounds, memory
                                                                                  ``smoothing[0]^c``, and their variances
         t = the same with A and E of memory ``smoothing[1]^c``, if that is larger and t > -threshold, F < headroom L
+        t = 0, if t < 0 and F < overshoot L
         q = sign(t) clip((|t| - threshold) / slack, 0, 1)                inside the noise nothing moves
         log gain += step * min(1, c) * (down q if q < 0 else climb q if F < 0, up to ramp, else height q)
         log gain -= step * down  instead, if the training loss, averaged over recent rounds, is ``rise`` times its
@@ -176,6 +177,9 @@ class TwoSlope:
     Too high is loud, too low is quiet. At a low learning rate the slopes are small, and their errors are those of the
     livelier rounds before, so that recent rounds alone say nothing: there many rounds together may argue for more, as
     long as the far point shows that there is room (``L`` is the loss beside it, ``L(e + (e - f))``).
+
+    On a plateau there is no lasting progress either, and what noise there is says "less". But there it costs nothing to
+    go far: too high is only what overshoots.
 
     A loss that rises says "less" by itself: up to the best learning rate the training loss, averaged over a few rounds,
     stays within 1.25 times its lowest, at four times it mostly does not. Where it has risen to ``rise`` times its
@@ -204,6 +208,9 @@ class TwoSlope:
     headroom: float = 4.0
     """>= 0: by how many times the loss the far point may be worse if many rounds are to argue for more. At 0, or with a
     loss that is not positive, only where it is better."""
+    overshoot: float = 0.5
+    """>= 0: by how many times the loss the far point must be worse if slopes are to argue for less. With a loss that is
+    not positive it need not be."""
     threshold: float = 1.0
     """>= 0: standard errors from zero up to which nothing moves."""
     slack: float = 2.0
@@ -230,6 +237,7 @@ class TwoSlope:
         for memory in self.smoothing:
             _require("smoothing", memory, 0 <= memory < 1, "in [0, 1)")
         _require("headroom", self.headroom, self.headroom >= 0, "finite and >= 0")
+        _require("overshoot", self.overshoot, self.overshoot >= 0, "finite and >= 0")
         _require("threshold", self.threshold, self.threshold >= 0, "finite and >= 0")
         _require("slack", self.slack, self.slack > 0, "finite and > 0")
         _require("down", self.down, self.down > 0, "finite and > 0")
@@ -266,9 +274,12 @@ class TwoSlope:
         raw, *lately = (_recall(one, rounds, recent) for one in kept[:3])
         mean, error = _sum(weights, (raw, *lately))
         t = _in_errors(mean, error)
-        if t > -self.threshold and slopes.further < self.headroom * _loss_near(observation.probe):
+        near = _loss_near(observation.probe)
+        if t > -self.threshold and slopes.further < self.headroom * near:
             over_many = (_recall(one, rounds, many) for one in kept[3:])
             t = max(t, _in_errors(*_sum(weights, (raw, *over_many))))
+        if t < 0 and slopes.further < self.overshoot * near:
+            t = 0.0  # a plateau
         level, has_risen = self._watched(state.level, observation.losses, length)
         moved = ControllerState(state.gain, mean, rounds, kept, level)
         q = _significance(t, rounds, self.threshold, self.slack)

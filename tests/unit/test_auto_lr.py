@@ -26,8 +26,9 @@ from hdet.weights import Weights
 RHO = multipliers(4, 0.11)
 
 
-def probe_of(raw, debiased, noise, further=0.0, level=2.0, lag=4.0, rho=RHO):
-    """Losses of a probe whose slopes are these."""
+def probe_of(raw, debiased, noise, further=None, level=2.0, lag=4.0, rho=RHO):
+    """Losses of a probe whose slopes are these. By default the far point is twice as bad as the one beside it."""
+    further = abs(level - lag * debiased) if further is None else further
     above = tuple(level + noise - lag * debiased - (r - 1) * raw for r in rho)
     below = tuple(level + noise - lag * debiased + (r - 1) * raw for r in rho)
     levels = (level - lag * debiased, level + lag * debiased, level + noise + lag * debiased)
@@ -53,7 +54,7 @@ def test_slopes_are_read_off_the_losses(raw, debiased, noise, further, level):
 
 
 def test_a_replica_without_finite_losses_is_left_out():
-    probe = probe_of(0.5, 0.1, 0.2)
+    probe = probe_of(0.5, 0.1, 0.2, 0.0)
     broken = ProbeLosses((math.nan, *probe.above[1:]), *probe[1:])
     assert slopes_of(broken, RHO, 4.0) == pytest.approx((0.5, 0.1, 0.2, 0.0), abs=1e-9)
     assert slopes_of(ProbeLosses(*((math.nan,) * 3 + row[3:] for row in probe)), RHO, 4.0) is None
@@ -160,6 +161,20 @@ def test_many_rounds_argue_for_more_where_there_is_room(further, moves):
     assert state.gain >= before
 
 
+@pytest.mark.parametrize(("further", "falls"), [(-1.0, False), (0.9, False), (1.1, True), (math.nan, True)])
+def test_on_a_plateau_the_gain_stands(further, falls):
+    """No progress, and noise: it falls only if to go far costs half of the loss, 2, or if the training loss rises."""
+    config, state = TwoSlope(), ControllerState()
+    for k in range(12):
+        probe = probe_of(-0.1 - 0.01 * (-1) ** k, 0.0, 0.1, further)
+        state, x = config.update(state, seen(probe)._replace(losses=(2.0,)))
+        assert x < 0
+    assert (state.gain < 1) == falls
+    for _ in range(12):
+        state, _ = config.update(state, seen(probe_of(-0.1, 0.0, 0.1, further))._replace(losses=(4.0,)))
+    assert state.gain < 0.7
+
+
 def test_a_learning_rate_that_is_too_high_does_not_hide_itself():
     """The raw slope asks for less in every round, in one ten times as loudly: that one is not to widen the error
     so much that for twenty rounds nothing stands out of it."""
@@ -241,7 +256,7 @@ def test_far_below_the_best_learning_rate_the_gain_climbs():
 
     for height in (0.1, 1.0):
         assert change(1, -0.1, height) == pytest.approx(3 * change(1, 0.1, 1.0))
-        assert change(-1, -0.1, height) == change(-1, 0.1, height) < 0
+        assert change(-1, 100.0, height) < change(-1, -0.1, height) == 0
         assert change(1, -0.1, height, 0.21) == change(1, 0.1, height, 0.21) > 0
     assert config.reach(1.0) == config.far
     assert config.reach(0.25) == 4 * config.far
@@ -287,8 +302,8 @@ def test_bounds_hold_under_any_input(rounds, progress, height):
 
 @pytest.mark.parametrize(
     "bad",
-    [{"step": 0}, {"ramp": 0}, {"noise_weight": (0.0, 1.0)}, {"rise": 1.0}, {"smoothing": (0.5, 1.0)}, {"headroom": -1},
-     {"threshold": -1}, {"slack": 0}, {"down": 0},
+    [{"step": 0}, {"ramp": 0}, {"noise_weight": (0.0, 1.0)}, {"rise": 1.0}, {"smoothing": (0.5, 1.0)},
+     {"headroom": -1}, {"overshoot": -1}, {"threshold": -1}, {"slack": 0}, {"down": 0},
      {"far": 0.5}, {"climb": 0}, {"rest_below": 1.5}, {"bounds": (2, 3)}],
 )  # fmt: skip
 def test_two_slope_refuses_bad_values(bad):

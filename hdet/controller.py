@@ -185,8 +185,8 @@ class TwoSlope:
     stays within 1.25 times its lowest, at four times it mostly does not. Where it has risen to ``rise`` times its
     lowest, the gain falls by a whole step, however short the round, and the lowest is counted from there.
 
-    The slopes say "more", not how much. By the line identity a run at ``c`` times the learning rate is, to first order,
-    ``c`` times as far along: where ``far`` times the progress that there would be at the schedule's peak still does not
+    The slopes say "more", not how much. By the line identity a run at ``n`` times the learning rate is, to first order,
+    ``n`` times as far along: where ``far`` times the progress that there would be at the schedule's peak still does not
     overshoot, the gain climbs ``climb`` steps at once, whatever the schedule's height; up to ``ramp`` only, for a
     batch may say so by chance. A round whose losses are not finite moves the log gain down by ``step``. Once the
     schedule has fallen below ``rest_below`` for good, after ``until``, the gain rests: its own annealing is not fought.

@@ -269,8 +269,8 @@ class TwoSlope:
         slopes = slopes._replace(raw=slopes.raw / length, debiased=slopes.debiased / length)
         weights = self._weights(observation.progress, observation.until, observation.final)
         rounds = state.rounds + 1
-        kept = self._remembered(state.slopes or ((0.0, 0.0),) * 5, slopes, rounds, length)
-        recent, many = self._memories(length)
+        recent, many = _Memory(self.smoothing[0], 0.95).over(length), _Memory(self.smoothing[1], 0.9).over(length)
+        kept = _remember_all(state.slopes or ((0.0, 0.0),) * 5, slopes, rounds, recent, many)
         raw, *lately = (_recall(one, rounds, recent) for one in kept[:3])
         mean, error = _sum(weights, (raw, *lately))
         t = _in_errors(mean, error)
@@ -310,24 +310,6 @@ class TwoSlope:
         risen = mean - lowest
         has_risen = rounds > _FEWEST and risen > error and risen > (self.rise - 1) * abs(lowest)
         return (*kept, rounds, mean if has_risen else min(mean, lowest)), has_risen
-
-    def _memories(self, length: float) -> tuple[_Memory, _Memory]:
-        recent, many = self.smoothing
-        return _Memory(recent, 0.95).over(length), _Memory(many, 0.9).over(length)
-
-    def _remembered(
-        self, kept: tuple[tuple[float, float], ...], slopes: Slopes, rounds: int, length: float
-    ) -> tuple[tuple[float, float], ...]:
-        """``ControllerState.slopes`` with this round's."""
-        recent, many = self._memories(length)
-        raw, *lasting = kept
-        if math.isfinite(slopes.raw):
-            raw = _remember(raw, slopes.raw, rounds, recent, lowest=_LOUDEST)
-        lasting = [
-            _remember(old, x, rounds, memory)
-            for old, x, memory in zip(lasting, slopes[1:3] * 2, (recent, recent, many, many), strict=True)
-        ]
-        return (raw, *lasting)
 
     def evidence(self, slopes: Slopes, progress: float, until: float, final: float) -> float:
         """``x`` of one round: > 0 for "a larger learning rate would do better"."""
@@ -438,6 +420,20 @@ def _remember(
             away = max(away, -lowest * math.sqrt(variance / (1 - memory.variance ** (rounds - 2))))
         variance = memory.variance * variance + (1 - memory.variance) * away**2
     return memory.mean * mean + (1 - memory.mean) * x, variance
+
+
+def _remember_all(
+    kept: tuple[tuple[float, float], ...], slopes: Slopes, rounds: int, recent: _Memory, many: _Memory
+) -> tuple[tuple[float, float], ...]:
+    """``ControllerState.slopes`` with the latest of ``rounds``."""
+    raw, *lasting = kept
+    if math.isfinite(slopes.raw):
+        raw = _remember(raw, slopes.raw, rounds, recent, lowest=_LOUDEST)
+    lasting = [
+        _remember(old, x, rounds, memory)
+        for old, x, memory in zip(lasting, slopes[1:3] * 2, (recent, recent, many, many), strict=True)
+    ]
+    return (raw, *lasting)
 
 
 def _recall(kept: tuple[float, float], rounds: int, memory: _Memory) -> tuple[float, float]:

@@ -78,12 +78,12 @@ _OURS = (
         version=15,
         auto=True,
     ),
-    _simulated("two_slope", "auto_lr=True with a probe, from the start given.", ours=True, version=8),
+    _simulated("two_slope", "auto_lr=True with a probe, from the start given.", ours=True, version=9),
     Contender(
         name="replayed",
         run=_replayed,
         describe="The schedule that two_slope found in another run, from the start given, replayed without replicas.",
-        version=6,
+        version=7,
     ),
     _simulated(
         "find_lr",

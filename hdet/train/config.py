@@ -232,7 +232,7 @@ class TrainConfig:
     total_steps: int = 1000
     """Optimizer steps of the whole run. A run may be resumed with another number, not below the steps it has taken: the
     schedule is then the one for the new length, from the same step on, and gains, velocities and optimizer state are
-    kept. Without ``hdet.converge_every`` the rounds get longer with it."""
+    kept. Without ``hdet.converge_every`` the rounds may get longer with it."""
     batch_size: int = 16
     """Sequences or images per replica and micro-batch."""
     accumulate: int = 1

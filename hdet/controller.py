@@ -34,7 +34,7 @@ class ControllerState(NamedTuple):
     rounds: int = 0
     """Rounds observed so far."""
     slopes: tuple[tuple[float, float], ...] = ()
-    """Average and variance over the rounds, of ``R``, ``A`` and ``E`` and, with a longer memory, of ``A`` and ``E``;
+    """Average and variance over recent rounds, of ``R``, ``A``, ``E`` and of these relative to the training loss;
     :class:`TwoSlope` only."""
     level: tuple[float, float, int, float] = (0.0, 0.0, 0, math.inf)
     """Of the training loss: average and variance over recent rounds, their number, and what the average has been at
@@ -157,8 +157,8 @@ class TwoSlope:
         x = (1 - u) R + u (A - K E),  K = k + 2 final s^2
         u = min(1, progress / ramp),  s = clip((progress - ramp) / (until - ramp), 0, 1),  k: noise_weight[0] -> [1]
         t = x(means) / sqrt((1 - u)^2 var(R) + u^2 var(A) + (u K)^2 var(E))      of means over recent rounds, memory
-                                                                                 ``smoothing[0]^c``, and their variances
-        t = the same with A and E of memory ``smoothing[1]^c``, if that is larger and t > -threshold, F < headroom L
+                                                                                 ``smoothing^c``, and their variances
+        t = the same of R / l, A / l, E / l, if that is larger         l: the training loss, averaged over a few rounds
         t = 0, if t < 0 and F < overshoot L
         q = sign(t) clip((|t| - threshold) / slack, 0, 1)                inside the noise nothing moves
         log gain += step * min(1, c) * (down q if q < 0 else climb q if F < 0, up to ramp, else height q)
@@ -174,12 +174,12 @@ class TwoSlope:
     It counts in hundredths of the run, however many rounds there are: what a learning rate gains in a round, and how
     far the gain should move, go with the round's length; the noise does not. A step is not longer in a longer round.
 
-    Too high is loud, too low is quiet. At a low learning rate the slopes are small, and their errors are those of the
-    livelier rounds before, so that recent rounds alone say nothing: there many rounds together may argue for more, as
-    long as the far point shows that there is room (``L`` is the loss beside it, ``L(e + (e - f))``).
+    Too high is loud, too low is quiet. Where the loss has fallen far, the slopes are small, and their errors are those
+    of the livelier rounds before. Relative to the loss of their time, rounds count alike. Either may argue for more;
+    for less both must. (With a loss that is not positive there is but the first.)
 
     On a plateau there is no lasting progress either, and what noise there is says "less". But there it costs nothing to
-    go far: too high is only what overshoots.
+    go far: too high is only what overshoots (``L`` is the loss beside the far point, ``L(e + (e - f))``).
 
     A loss that rises says "less" by itself: up to the best learning rate the training loss, averaged over a few rounds,
     stays within 1.25 times its lowest, at four times it mostly does not. Where it has risen to ``rise`` times its
@@ -203,11 +203,8 @@ class TwoSlope:
     """``k``, > 0, up to ``ramp`` and at ``until``; in between on a log scale."""
     rise: float = 1.3
     """> 1: by how many times its lowest the training loss may rise over a few rounds before the gain falls."""
-    smoothing: tuple[float, float] = (0.5, 0.9)
-    """In [0, 1): weights of what was a hundredth of the run ago, in the averages over recent rounds and over many."""
-    headroom: float = 4.0
-    """>= 0: by how many times the loss the far point may be worse if many rounds are to argue for more. At 0, or with a
-    loss that is not positive, only where it is better."""
+    smoothing: float = 0.5
+    """In [0, 1): weight of what was a hundredth of the run ago, in the averages over recent rounds."""
     overshoot: float = 0.5
     """>= 0: by how many times the loss the far point must be worse if slopes are to argue for less. With a loss that is
     not positive it need not be."""
@@ -234,9 +231,7 @@ class TwoSlope:
             _require("noise_weight", weight, weight > 0, "finite and > 0")
         if not self.rise > 1:
             raise ValueError(f"Invalid rise={self.rise}. Must be > 1; inf: any.")
-        for memory in self.smoothing:
-            _require("smoothing", memory, 0 <= memory < 1, "in [0, 1)")
-        _require("headroom", self.headroom, self.headroom >= 0, "finite and >= 0")
+        _require("smoothing", self.smoothing, 0 <= self.smoothing < 1, "in [0, 1)")
         _require("overshoot", self.overshoot, self.overshoot >= 0, "finite and >= 0")
         _require("threshold", self.threshold, self.threshold >= 0, "finite and >= 0")
         _require("slack", self.slack, self.slack > 0, "finite and > 0")
@@ -269,18 +264,14 @@ class TwoSlope:
         slopes = slopes._replace(raw=slopes.raw / length, debiased=slopes.debiased / length)
         weights = self._weights(observation.progress, observation.until, observation.final)
         rounds = state.rounds + 1
-        recent, many = _Memory(self.smoothing[0], 0.95).over(length), _Memory(self.smoothing[1], 0.9).over(length)
-        kept = _remember_all(state.slopes or ((0.0, 0.0),) * 5, slopes, rounds, recent, many)
-        raw, *lately = (_recall(one, rounds, recent) for one in kept[:3])
-        mean, error = _sum(weights, (raw, *lately))
-        t = _in_errors(mean, error)
-        near = _loss_near(observation.probe)
-        if t > -self.threshold and slopes.further < self.headroom * near:
-            over_many = (_recall(one, rounds, many) for one in kept[3:])
-            t = max(t, _in_errors(*_sum(weights, (raw, *over_many))))
-        if t < 0 and slopes.further < self.overshoot * near:
-            t = 0.0  # a plateau
         level, has_risen = self._watched(state.level, observation.losses, length)
+        memory = _Memory(self.smoothing, 0.95).over(length)
+        kept = _remember_all(state.slopes or ((0.0, 0.0),) * 6, slopes, _positive(level, length), rounds, memory)
+        known = [_recall(one, rounds, memory) for one in kept]
+        mean, error = _sum(weights, known[:3])
+        t = max(_in_errors(mean, error), _in_errors(*_sum(weights, known[3:])))
+        if t < 0 and slopes.further < self.overshoot * _loss_near(observation.probe):
+            t = 0.0  # a plateau
         moved = ControllerState(state.gain, mean, rounds, kept, level)
         q = _significance(t, rounds, self.threshold, self.slack)
         far_too_low = slopes.further < 0 and observation.progress <= self.ramp
@@ -423,17 +414,22 @@ def _remember(
 
 
 def _remember_all(
-    kept: tuple[tuple[float, float], ...], slopes: Slopes, rounds: int, recent: _Memory, many: _Memory
+    kept: tuple[tuple[float, float], ...], slopes: Slopes, level: float, rounds: int, memory: _Memory
 ) -> tuple[tuple[float, float], ...]:
-    """``ControllerState.slopes`` with the latest of ``rounds``."""
-    raw, *lasting = kept
-    if math.isfinite(slopes.raw):
-        raw = _remember(raw, slopes.raw, rounds, recent, lowest=_LOUDEST)
-    lasting = [
-        _remember(old, x, rounds, memory)
-        for old, x, memory in zip(lasting, slopes[1:3] * 2, (recent, recent, many, many), strict=True)
-    ]
-    return (raw, *lasting)
+    """``ControllerState.slopes`` with the latest of ``rounds``, in units of the loss and of ``level``."""
+    lowest = (_LOUDEST, None, None)
+    latest = [(x / unit, low) for unit in (1.0, level) for x, low in zip(slopes[:3], lowest, strict=True)]
+    return tuple(
+        _remember(old, x, rounds, memory, low) if math.isfinite(x) else old
+        for old, (x, low) in zip(kept, latest, strict=True)
+    )
+
+
+def _positive(level: tuple[float, float, int, float], length: float) -> float:
+    """The training loss that ``ControllerState.level`` remembers, or 1 where that is none to divide by."""
+    rounds, recent = level[2], _RECENT.over(length)
+    loss = _recall(level[:2], rounds, recent)[0] if rounds else 0.0
+    return loss if loss > 0 else 1.0
 
 
 def _recall(kept: tuple[float, float], rounds: int, memory: _Memory) -> tuple[float, float]:

@@ -50,7 +50,7 @@ Loss = float | Tensor | Sequence[float | Tensor] | None
 
 _SINGLE = frozenset((float, Tensor))
 _MIB = 2**20
-_STATE_VERSION = 5
+_STATE_VERSION = 6
 
 
 class _Gathered(NamedTuple):

@@ -30,8 +30,6 @@ ABLATIONS: dict[str, Setting] = {
     "raw slope only": replace(DEFAULT, controller=TwoSlope(ramp=1.0, noise_weight=(2.0, 2.0))),
     "debiased slope only": replace(DEFAULT, controller=TwoSlope(ramp=_TINY, noise_weight=(_TINY, _TINY))),
     "no noise weight": replace(DEFAULT, controller=TwoSlope(noise_weight=(_TINY, _TINY))),
-    "no headroom": replace(DEFAULT, controller=TwoSlope(headroom=0.0)),
-    "headroom without limit": replace(DEFAULT, controller=TwoSlope(headroom=1e9)),
     "no overshoot": replace(DEFAULT, controller=TwoSlope(overshoot=0.0)),
     "may rise": replace(DEFAULT, controller=TwoSlope(rise=math.inf)),
     "no significance gate": replace(DEFAULT, controller=TwoSlope(threshold=0.0, slack=_TINY)),

@@ -75,15 +75,15 @@ _OURS = (
         'max_lr="auto": found by hdet.find_lr around the start, then auto_lr=True with a probe; the samples that the '
         "search takes are taken from the run.",
         ours=True,
-        version=15,
+        version=16,
         auto=True,
     ),
-    _simulated("two_slope", "auto_lr=True with a probe, from the start given.", ours=True, version=9),
+    _simulated("two_slope", "auto_lr=True with a probe, from the start given.", ours=True, version=10),
     Contender(
         name="replayed",
         run=_replayed,
         describe="The schedule that two_slope found in another run, from the start given, replayed without replicas.",
-        version=7,
+        version=8,
     ),
     _simulated(
         "find_lr",

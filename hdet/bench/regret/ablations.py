@@ -21,9 +21,18 @@ from tqdm import tqdm
 from hdet.bench.regret import peers
 from hdet.bench.regret.simulation import Setting, simulate
 from hdet.bench.regret.workloads import WORKLOADS
-from hdet.controller import TwoSlope
+from hdet.controller import ControllerState, Observation, TwoSlope
 
 _TINY = 1e-6
+
+
+class _Unwatched(TwoSlope):
+    """Is not told the training loss: slopes cannot count relative to it, and it may rise."""
+
+    def update(self, state: ControllerState, observation: Observation) -> tuple[ControllerState, float | None]:
+        return super().update(state, observation._replace(losses=()))
+
+
 DEFAULT = Setting()
 ABLATIONS: dict[str, Setting] = {
     "default": DEFAULT,
@@ -31,6 +40,7 @@ ABLATIONS: dict[str, Setting] = {
     "debiased slope only": replace(DEFAULT, controller=TwoSlope(ramp=_TINY, noise_weight=(_TINY, _TINY))),
     "no noise weight": replace(DEFAULT, controller=TwoSlope(noise_weight=(_TINY, _TINY))),
     "no overshoot": replace(DEFAULT, controller=TwoSlope(overshoot=0.0)),
+    "no training loss": replace(DEFAULT, controller=_Unwatched()),
     "may rise": replace(DEFAULT, controller=TwoSlope(rise=math.inf)),
     "no significance gate": replace(DEFAULT, controller=TwoSlope(threshold=0.0, slack=_TINY)),
     "no height": replace(DEFAULT, flat=True),

@@ -232,7 +232,7 @@ def test_the_gain_falls_where_the_training_loss_rises():
     many = [loss for loss in risen for _ in range(10)]
     assert gains(many, share=0.001)[-1] == pytest.approx(fall)  # a whole step, in short rounds too
     assert gains([0.5, *[1.0] * 200], share=0.001)[-1] == 1  # whose first says little
-    assert gains([0.0] * 12 + [1.0] * 12, rise=math.inf)[-1] >= 1
+    assert gains([0.0] * 12 + [1.0] * 12, rise=math.inf, threshold=2.0)[-1] == 1
 
 
 @pytest.mark.parametrize("length", [0.01, 0.1, 0.25, 2.0])

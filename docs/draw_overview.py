@@ -15,7 +15,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
 from hdet import schedules
-from hdet.monitor import read_jsonl
+from hdet.monitor.base import read_jsonl
 
 ROUNDS = 7
 COLOURS = ["#2166ac", "#67a9cf", "#ef8a62", "#b2182b"]

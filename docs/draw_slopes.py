@@ -16,7 +16,7 @@ import torch
 
 from hdet.bench.regret.simulation import Setting, simulate
 from hdet.bench.regret.workloads import WORKLOADS
-from hdet.controller import TwoSlope
+from hdet.steer.two_slope import TwoSlope
 
 MULTIPLES = (0.03, 0.1, 1 / 3, 1.0, 3.0, 8.0)
 STAGES = ((0.05, 0.15), (0.15, 0.3), (0.3, 0.55))

@@ -9,15 +9,18 @@ import torch
 from torch import nn
 
 from hdet.config import EnsembleConfig
-from hdet.controller import Controller, OneSlope, Published, TwoSlope
-from hdet.design import Design
-from hdet.gradients import check_gradients
-from hdet.hyperparameters import Hyperparameter, check_identified
-from hdet.monitor import Monitor, MonitorLike, as_monitors
-from hdet.prior import Prior
-from hdet.probe import LossFunction, Probe
-from hdet.replicas import Replicas, ReplicasLike
-from hdet.sharding import check_sharding
+from hdet.explore.design import Design
+from hdet.explore.hyperparameters import Hyperparameter, check_identified
+from hdet.explore.prior import Prior
+from hdet.model.gradients import check_gradients
+from hdet.model.sharding import check_sharding
+from hdet.monitor.base import Monitor, MonitorLike, as_monitors
+from hdet.observe.probe import LossFunction, Probe
+from hdet.replicas.topology import Replicas, ReplicasLike
+from hdet.steer.controllers import Controller
+from hdet.steer.one_slope import OneSlope
+from hdet.steer.published import Published
+from hdet.steer.two_slope import TwoSlope
 
 
 def round_length(total_steps: int) -> int:

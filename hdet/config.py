@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from hdet.controller import Controller, OneSlope, Published, TwoSlope
-from hdet.design import Design
-from hdet.spread import check_spread
+from hdet.explore.design import Design
+from hdet.explore.spread import check_spread
+from hdet.steer.controllers import Controller
+from hdet.steer.one_slope import OneSlope
+from hdet.steer.published import Published
+from hdet.steer.two_slope import TwoSlope
 
 OPTIMIZER_STATES = ("auto", "verify", "average", "keep", "reset")
 GRADIENTS = ("shared", "local", "grouped")
@@ -91,7 +94,7 @@ class EnsembleConfig:
         if not isinstance(self.hyperparameter_controller, OneSlope):
             raise TypeError(
                 f"Invalid hyperparameter_controller={self.hyperparameter_controller!r}. Must be an instance of "
-                "hdet.controller.OneSlope."
+                "hdet.steer.controller.OneSlope."
             )
         if self.design not in ("orthogonal", "independent"):
             raise ValueError(f"Invalid design={self.design!r}. Must be 'orthogonal' or 'independent'.")

@@ -17,31 +17,37 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler, ReduceLROnPlateau
 
-from hdet.agreement import digest, gather_agreed
 from hdet.arguments import check_arguments
-from hdet.averager import Averaged, Averager, Inspection, Pending, SlowAverage
-from hdet.controller import Controller, OneSlope, ProbeLosses, Published, Slopes, TwoSlope
-from hdet.design import Design, Effect
-from hdet.fan_out import FanOut, copied
-from hdet.forecast import Forecast, forecast
-from hdet.found_schedule import FoundSchedule, Recorder
-from hdet.gradients import fingerprint_gradients, set_gradients, warn_of_gradients
-from hdet.guards import check_caller, has_rival, warn_of_batch_norm
-from hdet.hyperparameters import Hyperparameter
-from hdet.monitor import MonitorLike
-from hdet.optimizer_policy import policy_of
-from hdet.optimizer_state import NOTHING_SEEN, OptimizerState, StateSeen
-from hdet.outer import OuterMomentum
-from hdet.prior import Prior
-from hdet.probe import LossFunction, Probe
-from hdet.prober import Prober
-from hdet.recovery import CUT, Recovery
-from hdet.replicas import ReplicasLike
-from hdet.report import HyperparameterReport, Report
-from hdet.signal import TrainingLoss, check_loss, mean_losses
-from hdet.steering import Round, Steering, Told
-from hdet.virtual import VirtualReplicas
-from hdet.weights import weights_of
+from hdet.converge.averager import Averager, Inspection
+from hdet.converge.optimizer_policy import policy_of
+from hdet.converge.optimizer_state import NOTHING_SEEN, OptimizerState, StateSeen
+from hdet.converge.outer import OuterMomentum
+from hdet.converge.pending import Averaged, Pending
+from hdet.converge.slow_average import SlowAverage
+from hdet.explore.design import Design, Effect
+from hdet.explore.fan_out import FanOut, copied
+from hdet.explore.hyperparameters import Hyperparameter
+from hdet.explore.prior import Prior
+from hdet.explore.virtual import VirtualReplicas
+from hdet.model.gradients import fingerprint_gradients, set_gradients, warn_of_gradients
+from hdet.model.guards import check_caller, has_rival, warn_of_batch_norm
+from hdet.model.weights import weights_of
+from hdet.monitor.base import MonitorLike
+from hdet.monitor.report import HyperparameterReport, Report
+from hdet.observe.paired_probe import PairedProbe
+from hdet.observe.probe import LossFunction, Probe
+from hdet.observe.slopes import ProbeLosses, Slopes
+from hdet.observe.training_loss import TrainingLoss, check_loss, mean_losses
+from hdet.replicas.agreement import digest, gather_agreed
+from hdet.replicas.topology import ReplicasLike
+from hdet.schedules.forecast import Forecast, forecast
+from hdet.schedules.found import FoundSchedule, Recorder
+from hdet.steer.centres import Centres, RoundObservation, RoundSignal
+from hdet.steer.controllers import Controller
+from hdet.steer.one_slope import OneSlope
+from hdet.steer.published import Published
+from hdet.steer.recovery import CUT, Recovery
+from hdet.steer.two_slope import TwoSlope
 
 logger = logging.getLogger("hdet")
 
@@ -99,8 +105,8 @@ class Ensemble:
 
         lr_{g,r}(t) = eta_g(t) * gain_g * rho_{pi_{g,k}(r)}
 
-    where ``rho`` is the symmetric spread (:mod:`hdet.spread`), ``pi_{g,k}`` a permutation drawn for each group and
-    round, and ``gain_g`` what the controller (:mod:`hdet.controller`) has made of the replicas' losses; it stays 1
+    where ``rho`` is the symmetric spread (:mod:`hdet.explore.spread`), ``pi_{g,k}`` a permutation drawn for each group
+    and round, and ``gain_g`` what the controller (:mod:`hdet.steer`) has made of the replicas' losses; it stays 1
     unless ``auto_lr=True``. Every ``converge_every`` calls of :meth:`step` the replicas' parameters and buffers are
     averaged in place; all ranks are then bitwise equal, until the next step fans them out again.
 
@@ -153,9 +159,9 @@ class Ensemble:
         monitor: :class:`hdet.TensorBoard`, :class:`hdet.JsonLines`, a function of a :class:`hdet.Report`, or several.
         gradients: over whom gradients are averaged: ``"shared"``, all ranks, as DDP and HSDP do it; ``"grouped"``, the
             members of a replica; ``"local"``, nobody beyond a replica. The synchronisation is switched off for you, and
-            on again by the next ensemble built on the module with ``"shared"``; see :mod:`hdet.gradients`.
+            on again by the next ensemble built on the module with ``"shared"``; see :mod:`hdet.model.gradients`.
         outer_momentum: ``mu``, in [0, 1): with local gradients, Nesterov momentum on what a whole round has done;
-            see :mod:`hdet.outer`. It takes memory for two copies of the parameters.
+            see :mod:`hdet.converge.outer`. It takes memory for two copies of the parameters.
         outer_lr: ``nu``, > 0: the share of the way to the mean that the outer optimizer goes.
         optimizer_state: what a converge does with it: ``"verify"`` that it agrees, by a fingerprint that reads all of
             it in the first three converges and every 32nd after; ``"average"`` it, in fp32 and in place; ``"keep"``
@@ -164,8 +170,8 @@ class Ensemble:
         wire_dtype: ``torch.bfloat16`` lets trainable parameters travel in half the bytes: as bf16 differences from the
             last converged mean, of which a copy is kept in fp32. The mean, the same on all replicas, is then off by at
             most about ``(N + 3) / 2 * 2**-9`` of the largest distance that a parameter has moved since; see
-            :mod:`hdet.anchors`. The first converge, and the first after a rollback or a resume, travels in fp32, so
-            that a resumed run is not the uninterrupted one bit for bit. fp64, buffers and optimizer state travel as
+            :mod:`hdet.converge.delta`. The first converge, and the first after a rollback or a resume, travels in fp32,
+            so that a resumed run is not the uninterrupted one bit for bit. fp64, buffers and optimizer state travel as
             they are. Worth it where the network is what a converge waits for: packing and unpacking take more memory
             traffic, and between processes of one machine it is not faster. Not with ``overlap_steps``.
 
@@ -282,7 +288,7 @@ class Ensemble:
         self._models = models
         self._hyperparameters = tuple(hyperparameters)
         self._fan_out = FanOut(optimizer, self._hyperparameters)
-        self._steering = Steering(
+        self._centres = Centres(
             self.config.controller,
             self.config.hyperparameter_controller,
             auto_lr=auto_lr,
@@ -297,18 +303,16 @@ class Ensemble:
             self._begin_from(Prior.load(prior))
         self._virtual = VirtualReplicas(optimizer, virtual_replicas) if virtual_replicas > 1 else None
         self._slow: SlowAverage | None = None
-        self._prober: Prober | None = None
+        self._prober: PairedProbe | None = None
         if self._probe is not None:
             self._slow = SlowAverage(self._probe.power, self._probe.dtype, self._probe.place)
-            self._prober = Prober(
+            self._prober = PairedProbe(
                 self._probe,
                 self._slow,
                 models,
                 self._weights,
                 optimizer,
                 self.replicas,
-                self._steering,
-                self._hyperparameters,
                 self._virtual,
                 self.config.converge_every,
             )
@@ -356,17 +360,17 @@ class Ensemble:
     @property
     def gains(self) -> tuple[float, ...]:
         """The gain of every parameter group."""
-        return tuple(self._steering.rates[self._rate_of(g)].gain for g in range(len(self._group_names)))
+        return tuple(self._centres.learning_rates[self._rate_of(g)].gain for g in range(len(self._group_names)))
 
     @property
     def centres(self) -> dict[str, float]:
         """The centre of every hyperparameter but the learning rate; where it has several places, at the first."""
-        pairs = zip(self._hyperparameters, self._steering.places, strict=True)
+        pairs = zip(self._hyperparameters, self._centres.hyperparameters, strict=True)
         return {h.name: h.value(place.position) for h, place in pairs}
 
     def multipliers(self, group: int = 0) -> tuple[float, ...]:
         """Every replica's multiplier ``rho`` for one parameter group, in the round in progress."""
-        return self._steering.multipliers(self._rate_of(group), self.round)
+        return self._centres.multipliers(self._rate_of(group), self.round)
 
     def _rate_of(self, group: int) -> int:
         return group if self.config.per_group else 0
@@ -535,7 +539,7 @@ class Ensemble:
             "steps": self._steps,
             "replicas": self.size,
             "base_lr": self.get_base_lr(),
-            **self._steering.state(),
+            **self._centres.state(),
             "starts": {h.name: list(h.starts) for h in self._hyperparameters},
             "first_loss": self._recovery.first_loss if self._recovery else math.nan,
             "rollbacks": self._recovery.count if self._recovery else 0,
@@ -554,7 +558,7 @@ class Ensemble:
                 f"Cannot load an hdet state of version {state.get('version')!r}; this hdet reads version "
                 f"{_STATE_VERSION}."
             )
-        self._steering.check_state(state)
+        self._centres.check_state(state)
         for h in self._hyperparameters:
             if len(state["starts"][h.name]) != len(h.starts):
                 raise ValueError(
@@ -570,7 +574,7 @@ class Ensemble:
 
     def load_own_state(self, state: Mapping[str, Any]) -> None:
         """Load what :meth:`own_state` saved."""
-        self._steering.load(state)
+        self._centres.load(state)
         for h in self._hyperparameters:
             h.starts = list(state["starts"][h.name])
         if self._recovery is not None:
@@ -630,9 +634,9 @@ class Ensemble:
     def _draw(self) -> None:
         """What this replica trains under, which changes once per round."""
         self._is_fresh = True  # the next fan_out() is the first under these
-        gains, places, own = self.gains, self._steering.places, self.replicas.rank
+        gains, places, own = self.gains, self._centres.hyperparameters, self.replicas.rank
         held = [
-            (place.position, levels[own]) for place, levels in zip(places, self._steering.held(self.round), strict=True)
+            (place.position, levels[own]) for place, levels in zip(places, self._centres.held(self.round), strict=True)
         ]
         if self._virtual is None:
             self._fan_out.draw([gain * self.multipliers(g)[own] for g, gain in enumerate(gains)], held)
@@ -654,12 +658,14 @@ class Ensemble:
 
     def _begin_from(self, prior: Prior) -> None:
         prior.check(self._group_names, [h.name for h in self._hyperparameters], per_group=self.config.per_group)
-        steering = self._steering
+        centres = self._centres
         gains = [prior.gains[name] for name in self._group_names]
-        steering.rates = [state._replace(gain=gain) for state, gain in zip(steering.rates, gains, strict=False)]
-        steering.places = [
+        centres.learning_rates = [
+            state._replace(gain=gain) for state, gain in zip(centres.learning_rates, gains, strict=False)
+        ]
+        centres.hyperparameters = [
             place._replace(position=h.position_of(prior.hyperparameters[h.name]))
-            for h, place in zip(self._hyperparameters, steering.places, strict=True)
+            for h, place in zip(self._hyperparameters, centres.hyperparameters, strict=True)
         ]
 
     def _refuse(self) -> NoReturn:
@@ -702,9 +708,9 @@ class Ensemble:
 
     def _agree(self, *, converges: bool = True) -> list[_Gathered]:
         """Make sure that all replicas are at the same point, and gather what each has to tell."""
-        steering = self._steering
+        centres = self._centres
         facts = self._settings() | {
-            "controller state": [tuple(state) for state in (*steering.rates, *steering.places)],
+            "controller state": [tuple(state) for state in (*centres.learning_rates, *centres.hyperparameters)],
             "hyperparameters at the start": [tuple(h.starts) for h in self._hyperparameters],
             "replicas=": self.replicas.kind,
         }
@@ -787,7 +793,13 @@ class Ensemble:
         losses = None
         if self._prober is not None and averaged.points:
             losses = self._prober.evaluate(
-                averaged.points, self._ended_round, self.config.controller.reach(self._height())
+                averaged.points,
+                self._centres.directions(self._ended_round),
+                self.config.controller.reach(self._height()),
+                [
+                    h.neutral(centre.position)
+                    for h, centre in zip(self._hyperparameters, self._centres.hyperparameters, strict=True)
+                ],
             )
         if complete and self._outer is not None:
             self._outer.step(self._averager.buckets())
@@ -847,7 +859,7 @@ class Ensemble:
         self._converged_at = self._steps
         report = self._control(False)
         self._totals = [(0.0, 0)] * self.size
-        self._steering.cut(CUT)
+        self._centres.cut(CUT)
         if self._slow is not None:
             self._slow.restart()
         if self._outer is not None:
@@ -898,15 +910,15 @@ class Ensemble:
         losses = mean_losses(self._totals)
         finite = [loss for loss in losses if math.isfinite(loss)]
         schedule = [float(lr) for lr in self._fan_out.base]
-        gains, steering = self.gains, self._steering
+        gains, centres = self.gains, self._centres
         rates = [self._rate_of(g) for g in range(len(schedule))]
-        multipliers = [steering.multipliers(i, round) for i in rates]
-        held, places = steering.held(round), list(steering.places)  # observe() moves the latter
-        told = Told((math.nan,) * len(steering.rates), (Effect(math.nan, math.nan),) * len(places), None)
+        multipliers = [centres.multipliers(i, round) for i in rates]
+        held, places = centres.held(round), list(centres.hyperparameters)  # observe() moves the latter
+        told = RoundSignal((math.nan,) * len(centres.learning_rates), (Effect(math.nan, math.nan),) * len(places), None)
         lag = self._slow.lag if self._slow else 1.0
         if complete:
             final = self._forecast.final if self._forecast else 0.0
-            seen = Round(
+            seen = RoundObservation(
                 losses=losses,
                 schedule=tuple(schedule),
                 progress=self._progress,
@@ -920,10 +932,10 @@ class Ensemble:
             spreads = [
                 (h.reach(place.position), h.move) for h, place in zip(self._hyperparameters, places, strict=True)
             ]
-            told = steering.observe(round, seen, spreads)
-            steering.places = [
+            told = centres.observe(round, seen, spreads)
+            centres.hyperparameters = [
                 place._replace(position=h.clamped(place.position))
-                for h, place in zip(self._hyperparameters, steering.places, strict=True)
+                for h, place in zip(self._hyperparameters, centres.hyperparameters, strict=True)
             ]
             self._totals = [(0.0, 0)] * self.size
             if self._recovery is not None:
@@ -942,7 +954,7 @@ class Ensemble:
             losses=losses,
             mean_loss=math.fsum(finite) / len(finite) if finite else math.nan,
             hypergradient=tuple(told.hypergradient[i] for i in rates),
-            velocity=tuple(steering.rates[i].velocity for i in rates),
+            velocity=tuple(centres.learning_rates[i].velocity for i in rates),
             next_gain=self.gains,
             hyperparameters=tuple(
                 HyperparameterReport(
@@ -954,7 +966,7 @@ class Ensemble:
                     next_centre=h.value(after.position),
                 )
                 for h, place, levels, effect, after in zip(
-                    self._hyperparameters, places, held, told.effects, steering.places, strict=True
+                    self._hyperparameters, places, held, told.effects, centres.hyperparameters, strict=True
                 )
             ),
             distance=(math.nan,) * self.replicas.size,

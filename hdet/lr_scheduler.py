@@ -11,19 +11,21 @@ from torch import Tensor, nn
 from torch.optim import Optimizer, lr_scheduler
 
 from hdet.arguments import check_arguments
-from hdet.controller import Controller, OneSlope, Published
-from hdet.design import Design
+from hdet.converge.optimizer_policy import policy_of
 from hdet.ensemble import Ensemble, Loss
-from hdet.fan_out import copied
-from hdet.forecast import forecast
-from hdet.hyperparameters import Hyperparameter, ParamGroupField
-from hdet.lr_finder import find_lr
-from hdet.monitor import MonitorLike
-from hdet.optimizer_policy import policy_of
-from hdet.probe import LossFunction, Probe
-from hdet.replicas import ReplicasLike
-from hdet.report import Report
-from hdet.signal import check_loss
+from hdet.explore.design import Design
+from hdet.explore.fan_out import copied
+from hdet.explore.hyperparameters import Hyperparameter, ParamGroupField
+from hdet.monitor.base import MonitorLike
+from hdet.monitor.report import Report
+from hdet.observe.probe import LossFunction, Probe
+from hdet.observe.training_loss import check_loss
+from hdet.replicas.topology import ReplicasLike
+from hdet.schedules.forecast import forecast
+from hdet.steer.controllers import Controller
+from hdet.steer.lr_finder import find_lr
+from hdet.steer.one_slope import OneSlope
+from hdet.steer.published import Published
 
 _step_schedule = lr_scheduler.OneCycleLR.step  # looked up once: super() would cost every step 5% more
 

@@ -16,11 +16,11 @@ from torch.distributed.algorithms.model_averaging.averagers import PeriodicModel
 from torch.distributed.distributed_c10d import _coalescing_manager
 
 import hdet
-from hdet.averager import Averager, Inspection
 from hdet.bench.measure import OURS, Unavailable
 from hdet.config import EnsembleConfig
-from hdet.replicas import Replicas
-from hdet.weights import Weights
+from hdet.converge.averager import Averager, Inspection
+from hdet.model.weights import Weights
+from hdet.replicas.topology import Replicas
 
 _NEVER = 2**62
 

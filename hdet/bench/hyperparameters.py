@@ -31,7 +31,7 @@ from tqdm import tqdm
 
 import hdet
 from hdet.bench import processes
-from hdet.hyperparameters import Hyperparameter
+from hdet.explore.hyperparameters import Hyperparameter
 
 _STEPS, _ROUND, _REPLICAS, _BATCH = 3000, 20, 4, 32
 _LR = 3e-3

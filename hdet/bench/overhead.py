@@ -16,7 +16,7 @@ from torch.optim.lr_scheduler import OneCycleLR
 import hdet
 from hdet.bench.measure import OURS, Comparison, alternate
 from hdet.bench.processes import from_first, meet, slowest
-from hdet.forecast import forecast
+from hdet.schedules.forecast import forecast
 from hdet.train.config import ModelConfig
 from hdet.train.models import GPT, loss_of
 

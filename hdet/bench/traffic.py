@@ -16,7 +16,7 @@ from torch.utils._pytree import tree_leaves
 import hdet
 from hdet.bench.measure import Comparison
 from hdet.bench.processes import meet
-from hdet.replicas import Replicas
+from hdet.replicas.topology import Replicas
 from hdet.train.config import ModelConfig
 from hdet.train.models import GPT, loss_of
 

@@ -32,10 +32,10 @@ from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 
 import hdet
-from hdet.buckets import fill_buckets
+from hdet.converge.buckets import fill_buckets
 from hdet.integrations.deepspeed_weights import weights_of
-from hdet.replicas import Replicas
-from hdet.weights import keep_elsewhere
+from hdet.model.weights import keep_elsewhere
+from hdet.replicas.topology import Replicas
 
 Scheduler = TypeVar("Scheduler")
 

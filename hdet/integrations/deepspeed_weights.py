@@ -16,7 +16,7 @@ from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
 from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 from torch import Tensor, nn
 
-from hdet.weights import Weights
+from hdet.model.weights import Weights
 
 
 def weights_of(engine: Any) -> Weights:
@@ -52,7 +52,7 @@ def _obstacle(engine: Any) -> str:
 class _Masters(Weights):
     """Masters in the optimizer, of which the module holds copies; what is not trained is in the module alone.
 
-    The engine is referred to weakly, as :func:`hdet.weights.keep_elsewhere` asks.
+    The engine is referred to weakly, as :func:`hdet.model.weights.keep_elsewhere` asks.
     """
 
     masters: str

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from hdet.monitor import read_jsonl
+from hdet.monitor.base import read_jsonl
 
 
 def table(runs: Sequence[Path]) -> str:

@@ -11,7 +11,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from hdet.controller import Published, TwoSlope
+from hdet.steer.published import Published
+from hdet.steer.two_slope import TwoSlope
 
 EXPLORED = ("weight_decay", "momentum", "dropout", "label_smoothing")
 """What ``hdet.hyperparameters`` may name."""

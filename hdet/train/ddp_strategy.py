@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
-from hdet.replicas import Replicas, ReplicasLike
+from hdet.replicas.topology import Replicas, ReplicasLike
 from hdet.train.config import Config, ConfigError
 from hdet.train.processes import Process
 

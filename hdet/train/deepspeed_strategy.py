@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from hdet.replicas import ReplicasLike
+from hdet.replicas.topology import ReplicasLike
 from hdet.train.config import Config, ConfigError
 from hdet.train.ddp_strategy import DDPStrategy
 from hdet.train.processes import Process

@@ -19,7 +19,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.optim import Optimizer
 
-from hdet.replicas import Replicas, ReplicasLike
+from hdet.replicas.topology import Replicas, ReplicasLike
 from hdet.train.config import ConfigError
 from hdet.train.ddp_strategy import DDPStrategy
 

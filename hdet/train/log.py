@@ -12,7 +12,7 @@ from typing import Any, TextIO
 from tqdm import tqdm
 
 import hdet
-from hdet.monitor import Monitor
+from hdet.monitor.base import Monitor
 
 
 class RunLog:

@@ -17,9 +17,9 @@ from torch.optim.lr_scheduler import LambdaLR
 import hdet
 from hdet import schedules
 from hdet.lr_scheduler import length_of, recompute
-from hdet.monitor import Monitor
-from hdet.probe import LossFunction
-from hdet.replicas import ReplicasLike
+from hdet.monitor.base import Monitor
+from hdet.observe.probe import LossFunction
+from hdet.replicas.topology import ReplicasLike
 from hdet.train.config import Config, ConfigError, OptimizerConfig
 
 

@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.rendezvous import rendezvous
 
-from hdet.replicas import Replicas
+from hdet.replicas.topology import Replicas
 from hdet.train.config import ConfigError
 
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 import hdet
 from hdet import ops
-from hdet.replicas import Replicas
+from hdet.replicas.topology import Replicas
 from hdet.train import checkpoint, data, models
 from hdet.train.config import Config
 from hdet.train.ddp_strategy import DDPStrategy

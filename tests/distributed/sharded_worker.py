@@ -22,8 +22,8 @@ from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel as DDP
 
 import hdet
-from hdet.replicas import Replicas
-from hdet.spread import assignment
+from hdet.explore.spread import assignment
+from hdet.replicas.topology import Replicas
 
 SCENARIOS = []
 OUT = Path(sys.argv[1])

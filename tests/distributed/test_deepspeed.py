@@ -9,7 +9,7 @@ import pytest
 import torch
 from conftest import launch_forked
 
-from hdet.monitor import read_jsonl
+from hdet.monitor.base import read_jsonl
 
 pytestmark = [
     pytest.mark.distributed,

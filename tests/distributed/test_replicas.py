@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import hdet
-from hdet.spread import multipliers
+from hdet.explore.spread import multipliers
 
 pytestmark = [pytest.mark.distributed, pytest.mark.timeout(300)]
 every_size = pytest.mark.parametrize("processes", [2, 3, 4])

@@ -12,7 +12,7 @@ import pytest
 import torch
 from conftest import launch_forked
 
-from hdet.monitor import read_jsonl
+from hdet.monitor.base import read_jsonl
 
 pytestmark = [pytest.mark.distributed, pytest.mark.timeout(300)]
 ROOT = Path(__file__).parents[2]

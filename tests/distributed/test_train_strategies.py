@@ -6,7 +6,7 @@ import pytest
 import torch
 from conftest import launch_forked
 
-from hdet.monitor import read_jsonl
+from hdet.monitor.base import read_jsonl
 
 pytestmark = [pytest.mark.distributed, pytest.mark.timeout(300)]
 RUN = ["--model.n_layer=1", "--model.n_embd=16", "--model.block_size=16", "--model.dropout=0.1", "--train.batch_size=4",

@@ -344,7 +344,7 @@ def simulation(rank, world):
         gains = []
 
         for step in range(steps):
-            rho = hdet.spread.assignment(world, 0.2, seed=0, round=step // every, hyperparameter="lr/0")
+            rho = hdet.explore.spread.assignment(world, 0.2, seed=0, round=step // every, hyperparameter="lr/0")
             losses = []
             for r, m in enumerate(copies):
                 x, y = batch(r, step)

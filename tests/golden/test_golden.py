@@ -10,8 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from hdet.controller import ControllerState, Observation, Published
-from hdet.spread import assignment
+from hdet.explore.spread import assignment
+from hdet.steer.observation import ControllerState, Observation
+from hdet.steer.published import Published
 
 HERE = Path(__file__).parent
 CONTROLLERS = {

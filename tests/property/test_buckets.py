@@ -6,8 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hdet import ops
-from hdet.averager import fingerprint
-from hdet.buckets import fill_buckets, wire_dtype
+from hdet.converge.buckets import fill_buckets, wire_dtype
+from hdet.model.fingerprint import fingerprint
 from hdet.ops import _reference
 
 DTYPES = [torch.float32, torch.float64, torch.float16, torch.bfloat16, torch.complex64, torch.int64, torch.bool]

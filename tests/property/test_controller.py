@@ -6,8 +6,9 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from hdet.controller import ControllerState, Observation, Published, hypergradient
-from hdet.spread import multipliers
+from hdet.explore.spread import multipliers
+from hdet.steer.observation import ControllerState, Observation
+from hdet.steer.published import Published, hypergradient
 
 any_float = st.floats()
 finite = st.floats(allow_nan=False, allow_infinity=False)

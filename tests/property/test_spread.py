@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hdet.spread import assignment, multipliers, permutation
+from hdet.explore.spread import assignment, multipliers, permutation
 
 spreads = st.floats(0, 1, exclude_max=True)
 

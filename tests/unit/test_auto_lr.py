@@ -11,17 +11,21 @@ from hypothesis import strategies as st
 from torch import nn
 
 import hdet
-from hdet.averager import Point, SlowAverage
-from hdet.buckets import fill_buckets
-from hdet.controller import ControllerState, Observation, OneSlope, ProbeLosses, Slopes, TwoSlope, slopes_of
-from hdet.forecast import forecast
-from hdet.found_schedule import Recorder
-from hdet.probe import FORGOTTEN, Batches, evaluate, evaluation
-from hdet.recovery import Recovery
-from hdet.snapshot import Snapshot
-from hdet.spread import multipliers
-from hdet.steering import Round, Steering
-from hdet.weights import Weights
+from hdet.converge.buckets import fill_buckets
+from hdet.converge.pending import Point
+from hdet.converge.slow_average import SlowAverage
+from hdet.explore.spread import multipliers
+from hdet.model.snapshot import Snapshot
+from hdet.model.weights import Weights
+from hdet.observe.probe import FORGOTTEN, Batches, evaluate, evaluation
+from hdet.observe.slopes import ProbeLosses, Slopes, slopes_of
+from hdet.schedules.forecast import forecast
+from hdet.schedules.found import Recorder
+from hdet.steer.centres import Centres, RoundObservation
+from hdet.steer.observation import ControllerState, Observation
+from hdet.steer.one_slope import OneSlope
+from hdet.steer.recovery import Recovery
+from hdet.steer.two_slope import TwoSlope
 
 RHO = multipliers(4, 0.11)
 
@@ -294,15 +298,15 @@ def test_non_finite_losses_lower_the_gain_and_no_probe_moves_nothing():
 def test_several_learning_rates_share_what_one_probe_says():
     """Two groups whose progress along the slow average is 0.3 and -0.1 a round, with a noise of 0.2: some replicas go
     forward in one and back in the other, and the far point is judged by all going forward."""
-    steering = Steering(
+    centres = Centres(
         TwoSlope(), OneSlope(), auto_lr=True, rates=2, names=(), replicas=4, spread=0.1, design="orthogonal", seed=0
     )
     lag, level, progress, noise = 4.0, 5.0, (0.3, -0.1), 0.2
-    columns = zip(*steering.directions(0), strict=True)
+    columns = zip(*centres.directions(0), strict=True)
     odd = [-lag * sum(p * z for p, z in zip(progress, column, strict=True)) for column in columns]
     there = (level + noise,) * 4
     probe = ProbeLosses(there, there, tuple(level + x for x in odd), tuple(level - x for x in odd), there, (4.0,) * 4)
-    told = steering.observe(0, Round((), (0.1, 0.1), 0.3, 0.01, 1.0, 0.55, 0.0, lag, probe))
+    told = centres.observe(0, RoundObservation((), (0.1, 0.1), 0.3, 0.01, 1.0, 0.55, 0.0, lag, probe))
     assert told.slopes == pytest.approx((0.0, 0.2, 0.2, 4.0 - (level - lag * 0.2)), abs=1e-9)
     k = TwoSlope().evidence(Slopes(0.0, 0.0, -1.0, 0.0), 0.3, 0.55, 0.0)
     assert told.hypergradient == pytest.approx([p - k * noise / 2 for p in progress])
@@ -711,9 +715,9 @@ def test_find_lr_distrusts_what_a_dead_net_gains_by_chance(monkeypatch):
     """It gains most at 10, nothing at the next lower rate: then it was not the learning rate."""
     change = {0.001: -0.1, 0.01: -0.2, 0.1: -0.3, 1.0: -0.1, 10.0: -0.5, 4.64: 0.1, 0.0464: -0.2, 0.215: -0.29}
     monkeypatch.setattr(
-        hdet.lr_finder._Search,
+        hdet.steer.lr_finder._Search,
         "_try",
-        lambda self, lr: hdet.lr_finder._Trial(change[min(change, key=lambda x: abs(math.log(x / lr)))], 0.05),
+        lambda self, lr: hdet.steer.lr_finder._Trial(change[min(change, key=lambda x: abs(math.log(x / lr)))], 0.05),
     )
     model, batches, loss_fn = regression()
     found = hdet.find_lr(model, torch.optim.SGD(model.parameters(), lr=1.0), loss_fn, batches, low=1e-3, high=10.0)
@@ -732,12 +736,12 @@ def test_find_lr_distrusts_what_a_dead_net_gains_by_chance(monkeypatch):
 def test_find_lr_for_auto_lr_is_coarse_and_begins_above_what_is_conclusive(monkeypatch, error, lower, found_lr):
     change = {0.001: -0.1, 0.01: lower, 0.1: -0.3, 1.0: -0.1, 10.0: 0.1}
     monkeypatch.setattr(
-        hdet.lr_finder._Search,
+        hdet.steer.lr_finder._Search,
         "_try",
-        lambda self, lr: hdet.lr_finder._Trial(change[min(change, key=lambda x: abs(math.log(x / lr)))], error),
+        lambda self, lr: hdet.steer.lr_finder._Trial(change[min(change, key=lambda x: abs(math.log(x / lr)))], error),
     )
-    for_replicas = hdet.lr_finder.head_start
-    monkeypatch.setattr(hdet.lr_finder, "head_start", lambda _, conclusive: for_replicas(4, conclusive=conclusive))
+    for_replicas = hdet.steer.lr_finder.head_start
+    monkeypatch.setattr(hdet.steer.lr_finder, "head_start", lambda _, conclusive: for_replicas(4, conclusive=conclusive))
     model, batches, loss_fn = regression()
     optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
     found = hdet.find_lr(model, optimizer, loss_fn, batches, low=1e-3, high=10.0, auto_lr=True)
@@ -750,9 +754,9 @@ def test_find_lr_takes_more_steps_where_what_lies_between_belies_the_best(monkey
 
     def trial(self, lr):
         helps = round(lr, 5) in (0.01, 0.1) if self._steps == 40 else lr < 0.11
-        return hdet.lr_finder._Trial(-lr if helps else 0.1, 0.001)
+        return hdet.steer.lr_finder._Trial(-lr if helps else 0.1, 0.001)
 
-    monkeypatch.setattr(hdet.lr_finder._Search, "_try", trial)
+    monkeypatch.setattr(hdet.steer.lr_finder._Search, "_try", trial)
     model, batches, loss_fn = regression()
     found = hdet.find_lr(model, torch.optim.SGD(model.parameters(), lr=1.0), loss_fn, batches, low=1e-3, high=10.0)
     assert (found.steps, found.max_lr) == (80, pytest.approx(0.1))
@@ -875,7 +879,7 @@ def test_a_found_schedule_replays_what_the_run_did(tmp_path):
     rates = []
     for step in range(60):
         if step in (18, 30):  # as a controller would, at the beginning of a round
-            ensemble._steering.rates = [ControllerState(gain=ensemble.gains[0] * (2.0 if step == 18 else 0.3))]
+            ensemble._centres.learning_rates = [ControllerState(gain=ensemble.gains[0] * (2.0 if step == 18 else 0.3))]
             ensemble._draw()
             ensemble._fan_out.undo()
             ensemble.fan_out()

@@ -5,8 +5,8 @@ import torch
 from torch import nn
 
 import hdet
-from hdet.buckets import fill_buckets
-from hdet.outer import OuterMomentum
+from hdet.converge.buckets import fill_buckets
+from hdet.converge.outer import OuterMomentum
 
 
 def build(**settings):

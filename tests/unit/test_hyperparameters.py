@@ -1,4 +1,4 @@
-"""Designs, hyperparameters, steering, priors and virtual replicas, without processes."""
+"""Designs, hyperparameters, centres, priors and virtual replicas, without processes."""
 
 import math
 
@@ -10,12 +10,15 @@ from hypothesis import strategies as st
 from torch import nn
 
 import hdet
-from hdet.controller import OneSlope, Place, ProbeLosses, Published, TwoSlope
-from hdet.design import effects, levels, multipliers_of
-from hdet.hyperparameters import check_identified
-from hdet.prior import Prior
-from hdet.spread import assignment
-from hdet.steering import Round, Steering
+from hdet.explore.design import effects, levels, multipliers_of
+from hdet.explore.hyperparameters import check_identified
+from hdet.explore.prior import Prior
+from hdet.explore.spread import assignment
+from hdet.observe.slopes import ProbeLosses
+from hdet.steer.centres import Centres, RoundObservation
+from hdet.steer.one_slope import CentreState, OneSlope
+from hdet.steer.published import Published
+from hdet.steer.two_slope import TwoSlope
 
 NAMES = ["a", "b", "c", "d", "e"]
 
@@ -295,7 +298,7 @@ def test_why_dropout_under_shared_gradients_is_refused():
 
 def test_one_slope_moves_down_the_slope_and_rests_in_noise():
     config = OneSlope()
-    down = up = noise = Place()
+    down = up = noise = CentreState()
     generator = torch.Generator().manual_seed(0)
     for _ in range(60):
         jitter = torch.randn((), generator=generator).item()
@@ -309,7 +312,7 @@ def test_one_slope_moves_down_the_slope_and_rests_in_noise():
 
 
 def test_one_slope_does_not_depend_on_the_units_of_the_loss():
-    config, small, large = OneSlope(), Place(), Place()
+    config, small, large = OneSlope(), CentreState(), CentreState()
     for effect in (0.3, 0.2, 0.5, -0.1, 0.4, 0.3, 0.2):
         small = config.update(small, effect, spread=0.1)
         large = config.update(large, 1000 * effect, spread=0.1)
@@ -320,7 +323,7 @@ def test_one_slope_does_not_depend_on_the_units_of_the_loss():
 @pytest.mark.parametrize("length", [0.05, 0.25, 2.0])
 def test_one_slope_counts_in_shares_of_the_run(length):
     def position(length):
-        place, config = Place(), OneSlope()
+        place, config = CentreState(), OneSlope()
         for k in range(round(40 / length)):
             place = config.update(place, length * (1 + 0.1 * (-1) ** k), spread=0.1, share=length / 100)
         return place.position
@@ -331,13 +334,13 @@ def test_one_slope_counts_in_shares_of_the_run(length):
 def test_steering_tells_how_long_a_round_is():
     def position(share):
         settings = {"auto_lr": False, "rates": 1, "names": ("h",), "replicas": 4, "spread": 0.1, "seed": 0}
-        steering = Steering(TwoSlope(), OneSlope(), design="orthogonal", **settings)
+        centres = Centres(TwoSlope(), OneSlope(), design="orthogonal", **settings)
         for round in range(6):
-            (held,) = steering.held(round)
+            (held,) = centres.held(round)
             above, below, one = tuple(1 + 0.1 * z for z in held), tuple(1 - 0.1 * z for z in held), (1.0,) * 4
             probe = ProbeLosses(above, below, one, one, one, one)
-            steering.observe(round, Round((), (0.1,), 0.3, share, 1.0, 0.55, 0.0, 4.0, probe), [(0.5, True)])
-        return steering.places[0].position
+            centres.observe(round, RoundObservation((), (0.1,), 0.3, share, 1.0, 0.55, 0.0, 4.0, probe), [(0.5, True)])
+        return centres.hyperparameters[0].position
 
     assert position(0.01) < 0
     assert position(0.0025) == pytest.approx(position(0.01) / 4)
@@ -388,7 +391,7 @@ def test_a_prior_is_a_small_file(tmp_path):
     model = net()
     h = hdet.param_group("weight_decay", spread=0.5, move=False)
     _, scheduler = scheduler_of(model, [h], spread=0.1)
-    scheduler.ensemble._steering.rates[0] = scheduler.ensemble._steering.rates[0]._replace(gain=2.5)
+    scheduler.ensemble._centres.learning_rates[0] = scheduler.ensemble._centres.learning_rates[0]._replace(gain=2.5)
     path = tmp_path / "prior.yaml"
     scheduler.ensemble.save_prior(path)
     assert path.read_text() == (

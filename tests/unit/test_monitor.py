@@ -21,10 +21,10 @@ from tensorboard.plugins.hparams import api_pb2, metadata
 from tensorboard.plugins.hparams.backend_context import Context
 from tensorboard.summary.writer import event_file_writer
 
-from hdet.controller import Slopes
-from hdet.monitor import Callback, JsonLines, Monitor, as_monitors, read_jsonl
-from hdet.report import Report
-from hdet.tensorboard import TensorBoard
+from hdet.monitor.base import Callback, JsonLines, Monitor, as_monitors, read_jsonl
+from hdet.monitor.report import Report
+from hdet.monitor.tensorboard import TensorBoard
+from hdet.observe.slopes import Slopes
 
 UNKNOWN = Slopes(*(math.nan,) * 4)
 CONFIG = {"spread": 0.5, "converge_every": 10, "auto_lr": True, "schedule": "OneCycleLR", "initial_lr.0": 4e-5}
@@ -431,7 +431,7 @@ class TestTensorBoard:
 
     def test_own_curves_are_not_lost_when_nobody_closes(self, tmp_path: Path) -> None:
         program = (
-            "from hdet.tensorboard import TensorBoard\n"
+            "from hdet import TensorBoard\n"
             f"board = TensorBoard({str(tmp_path)!r})\n"
             "board.start({}, step=0, writer=True)\n"
             "for step in range(1000): board.add_scalar('val/loss', step, step)\n"

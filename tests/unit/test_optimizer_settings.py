@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 import hdet
-from hdet.optimizer_policy import policy_of
+from hdet.converge.optimizer_policy import policy_of
 
 
 def net():

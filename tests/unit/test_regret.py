@@ -16,7 +16,7 @@ from hdet.bench.regret.outcome import Outcome
 from hdet.bench.regret.runs import SWEEP, Result, Run, Store, execute, execute_all, plan
 from hdet.bench.regret.simulation import Setting, simulate
 from hdet.bench.regret.workloads import FIRST, MORE, SCHEDULES, STARTS, WORKLOADS, workload_of
-from hdet.found_schedule import Recorder
+from hdet.schedules.found import Recorder
 
 SHORT = dataclasses.replace(WORKLOADS["regression"], steps=WORKLOADS["regression"].steps // 10)
 SHORTER = dataclasses.replace(SHORT, steps=20)

@@ -86,7 +86,7 @@ def test_every_public_schedule_is_among_the_cases() -> None:
 
 
 def test_doctests() -> None:
-    result = doctest.testmod(schedules)
+    result = doctest.testmod(schedules.shapes)
     assert result.attempted >= 2 * len(schedules.__all__) - 1
     assert result.failed == 0
 

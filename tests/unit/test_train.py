@@ -13,8 +13,8 @@ import pytest
 import torch
 
 import hdet
-from hdet.monitor import read_jsonl
-from hdet.replicas import Replicas
+from hdet.monitor.base import read_jsonl
+from hdet.replicas.topology import Replicas
 from hdet.train import __main__ as program
 from hdet.train import checkpoint, compare, data, models, optimization
 from hdet.train.config import Config, ConfigError, ModelConfig, OptimizerConfig, TaskConfig, parse

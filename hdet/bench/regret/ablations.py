@@ -21,7 +21,8 @@ from tqdm import tqdm
 from hdet.bench.regret import peers
 from hdet.bench.regret.simulation import Setting, simulate
 from hdet.bench.regret.workloads import WORKLOADS
-from hdet.controller import ControllerState, Observation, TwoSlope
+from hdet.steer.observation import ControllerState, Observation
+from hdet.steer.two_slope import TwoSlope
 
 _TINY = 1e-6
 

@@ -11,8 +11,8 @@ from hdet.bench.regret import peers
 from hdet.bench.regret.outcome import Outcome
 from hdet.bench.regret.simulation import Setting, simulate
 from hdet.bench.regret.workloads import Workload
-from hdet.controller import Published
-from hdet.found_schedule import Recorder
+from hdet.schedules.found import Recorder
+from hdet.steer.published import Published
 
 ORACLE = "one_cycle"
 """The contender whose best start is the measure of all."""

@@ -21,21 +21,26 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hdet.averager import Point, SlowAverage
 from hdet.bench.regret import peers
 from hdet.bench.regret.data import Batch
 from hdet.bench.regret.outcome import Outcome
 from hdet.bench.regret.workloads import Workload
-from hdet.buckets import fill_buckets
-from hdet.controller import Controller, ControllerState, Observation, Published, Slopes, TwoSlope, slopes_of
+from hdet.converge.buckets import fill_buckets
+from hdet.converge.pending import Point
+from hdet.converge.slow_average import SlowAverage
 from hdet.errors import DivergedError, HdetError
-from hdet.forecast import Forecast, forecast
-from hdet.found_schedule import Recorder
-from hdet.lr_finder import find_lr, head_start
-from hdet.probe import evaluate, gathered
-from hdet.recovery import CUT, Recovery
-from hdet.spread import assignment
-from hdet.weights import Weights
+from hdet.explore.spread import assignment
+from hdet.model.weights import Weights
+from hdet.observe.probe import evaluate, gathered
+from hdet.observe.slopes import Slopes, slopes_of
+from hdet.schedules.forecast import Forecast, forecast
+from hdet.schedules.found import Recorder
+from hdet.steer.controllers import Controller
+from hdet.steer.lr_finder import find_lr, head_start
+from hdet.steer.observation import ControllerState, Observation
+from hdet.steer.published import Published
+from hdet.steer.recovery import CUT, Recovery
+from hdet.steer.two_slope import TwoSlope
 
 
 @dataclass(frozen=True, kw_only=True)

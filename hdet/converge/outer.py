@@ -1,0 +1,69 @@
+r"""The outer optimizer of local mode: momentum on what a whole round has done, as in DiLoCo and SlowMo.
+
+At the end of round ``k`` the replicas' mean is ``m_k``, and the round began at the anchor ``a_k``::
+
+    d_k     = a_k - m_k                       the averaged displacement, as a gradient
+    v_{k+1} = mu v_k + d_k
+    a_{k+1} = a_k - nu (d_k + mu v_{k+1})     Nesterov; all replicas go on from here
+
+with ``mu`` the argument ``outer_momentum``, in [0, 1), and ``nu`` the argument ``outer_lr``, > 0; ``mu = 0`` and
+``nu = 1`` are the plain average, ``a_{k+1} = m_k``. The first round's mean is the first anchor, since the replicas may
+not have begun at one point: momentum acts from the second round on.
+
+References: DiLoCo (arXiv 2311.08105), SlowMo (arXiv 1910.00643).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+import torch
+from torch import Tensor
+
+from hdet.converge.buckets import Bucket
+
+
+class OuterMomentum:
+    """Anchor and velocity, in fp32 (fp64 for fp64 parameters): two copies of the trainable parameters, which lie like
+    their buckets, each rank its own part.
+
+    Args:
+        momentum: ``mu``.
+        lr: ``nu``.
+    """
+
+    def __init__(self, momentum: float, lr: float) -> None:
+        self.momentum, self.lr = momentum, lr
+        self._parts: list[tuple[Tensor, Tensor]] = []
+
+    def restart(self) -> None:
+        """Begin again: the next mean is the anchor, and the velocity zero."""
+        self._parts = []
+
+    @torch.no_grad()
+    def step(self, buckets: Sequence[Bucket]) -> None:
+        """Take the parameters, which are the replicas' mean, one outer step further, in place."""
+        if not self._parts:
+            means = [bucket.pack() for bucket in buckets]
+            self._parts = [(mean, torch.zeros_like(mean)) for mean in means]
+            return
+        if [anchor.numel() for anchor, _ in self._parts] != [bucket.numel for bucket in buckets]:
+            raise RuntimeError(
+                "The trainable parameters or their buckets changed since the outer momentum began. Freeze and release "
+                "layers before the scheduler is built, and resume with the same bucket_mib."
+            )
+        for i, bucket in enumerate(buckets):
+            anchor, velocity = (part.to(bucket.device) for part in self._parts[i])
+            displacement = anchor - bucket.pack()
+            velocity.mul_(self.momentum).add_(displacement)
+            anchor.sub_(displacement.add_(velocity, alpha=self.momentum), alpha=self.lr)
+            bucket.write(anchor)
+            self._parts[i] = anchor, velocity
+
+    def state(self) -> list[tuple[Tensor, Tensor]]:
+        """What must be saved: (anchor, velocity) by bucket."""
+        return list(self._parts)
+
+    def load(self, state: Iterable[Sequence[Tensor]]) -> None:
+        """Continue from a saved :meth:`state`, cut into the same buckets."""
+        self._parts = [(anchor.clone(), velocity.clone()) for anchor, velocity in state]

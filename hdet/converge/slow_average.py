@@ -1,0 +1,120 @@
+"""Slow averages of the converged means over the rounds."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+
+import torch
+from torch import Tensor
+
+from hdet.converge.buckets import Bucket
+
+
+class SlowAverage:
+    """Two averages of the means ``m`` over the rounds, one trailing the other; both are ``m`` at the first. In round
+    ``n``::
+
+        w = (power + 1) / (power + n)
+        e <- e + w (m - e)        the slow average
+        f <- f + w (e - f)        its trail
+
+    So ``e`` weighs round ``t`` by about ``t**power`` (polynomial-decay averaging: Shamir and Zhang 2013, arXiv
+    1212.1824), and looks back over the same share of the run at any time. Where ``m`` moves steadily, ``e - f`` is
+    :attr:`lag` rounds of progress, without the noise of any one. They lie like the buckets of the trainable parameters,
+    each rank its own part, and move in the pass that writes the mean.
+
+    Args:
+        power: >= 0; 0 is the plain average over all rounds, a larger one forgets sooner.
+        dtype: in which they are kept; ``None`` for the wire's (fp32 for all but fp64 parameters).
+        device: where they are kept; ``None`` for the parameters'.
+    """
+
+    def __init__(self, power: float, dtype: torch.dtype | None = None, device: torch.device | None = None) -> None:
+        self.power, self.dtype, self.device = power, dtype, device
+        self.rounds = 0
+        """``n``: means averaged so far."""
+        self._parts: list[tuple[Tensor, Tensor]] = []
+
+    @property
+    def lag(self) -> float:
+        """Rounds from the trail to the slow average, ``(n - 1) (power + 1) / (power + 2)**2``; at the first, where both
+        are the same, as at the second."""
+        return max(1, self.rounds - 1) * (self.power + 1) / (self.power + 2) ** 2
+
+    def restart(self) -> None:
+        """Begin again at the next mean."""
+        self.rounds, self._parts = 0, []
+
+    def unpack(self, index: int, bucket: Bucket, wire: Tensor, count: int, anchor: Tensor | None = None) -> Tensor:
+        """``bucket.unpack(wire, count, anchor=anchor)``, and move bucket ``index``'s part towards the mean. A round
+        begins with bucket 0."""
+        if index == 0:
+            self.rounds += 1
+        if index == len(self._parts):
+            slow = torch.empty_like(wire, dtype=bucket.dtype)
+            distance = bucket.unpack(wire, count, slow, anchor=anchor)
+            kept = slow.to(self.device or wire.device, self.dtype or wire.dtype)
+            self._parts.append((kept, kept.clone()))
+            return distance
+        kept, trail = self._parts[index]
+        if kept.shape != wire.shape:
+            raise RuntimeError(
+                "The trainable parameters changed since the probe's slow average began. Freeze and release layers "
+                "before the scheduler is built."
+            )
+        slow = kept.to(wire.device, bucket.dtype)
+        weight = (self.power + 1) / (self.power + self.rounds)
+        distance = bucket.unpack(wire, count, slow, 1 - weight, anchor)
+        if slow is kept:
+            trail.lerp_(kept, weight)
+        else:
+            behind = trail.to(wire.device, bucket.dtype).lerp_(slow, weight)
+            random = torch.Generator(wire.device).manual_seed(self.rounds * 2**16 + index)
+            kept.copy_(_rounded(slow, kept.dtype, random))
+            trail.copy_(_rounded(behind, trail.dtype, random))
+        return distance
+
+    def point(self, index: int, distance: float, like: Tensor, shares: Sequence[tuple[int, float]] = ()) -> Tensor:
+        """``e + distance (e - f)`` in bucket ``index``, on the device and in the dtype of ``like``.
+
+        Args:
+            shares: (number of elements, share) from the bucket's first element to its last: how far to go in each.
+        """
+        slow, trail = (part.to(like.device, like.dtype) for part in self._parts[index])
+        progress = slow - trail
+        if shares:
+            for part, (_, share) in zip(progress.split([count for count, _ in shares]), shares, strict=True):
+                part.mul_(share)
+        return torch.add(slow, progress, alpha=distance)
+
+    def mirrored(self, index: int, mean: Tensor) -> Tensor:
+        """``e - (m - e)`` in bucket ``index``: the mean's mirror image in the slow average."""
+        slow, _ = self._parts[index]
+        return slow.to(mean.device, mean.dtype).mul(2).sub_(mean)
+
+    def state(self) -> list[tuple[Tensor, Tensor]]:
+        """What must be saved: both averages, by bucket."""
+        return list(self._parts)
+
+    def load(self, state: Iterable[Sequence[Tensor]], rounds: int) -> None:
+        """Continue from a saved :meth:`state`, cut into the same buckets, after as many ``rounds``."""
+        self.rounds = rounds
+        self._parts = [
+            (
+                slow.clone().to(self.device or slow.device, self.dtype or slow.dtype),
+                trail.clone().to(self.device or slow.device, self.dtype or slow.dtype),
+            )
+            for slow, trail in state
+        ]
+
+
+def _rounded(x: Tensor, dtype: torch.dtype, random: torch.Generator) -> Tensor:
+    """``x`` in ``dtype``; if that is less precise than fp32, rounded up or down at random, right on average. Steps of
+    an average over hundreds of rounds are smaller than half a bf16 digit, and would be lost."""
+    digits = round(math.log2(torch.finfo(dtype).eps / torch.finfo(torch.float32).eps))
+    if digits <= 0:
+        return x.to(dtype)
+    bits = x.float().view(torch.int32)
+    noise = torch.randint(2**digits, bits.shape, generator=random, dtype=torch.int32, device=x.device)
+    return bits.add(noise).bitwise_and_(-(2**digits)).view(torch.float32).to(dtype)

@@ -1,0 +1,68 @@
+r"""Warm noisy start: each replica begins a little away from a checkpoint (arXiv 2604.24708)::
+
+    theta_r = theta + N(0, nu^2 ||theta||^2 / d),      d = number of elements
+
+for every parameter tensor by itself, so that each is moved by ``nu`` of its own norm, whatever its scale.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Iterable
+
+import torch
+from torch import nn
+
+from hdet.model.weights import is_dtensor
+from hdet.replicas.topology import Replicas, ReplicasLike
+
+
+@torch.no_grad()
+def warm_noisy_start(
+    model: nn.Module | Iterable[nn.Module], nu: float = 0.01, *, seed: int = 0, replicas: ReplicasLike = None
+) -> None:
+    """Add a replica's own noise to the trainable parameters, in place. Not collective.
+
+    Call it after the checkpoint was loaded and the model wrapped: ``DistributedDataParallel`` gives everybody rank 0's
+    parameters when it is built. Buffers and frozen parameters stay; tied parameters are moved once, and stay tied. The
+    noise depends on (seed, replica, the parameter's name) alone, and no global random state is read or changed.
+
+    Args:
+        model: the module or modules.
+        nu: the noise's norm in units of the parameter's, >= 0; the paper uses 0.01.
+        seed: of the noise.
+        replicas: as for :class:`hdet.Ensemble`. The members of a replica get the same noise.
+
+    Raises:
+        ValueError: for a bad ``nu``.
+        TypeError: for sharded parameters: add the noise before sharding.
+
+    Examples:
+        >>> import torch, hdet
+        >>> model = torch.nn.Linear(64, 64, bias=False)
+        >>> before = model.weight.detach().clone()
+        >>> hdet.warm_noisy_start(model, 0.01)
+        >>> 0.009 < ((model.weight - before).norm() / before.norm()).item() < 0.011
+        True
+    """
+    if not 0 <= nu < math.inf:
+        raise ValueError(f"Invalid {nu=}. Must be finite and >= 0.")
+    modules = (model,) if isinstance(model, nn.Module) else tuple(model)
+    # named_parameters() leaves out what it has seen: tied parameters come once.
+    named = [(name, p) for module in modules for name, p in module.named_parameters() if p.requires_grad]
+    if sharded := [name for name, p in named if is_dtensor(p)]:
+        raise TypeError(f"{sharded[0]} is sharded. Call warm_noisy_start() before fully_shard().")
+    replica = Replicas(replicas).rank
+    done: set[int] = set()
+    for index, (name, p) in enumerate(named):
+        if id(p) in done or not p.numel():
+            continue
+        done.add(id(p))
+        text = f"noisy start/{seed}/{replica}/{index}/{name}"
+        key = int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big") >> 1
+        # On the CPU, so that the noise is the same wherever the model is.
+        dtype = torch.complex64 if p.is_complex() else torch.float32
+        noise = torch.randn(p.shape, generator=torch.Generator().manual_seed(key), dtype=dtype)
+        deviation = nu * torch.linalg.vector_norm(p, dtype=torch.complex128 if p.is_complex() else torch.float64)
+        p.add_(noise.to(p.device, p.dtype), alpha=deviation.item() / math.sqrt(p.numel()))

@@ -42,8 +42,7 @@ from hdet.replicas.agreement import digest, gather_agreed
 from hdet.replicas.topology import ReplicasLike
 from hdet.schedules.forecast import Forecast, forecast
 from hdet.schedules.found import FoundSchedule, Recorder
-from hdet.steer.centres import Centres, RoundObservation, RoundSignal
-from hdet.steer.controllers import Controller
+from hdet.steer.controllers import Controller, Controllers, RoundObservation, RoundSignal
 from hdet.steer.one_slope import OneSlope
 from hdet.steer.published import Published
 from hdet.steer.recovery import CUT, Recovery
@@ -288,7 +287,7 @@ class Ensemble:
         self._models = models
         self._hyperparameters = tuple(hyperparameters)
         self._fan_out = FanOut(optimizer, self._hyperparameters)
-        self._centres = Centres(
+        self._centres = Controllers(
             self.config.controller,
             self.config.hyperparameter_controller,
             auto_lr=auto_lr,
@@ -360,12 +359,12 @@ class Ensemble:
     @property
     def gains(self) -> tuple[float, ...]:
         """The gain of every parameter group."""
-        return tuple(self._centres.learning_rates[self._rate_of(g)].gain for g in range(len(self._group_names)))
+        return tuple(self._centres.lr_states[self._rate_of(g)].gain for g in range(len(self._group_names)))
 
     @property
     def centres(self) -> dict[str, float]:
         """The centre of every hyperparameter but the learning rate; where it has several places, at the first."""
-        pairs = zip(self._hyperparameters, self._centres.hyperparameters, strict=True)
+        pairs = zip(self._hyperparameters, self._centres.centre_states, strict=True)
         return {h.name: h.value(place.position) for h, place in pairs}
 
     def multipliers(self, group: int = 0) -> tuple[float, ...]:
@@ -634,9 +633,10 @@ class Ensemble:
     def _draw(self) -> None:
         """What this replica trains under, which changes once per round."""
         self._is_fresh = True  # the next fan_out() is the first under these
-        gains, places, own = self.gains, self._centres.hyperparameters, self.replicas.rank
+        gains, places, own = self.gains, self._centres.centre_states, self.replicas.rank
         held = [
-            (place.position, levels[own]) for place, levels in zip(places, self._centres.held(self.round), strict=True)
+            (place.position, levels[own])
+            for place, levels in zip(places, self._centres.hyperparameter_levels(self.round), strict=True)
         ]
         if self._virtual is None:
             self._fan_out.draw([gain * self.multipliers(g)[own] for g, gain in enumerate(gains)], held)
@@ -660,12 +660,10 @@ class Ensemble:
         prior.check(self._group_names, [h.name for h in self._hyperparameters], per_group=self.config.per_group)
         centres = self._centres
         gains = [prior.gains[name] for name in self._group_names]
-        centres.learning_rates = [
-            state._replace(gain=gain) for state, gain in zip(centres.learning_rates, gains, strict=False)
-        ]
-        centres.hyperparameters = [
+        centres.lr_states = [state._replace(gain=gain) for state, gain in zip(centres.lr_states, gains, strict=False)]
+        centres.centre_states = [
             place._replace(position=h.position_of(prior.hyperparameters[h.name]))
-            for h, place in zip(self._hyperparameters, centres.hyperparameters, strict=True)
+            for h, place in zip(self._hyperparameters, centres.centre_states, strict=True)
         ]
 
     def _refuse(self) -> NoReturn:
@@ -710,7 +708,7 @@ class Ensemble:
         """Make sure that all replicas are at the same point, and gather what each has to tell."""
         centres = self._centres
         facts = self._settings() | {
-            "controller state": [tuple(state) for state in (*centres.learning_rates, *centres.hyperparameters)],
+            "controller state": [tuple(state) for state in (*centres.lr_states, *centres.centre_states)],
             "hyperparameters at the start": [tuple(h.starts) for h in self._hyperparameters],
             "replicas=": self.replicas.kind,
         }
@@ -794,11 +792,11 @@ class Ensemble:
         if self._prober is not None and averaged.points:
             losses = self._prober.evaluate(
                 averaged.points,
-                self._centres.directions(self._ended_round),
+                self._centres.probe_directions(self._ended_round),
                 self.config.controller.reach(self._height()),
                 [
                     h.neutral(centre.position)
-                    for h, centre in zip(self._hyperparameters, self._centres.hyperparameters, strict=True)
+                    for h, centre in zip(self._hyperparameters, self._centres.centre_states, strict=True)
                 ],
             )
         if complete and self._outer is not None:
@@ -859,7 +857,7 @@ class Ensemble:
         self._converged_at = self._steps
         report = self._control(False)
         self._totals = [(0.0, 0)] * self.size
-        self._centres.cut(CUT)
+        self._centres.divide_gains(CUT)
         if self._slow is not None:
             self._slow.restart()
         if self._outer is not None:
@@ -913,8 +911,8 @@ class Ensemble:
         gains, centres = self.gains, self._centres
         rates = [self._rate_of(g) for g in range(len(schedule))]
         multipliers = [centres.multipliers(i, round) for i in rates]
-        held, places = centres.held(round), list(centres.hyperparameters)  # observe() moves the latter
-        told = RoundSignal((math.nan,) * len(centres.learning_rates), (Effect(math.nan, math.nan),) * len(places), None)
+        held, places = centres.hyperparameter_levels(round), list(centres.centre_states)  # update() changes the latter
+        told = RoundSignal((math.nan,) * len(centres.lr_states), (Effect(math.nan, math.nan),) * len(places), None)
         lag = self._slow.lag if self._slow else 1.0
         if complete:
             final = self._forecast.final if self._forecast else 0.0
@@ -932,10 +930,10 @@ class Ensemble:
             spreads = [
                 (h.reach(place.position), h.move) for h, place in zip(self._hyperparameters, places, strict=True)
             ]
-            told = centres.observe(round, seen, spreads)
-            centres.hyperparameters = [
+            told = centres.update(round, seen, spreads)
+            centres.centre_states = [
                 place._replace(position=h.clamped(place.position))
-                for h, place in zip(self._hyperparameters, centres.hyperparameters, strict=True)
+                for h, place in zip(self._hyperparameters, centres.centre_states, strict=True)
             ]
             self._totals = [(0.0, 0)] * self.size
             if self._recovery is not None:
@@ -954,7 +952,7 @@ class Ensemble:
             losses=losses,
             mean_loss=math.fsum(finite) / len(finite) if finite else math.nan,
             hypergradient=tuple(told.hypergradient[i] for i in rates),
-            velocity=tuple(centres.learning_rates[i].velocity for i in rates),
+            velocity=tuple(centres.lr_states[i].velocity for i in rates),
             next_gain=self.gains,
             hyperparameters=tuple(
                 HyperparameterReport(
@@ -966,7 +964,7 @@ class Ensemble:
                     next_centre=h.value(after.position),
                 )
                 for h, place, levels, effect, after in zip(
-                    self._hyperparameters, places, held, told.effects, centres.hyperparameters, strict=True
+                    self._hyperparameters, places, held, told.effects, centres.centre_states, strict=True
                 )
             ),
             distance=(math.nan,) * self.replicas.size,

@@ -6,6 +6,6 @@ In: the training losses of its steps, and where each replica stood when it ended
 
 from hdet.observe.paired_probe import PairedProbe
 from hdet.observe.probe import LossFunction, Probe
-from hdet.observe.training_loss import TrainingLoss, check_loss, mean_losses
+from hdet.observe.training_loss import TrainingLoss, check_loss, finite_mean, mean_losses
 
-__all__ = ["LossFunction", "PairedProbe", "Probe", "TrainingLoss", "check_loss", "mean_losses"]
+__all__ = ["LossFunction", "PairedProbe", "Probe", "TrainingLoss", "check_loss", "finite_mean", "mean_losses"]

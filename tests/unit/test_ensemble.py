@@ -212,7 +212,7 @@ def test_ensemble_state_round_trip_with_a_schedule():
     for _ in range(7):
         optimizer.step()
         ensemble.step(1.0)
-    ensemble._centres.learning_rates = [hdet.controller.ControllerState(2.0, 0.1, 3)]
+    ensemble._centres.lr_states = [hdet.controller.ControllerState(2.0, 0.1, 3)]
     new_optimizer, new = build()
     new.load_state_dict(copy.deepcopy(ensemble.state_dict()))
     assert new.gains == (2.0,)

@@ -15,7 +15,7 @@ from hdet.explore.hyperparameters import check_identified
 from hdet.explore.prior import Prior
 from hdet.explore.spread import assignment
 from hdet.observe.slopes import ProbeLosses
-from hdet.steer.centres import Centres, RoundObservation
+from hdet.steer.controllers import Controllers, RoundObservation
 from hdet.steer.one_slope import CentreState, OneSlope
 from hdet.steer.published import Published
 from hdet.steer.two_slope import TwoSlope
@@ -334,13 +334,15 @@ def test_one_slope_counts_in_shares_of_the_run(length):
 def test_steering_tells_how_long_a_round_is():
     def position(share):
         settings = {"auto_lr": False, "rates": 1, "names": ("h",), "replicas": 4, "spread": 0.1, "seed": 0}
-        centres = Centres(TwoSlope(), OneSlope(), design="orthogonal", **settings)
+        controllers = Controllers(TwoSlope(), OneSlope(), design="orthogonal", **settings)
         for round in range(6):
-            (held,) = centres.held(round)
+            (held,) = controllers.hyperparameter_levels(round)
             above, below, one = tuple(1 + 0.1 * z for z in held), tuple(1 - 0.1 * z for z in held), (1.0,) * 4
             probe = ProbeLosses(above, below, one, one, one, one)
-            centres.observe(round, RoundObservation((), (0.1,), 0.3, share, 1.0, 0.55, 0.0, 4.0, probe), [(0.5, True)])
-        return centres.hyperparameters[0].position
+            controllers.update(
+                round, RoundObservation((), (0.1,), 0.3, share, 1.0, 0.55, 0.0, 4.0, probe), [(0.5, True)]
+            )
+        return controllers.centre_states[0].position
 
     assert position(0.01) < 0
     assert position(0.0025) == pytest.approx(position(0.01) / 4)
@@ -391,7 +393,7 @@ def test_a_prior_is_a_small_file(tmp_path):
     model = net()
     h = hdet.param_group("weight_decay", spread=0.5, move=False)
     _, scheduler = scheduler_of(model, [h], spread=0.1)
-    scheduler.ensemble._centres.learning_rates[0] = scheduler.ensemble._centres.learning_rates[0]._replace(gain=2.5)
+    scheduler.ensemble._centres.lr_states[0] = scheduler.ensemble._centres.lr_states[0]._replace(gain=2.5)
     path = tmp_path / "prior.yaml"
     scheduler.ensemble.save_prior(path)
     assert path.read_text() == (

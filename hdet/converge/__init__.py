@@ -4,23 +4,23 @@ In: every replica's weights and optimizer state. Out: their mean, written in pla
 what was found on the way (:class:`Averaged`). Slow averages of the means, and momentum on whole rounds, are kept here.
 """
 
-from hdet.converge.averager import Averager, Inspection
+from hdet.converge.averager import Averager
 from hdet.converge.optimizer_policy import policy_of
-from hdet.converge.optimizer_state import NOTHING_SEEN, OptimizerState, StateSeen
+from hdet.converge.optimizer_state import OptimizerState
 from hdet.converge.outer import OuterMomentum
 from hdet.converge.pending import Averaged, Pending, Point
+from hdet.converge.phase import ConvergePhase, Findings
 from hdet.converge.slow_average import SlowAverage
 
 __all__ = [
-    "NOTHING_SEEN",
     "Averaged",
     "Averager",
-    "Inspection",
+    "ConvergePhase",
+    "Findings",
     "OptimizerState",
     "OuterMomentum",
     "Pending",
     "Point",
     "SlowAverage",
-    "StateSeen",
     "policy_of",
 ]

@@ -17,6 +17,7 @@ from hdet.explore.hyperparameters import (
     scalar,
 )
 from hdet.explore.noisy_start import warm_noisy_start
+from hdet.explore.phase import ExplorePhase
 from hdet.explore.prior import Prior
 from hdet.explore.virtual import VirtualReplicas
 
@@ -24,6 +25,7 @@ __all__ = [
     "Design",
     "Dropout",
     "Effect",
+    "ExplorePhase",
     "FanOut",
     "Hyperparameter",
     "ParamGroupField",

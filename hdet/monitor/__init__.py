@@ -5,6 +5,7 @@ in TensorBoard.
 """
 
 from hdet.monitor.base import Callback, JsonLines, Monitor, MonitorLike, as_monitors, read_jsonl
+from hdet.monitor.publisher import Publisher
 from hdet.monitor.report import Converged, HyperparameterReport, Moment, Report, assemble
 from hdet.monitor.tensorboard import TensorBoard
 
@@ -16,6 +17,7 @@ __all__ = [
     "Moment",
     "Monitor",
     "MonitorLike",
+    "Publisher",
     "Report",
     "TensorBoard",
     "as_monitors",

@@ -4,7 +4,7 @@ In: a number, process group or mesh dimension. Out: :class:`Replicas`, which gat
 :func:`gather_agreed`, with which all ranks make sure that they are at the same step, with the same settings and model.
 """
 
-from hdet.replicas.agreement import digest, gather_agreed
+from hdet.replicas.agreement import Term, digest, gather_agreed, same
 from hdet.replicas.topology import Replicas, ReplicasLike
 
-__all__ = ["Replicas", "ReplicasLike", "digest", "gather_agreed"]
+__all__ = ["Replicas", "ReplicasLike", "Term", "digest", "gather_agreed", "same"]

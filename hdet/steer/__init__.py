@@ -10,6 +10,7 @@ from hdet.steer.controllers import Controller, Controllers, RoundObservation, Ro
 from hdet.steer.lr_finder import LRFinding, find_lr
 from hdet.steer.observation import ControllerState, Observation
 from hdet.steer.one_slope import CentreState, OneSlope
+from hdet.steer.phase import SteerPhase
 from hdet.steer.published import Published, hypergradient
 from hdet.steer.recovery import CUT, Recovery
 from hdet.steer.report import ControllerReport, HyperparameterReport
@@ -32,6 +33,7 @@ __all__ = [
     "RoundObservation",
     "RoundSignal",
     "Slopes",
+    "SteerPhase",
     "TwoSlope",
     "find_lr",
     "hypergradient",

@@ -285,6 +285,18 @@ class Controllers:
             return None
         return Slopes(math.fsum(raws) if raws else math.nan, debiased, first.noise, further)
 
+    def begin_at(self, gains: Sequence[float], positions: Sequence[float]) -> None:
+        """Start from what another run has found.
+
+        Args:
+            gains: [learning rate]
+            positions: [other hyperparameter] of its centre, in its space.
+        """
+        self.lr_states = [state._replace(gain=gain) for state, gain in zip(self.lr_states, gains, strict=False)]
+        self.centre_states = [
+            state._replace(position=position) for state, position in zip(self.centre_states, positions, strict=True)
+        ]
+
     def divide_gains(self, divisor: float) -> None:
         """Divide all gains, and clear everything else but the centres: the rounds since are undone."""
         self.lr_states = [ControllerState(gain=state.gain / divisor) for state in self.lr_states]

@@ -520,7 +520,7 @@ def test_batches_are_used_again_when_they_are_forgotten():
     [
         ({"controller": TwoSlope()}, "needs the paired probe"),
         ({"probe": print, "total_steps": None}, "must know how long"),
-        ({"probe": print, "total_steps": 100, "overlap_steps": 2}, "exclude one another"),
+        ({"probe": print, "total_steps": 100, "averaging": hdet.Averaging(overlap_steps=2)}, "exclude one another"),
         ({"probe": 3, "total_steps": 100}, "Must be a function"),
         ({"total_steps": 0}, "total_steps"),
         ({"auto_lr": False, "probe": print, "total_steps": 100}, "without auto_lr"),
@@ -549,9 +549,11 @@ def test_the_peak_of_a_schedule_is_found_by_running_a_copy_ahead():
     ensemble = hdet.Ensemble(
         optimizer, schedule, model=model, spread=0.1, converge_every=5, auto_lr=True, probe=print, total_steps=100
     )
-    assert ensemble._forecast.peak == pytest.approx(0.1)
-    assert ensemble._forecast.heights[0] == pytest.approx(0.1)
-    assert ensemble._until == pytest.approx(0.1 + 0.9 * math.acos(0.4) / math.pi, abs=0.02)
+    assert ensemble._phases.course.forecast.peak == pytest.approx(0.1)
+    assert ensemble._phases.course.forecast.heights[0] == pytest.approx(0.1)
+    assert ensemble.settings.controller.rests_after(ensemble._phases.course) == pytest.approx(
+        0.1 + 0.9 * math.acos(0.4) / math.pi, abs=0.02
+    )
     assert schedule.last_epoch == 0
     assert optimizer.param_groups[0]["lr"] == pytest.approx(0.01)
 
@@ -881,9 +883,10 @@ def test_a_found_schedule_replays_what_the_run_did(tmp_path):
     rates = []
     for step in range(60):
         if step in (18, 30):  # as a controller would, at the beginning of a round
-            ensemble._centres.lr_states = [ControllerState(gain=ensemble.gains[0] * (2.0 if step == 18 else 0.3))]
-            ensemble._draw()
-            ensemble._fan_out.undo()
+            gain = ensemble.gains[0] * (2.0 if step == 18 else 0.3)
+            ensemble._phases.steer._controllers.lr_states = [ControllerState(gain=gain)]
+            ensemble._rounds.draw()
+            ensemble._phases.explore.undo()
             ensemble.fan_out()
         rates.append([lr * gain for lr, gain in zip(ensemble.get_base_lr(), ensemble.gains, strict=True)])
         optimizer.step()

@@ -17,7 +17,8 @@ LAYERS = [
     "integrations", "train", "bench",
 ]  # fmt: skip
 PURE = [  # no torch
-    "errors", "schedules/shapes", "explore/spread", "explore/design", "explore/prior", "observe/slopes",
+    "errors", "schedules/checks", "schedules/curves", "schedules/decays", "schedules/onecycle", "schedules/open_ended",
+    "explore/spread", "explore/design", "explore/prior", "observe/slopes",
     "steer/centres",
     "steer/checks", "steer/observation", "steer/one_slope", "steer/published", "steer/running", "steer/two_slope",
     "monitor/report", "config",

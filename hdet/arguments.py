@@ -10,7 +10,8 @@ from torch import nn
 
 from hdet.config import EnsembleConfig
 from hdet.explore.design import Design
-from hdet.explore.hyperparameters import Hyperparameter, check_identified
+from hdet.explore.hyperparameters import Hyperparameter
+from hdet.explore.identification import check_identified
 from hdet.explore.prior import Prior
 from hdet.model.gradients import check_gradients
 from hdet.model.sharding import check_sharding

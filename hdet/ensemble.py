@@ -639,9 +639,9 @@ class Ensemble:
             (place.position, levels[own]) for place, levels in zip(places, self._centres.held(self.round), strict=True)
         ]
         if self._virtual is None:
-            self._fan_out.draw([gain * self.multipliers(g)[own] for g, gain in enumerate(gains)], held)
+            self._fan_out.begin_round([gain * self.multipliers(g)[own] for g, gain in enumerate(gains)], held)
         else:  # their mean is what the one optimizer takes its steps at
-            self._fan_out.draw(gains, held)
+            self._fan_out.begin_round(gains, held)
             self._restart_virtual()
 
     def _restart_virtual(self) -> None:
@@ -930,7 +930,7 @@ class Ensemble:
                 probe=probe,
             )
             spreads = [
-                (h.reach(place.position), h.move) for h, place in zip(self._hyperparameters, places, strict=True)
+                (h.spread_at(place.position), h.move) for h, place in zip(self._hyperparameters, places, strict=True)
             ]
             told = centres.observe(round, seen, spreads)
             centres.hyperparameters = [

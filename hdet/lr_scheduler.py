@@ -15,7 +15,8 @@ from hdet.converge.optimizer_policy import policy_of
 from hdet.ensemble import Ensemble, Loss
 from hdet.explore.design import Design
 from hdet.explore.fan_out import copied
-from hdet.explore.hyperparameters import Hyperparameter, ParamGroupField
+from hdet.explore.hyperparameters import Hyperparameter
+from hdet.explore.kinds import ParamGroupField
 from hdet.monitor.base import MonitorLike
 from hdet.monitor.report import Report
 from hdet.observe.probe import LossFunction, Probe

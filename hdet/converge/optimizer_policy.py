@@ -11,7 +11,8 @@ from collections.abc import Sequence
 
 from torch.optim import Optimizer
 
-from hdet.explore.hyperparameters import Hyperparameter, ParamGroupField
+from hdet.explore.hyperparameters import Hyperparameter
+from hdet.explore.kinds import ParamGroupField
 
 # torch's optimizers whose state is made of gradients alone; by what turns weight decay into a part of the gradient.
 _NEVER_COUPLED = {"AdamW", "Adafactor", "Muon", "SparseAdam"}

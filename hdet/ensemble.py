@@ -20,7 +20,7 @@ from torch.optim.lr_scheduler import LambdaLR, LRScheduler, ReduceLROnPlateau
 from hdet.arguments import check_arguments
 from hdet.converge.averager import Averager, Inspection
 from hdet.converge.optimizer_policy import policy_of
-from hdet.converge.optimizer_state import NOTHING_SEEN, OptimizerState, StateSeen
+from hdet.converge.optimizer_state import NOT_INSPECTED, OptimizerState, StateInspection
 from hdet.converge.outer import OuterMomentum
 from hdet.converge.pending import Averaged, Pending
 from hdet.converge.slow_average import SlowAverage
@@ -69,7 +69,7 @@ class _Gathered(NamedTuple):
     moved: bool
     gradients: float
     seen: Inspection
-    state: StateSeen
+    state: StateInspection
 
 
 # By value that a rank tells: what a replica of several members tells. Their losses are added up, and their number with
@@ -272,7 +272,7 @@ class Ensemble:
             self.replicas,
             int(self.config.bucket_mib * _MIB),
             wire_dtype=wire_dtype,
-            rides=overlap_steps == 0,
+            piggyback=overlap_steps == 0,
             has_virtual=virtual_replicas > 1,
         )
         self._optimizer_state = OptimizerState(
@@ -280,7 +280,7 @@ class Ensemble:
             policy,
             self.replicas,
             int(self.config.bucket_mib * _MIB),
-            everyone=self._averager.everyone,
+            all_ranks=self._averager.all_ranks,
             automatic=optimizer_state == "auto",
             overlapped=overlap_steps > 0,
         )
@@ -722,7 +722,7 @@ class Ensemble:
             self._averager.version() != self._written,
             self._mark_gradients(),
             *seen,
-            *(self._optimizer_state.inspect() if converges else NOTHING_SEEN),
+            *(self._optimizer_state.inspect() if converges else NOT_INSPECTED),
         )
         own = 2 * len(self._signals)
         merge = (*[sum] * own, *_MERGE)
@@ -735,7 +735,7 @@ class Ensemble:
                 bool(row[own + 2]),
                 row[own + 3],
                 Inspection(layout, bool(row[own + 4]), int(row[own + 5])),
-                StateSeen(int(row[own + 6]), bool(row[own + 7]), int(row[own + 8]), bool(row[own + 9])),
+                StateInspection(int(row[own + 6]), bool(row[own + 7]), int(row[own + 8]), bool(row[own + 9])),
             )
             for row in rows
         ]
@@ -785,7 +785,7 @@ class Ensemble:
                 return report
             slow = self._slow if complete and self._wants_probe() else None
             can_probe = slow is not None and all(now.can_probe for now in gathered)
-            averaged = self._averager.average(seen, slow, keep_points=can_probe)
+            averaged = self._averager.average(seen, slow, return_points=can_probe)
             states = [now.state for now in gathered]
             excluded, sent = self._optimizer_state.converge(states, averaged.excluded, complete=complete)
             averaged = averaged._replace(excluded=excluded, bytes=averaged.bytes + sent)
@@ -804,7 +804,7 @@ class Ensemble:
         if complete and self._outer is not None:
             self._outer.step(self._averager.buckets())
             self._weights.written()
-            self._averager.moved_on()
+            self._averager.set_reference()
         if not complete:
             self._restart_virtual()
         report = self._control(complete, losses)

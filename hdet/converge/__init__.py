@@ -1,18 +1,19 @@
 """Converge: the replicas become one model again.
 
-In: every replica's weights and optimizer state. Out: their mean, written in place and bitwise equal everywhere, with
-what was found on the way (:class:`Averaged`). Slow averages of the means, and momentum on whole rounds, are kept here.
+In: every replica's weights and optimizer state. Out: their mean, written in place and bitwise equal on all ranks, and
+what the average found (:class:`Averaged`): distances, excluded replicas, bytes. Also here: slow averages of the means
+over the rounds (:class:`SlowAverage`), and momentum on whole rounds (:class:`OuterMomentum`).
 """
 
 from hdet.converge.averager import Averager, Inspection
 from hdet.converge.optimizer_policy import policy_of
-from hdet.converge.optimizer_state import NOTHING_SEEN, OptimizerState, StateSeen
+from hdet.converge.optimizer_state import NOT_INSPECTED, OptimizerState, StateInspection
 from hdet.converge.outer import OuterMomentum
 from hdet.converge.pending import Averaged, Pending, Point
 from hdet.converge.slow_average import SlowAverage
 
 __all__ = [
-    "NOTHING_SEEN",
+    "NOT_INSPECTED",
     "Averaged",
     "Averager",
     "Inspection",
@@ -21,6 +22,6 @@ __all__ = [
     "Pending",
     "Point",
     "SlowAverage",
-    "StateSeen",
+    "StateInspection",
     "policy_of",
 ]

@@ -1,7 +1,8 @@
 """Converge: the replicas become one model again.
 
-In: every replica's weights and optimizer state. Out: their mean, written in place and bitwise equal everywhere, with
-what was found on the way (:class:`Averaged`). Slow averages of the means, and momentum on whole rounds, are kept here.
+In: every replica's weights and optimizer state. Out: their mean, written in place and bitwise equal on all ranks, and
+what the average found (:class:`Averaged`): distances, excluded replicas, bytes. Also here: slow averages of the means
+over the rounds (:class:`SlowAverage`), and momentum on whole rounds (:class:`OuterMomentum`).
 """
 
 from hdet.converge.averager import Averager

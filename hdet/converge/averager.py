@@ -10,27 +10,28 @@ import torch.distributed as dist
 from torch import Tensor
 
 from hdet.converge.buckets import Bucket, fill_buckets
+from hdet.converge.comparison import compare_untrained
 from hdet.converge.delta import DeltaReference
 from hdet.converge.pending import Averaged, InFlight, Pending, Point, total
 from hdet.converge.piggyback import Piggyback
 from hdet.converge.plan import Plan, make_plan, signature_of
 from hdet.converge.slow_average import SlowAverage
 from hdet.errors import DivergedError
-from hdet.model.fingerprint import fingerprint, fingerprint_all
+from hdet.model.fingerprint import fingerprint_all
 from hdet.model.weights import Weights
 from hdet.replicas.agreement import digest
 from hdet.replicas.topology import Replicas
 
 
 class Inspection(NamedTuple):
-    """A replica's model in three numbers, each below ``2**53``."""
+    """A replica's model in three numbers, which replicas exchange; each below ``2**53``."""
 
     layout: int
-    """Hash of what will be averaged, equal on two ranks whose models match: shapes, dtypes, strides."""
+    """Hash of the tensors' shapes, dtypes and strides, which must be equal on all replicas."""
     finite: bool
-    """Whether all trainable parameters are finite, on every member of the replica once its members have been heard."""
-    constants: int
-    """Hash of the bits of frozen parameters and buffers that are thought to be equal; the same."""
+    """Whether all trainable parameters are finite; once gathered, whether they are on every member of the replica."""
+    untrained: int
+    """Hash of the bits of the frozen parameters and buffers that were equal so far. Once gathered, of all members'."""
 
 
 class Averager:
@@ -43,16 +44,17 @@ class Averager:
     Sums are taken in fp32 (fp64 for fp64 tensors). Extra memory is two buckets, not a copy of the model: while one is
     being reduced the next is packed. A replica with a non-finite value contributes nothing and receives the mean.
 
-    From the second average on the first bucket travels in the same message as what the replicas tell one another
-    (:meth:`gather`). If it turns out that they do not agree, or that one is not finite, it is thrown away.
+    From the second average on the first bucket is reduced together with the numbers that the ranks exchange
+    (:meth:`gather`). If these say that a replica is not finite, or that the replicas do not agree, the result is not
+    used.
 
     Args:
         weights: what is averaged; tied tensors once.
         replicas: the group.
         bucket_bytes: size of one bucket.
-        wire_dtype: bf16 for trainable parameters to travel as differences: see :mod:`hdet.converge.delta`.
-        rides: whether the first bucket may travel with :meth:`gather`: not where averages are only started there.
-        has_virtual: whether even a single process holds several replicas. Their mean is where its parameters are, but
+        wire_dtype: bf16 to send trainable parameters as differences: see :mod:`hdet.converge.delta`.
+        piggyback: whether the first bucket may be sent with :meth:`gather`. Not with :meth:`start`, which sends all.
+        has_virtual: whether even a single process holds several replicas. Their mean is what its parameters are, but
             it must be finite, and slow averages follow it.
     """
 
@@ -63,46 +65,45 @@ class Averager:
         bucket_bytes: int,
         *,
         wire_dtype: torch.dtype | None = None,
-        rides: bool = True,
+        piggyback: bool = True,
         has_virtual: bool = False,
     ) -> None:
         self._weights, self._replicas, self._bucket_bytes = weights, replicas, bucket_bytes
-        # Members hold different shards, whose buckets only their peers may add up, but all must hear what all say.
-        self._rides = rides and replicas.size > 1 and replicas.members == 1
+        # With several members the numbers go to all ranks, and a bucket to the peers alone: two groups, two messages.
+        self._may_piggyback = piggyback and replicas.size > 1 and replicas.members == 1
         self._piggyback: Piggyback | None = None
-        self._numbers = 0  # that each rank has to say
-        self._has_packed = False  # the first bucket of the plan into the piggyback
-        self._has_arrived = False  # it has been added up
+        self._numbers = 0  # that each rank passes to gather()
+        self._is_first_packed = False  # inspect() has packed the first bucket into the piggyback
+        self._is_first_reduced = False  # gather() has reduced it
         self._reference = DeltaReference(wire_dtype if replicas.size > 1 else None)
         self._is_idle = replicas.size == 1 and not has_virtual
         self._plan: Plan | None = None
-        # Copies that several ranks of a replica hold are averaged over all ranks, so that they cannot drift apart.
-        self.everyone = replicas.members > 1 and replicas.copies and weights.whole
+        # Where the members of a replica hold copies, averages over all ranks keep these equal.
+        self.all_ranks = replicas.members > 1 and replicas.copies and weights.whole
         """Whether averages are over all ranks, not only over those that hold the same part of each replica."""
         self._wires: dict[tuple[torch.device, torch.dtype, int], Tensor] = {}
 
     @torch.no_grad()
     def inspect(self) -> Inspection:
-        """What the replicas tell one another before they average. Not collective."""
+        """What this rank tells the others before an average. Not collective."""
         if self._is_idle:
             return Inspection(0, True, 0)
         plan = self._current_plan()
-        self._has_arrived = False
+        self._is_first_reduced = False
         buckets, finite = plan.buckets, True
-        self._has_packed = self._piggyback is not None and self._fits(self._piggyback, plan)
-        if self._piggyback is not None and self._has_packed:
+        self._is_first_packed = self._piggyback is not None and self._fits(self._piggyback, plan)
+        if self._piggyback is not None and self._is_first_packed:
             finite = not buckets[0].pack_counted(self._piggyback.wire, self._reference.of(plan.layout, 0))[1]
             buckets = buckets[1:]
         finite = finite and all(bucket.is_finite() for bucket in buckets)
-        if not all(bucket.is_finite() for bucket in plan.moving_buckets):
-            return Inspection(plan.layout, finite, -1 - self._replicas.rank)  # so that all are compared
-        equal = [t for i, t in enumerate(plan.constant) if i not in plan.moving]
-        return Inspection(plan.layout, finite, digest((plan.moving, fingerprint_all(equal))))
+        if not all(bucket.is_finite() for bucket in plan.differing_buckets):
+            return Inspection(plan.layout, finite, -1 - self._replicas.rank)  # unequal, so that all are compared
+        equal = [t for i, t in enumerate(plan.untrained) if i not in plan.differing]
+        return Inspection(plan.layout, finite, digest((plan.differing, fingerprint_all(equal))))
 
     def gather(self, numbers: Sequence[float]) -> list[list[float]]:
-        """Every rank's ``numbers``, replica by replica: as :meth:`Replicas.all_gather`. Collective, after
-        :meth:`inspect`. Where an earlier average has shown that the replicas agree, it also adds up their first
-        buckets."""
+        """Every rank's ``numbers``, replica by replica, as :meth:`Replicas.all_gather` returns them. Collective, after
+        :meth:`inspect`. From the second average on it also reduces the first bucket."""
         piggyback, self._numbers = self._piggyback, len(numbers)
         if piggyback is None:
             return self._replicas.all_gather(numbers)
@@ -110,7 +111,7 @@ class Averager:
         work = self._replicas.all_reduce(piggyback.memory, dist.ReduceOp.SUM)
         if work is not None:
             work.wait()
-        self._has_arrived = self._has_packed
+        self._is_first_reduced = self._is_first_packed
         return piggyback.read()
 
     def version(self) -> int:
@@ -118,89 +119,88 @@ class Averager:
         return sum([t._version for t in (self._plan or self._current_plan()).trained])
 
     def restart(self) -> None:
-        """The model may be another from here on. On every replica, or on none."""
+        """Forget what is known of the model, since it may have been changed. On all replicas, or on none."""
         self._plan = None
         self._reference.drop()
 
     @torch.no_grad()
-    def moved_on(self) -> None:
-        """The replicas went on from the mean together, to where they are now."""
+    def set_reference(self) -> None:
+        """The replicas are equal now, though not at the last mean: send differences from here."""
         if self._plan is not None:
             self._reference.set(self._plan.layout, self._plan.buckets)
 
     @torch.no_grad()
     def average(
-        self, seen: Sequence[Inspection], slow: SlowAverage | None = None, *, keep_points: bool = False
+        self, inspections: Sequence[Inspection], slow: SlowAverage | None = None, *, return_points: bool = False
     ) -> Averaged:
         """Average now. Collective: every replica must call it, with the same layout.
 
         Args:
-            seen: every replica's :meth:`inspect`, by replica.
+            inspections: every replica's :meth:`inspect`, by replica.
             slow: moved towards the mean, in the pass that writes it.
-            keep_points: return this replica's :class:`Point` in every bucket: memory for two copies of the parameters.
+            return_points: return this replica's :class:`Point` in every bucket: memory for two copies of the
+                parameters.
 
         Raises:
             DivergedError: on every replica, with nothing changed, if none of them is finite.
         """
         if self._is_idle:
             return Averaged(0.0, (), 0)
-        trained, differing, excluded, sent = self._select(seen)
-        assert self._plan is not None
+        plan, excluded, sent = self._compare(inspections)
         squares: list[Tensor] = []
         points: list[Point] = []
 
-        def land(flight: InFlight) -> None:
-            squares.append(self._land(flight, slow))
+        def finish(flight: InFlight) -> None:
+            squares.append(self._write_mean(flight, slow))
             if flight.snapshot is not None:
-                points.append(self._point(flight, excluded))
+                points.append(self._point_of(flight, excluded))
 
-        has_arrived, self._has_arrived = self._has_arrived and not excluded, False
-        piggyback = self._current_piggyback()
-        layout = self._plan.layout
-        flying: InFlight | None = None
-        for i, bucket in enumerate(trained + differing):
-            is_trained = i < len(trained)
-            keep = keep_points and is_trained and bucket.dtype.is_floating_point
-            snapshot = bucket.pack() if keep else None
-            anchor = self._reference.of(layout, i) if is_trained else None
+        is_first_reduced, self._is_first_reduced = self._is_first_reduced and not excluded, False
+        piggyback = self._current_piggyback(plan)
+        previous: InFlight | None = None
+        for i, bucket in enumerate(plan.buckets + plan.differing_buckets):
+            is_trained = i < len(plan.buckets)
+            is_float = bucket.dtype.is_floating_point
+            snapshot = bucket.pack() if return_points and is_trained and is_float else None
+            anchor = self._reference.of(plan.layout, i) if is_trained else None
             if i == 0 and piggyback is not None:
-                if has_arrived:
-                    started = InFlight(bucket, piggyback.wire, None, self._count(excluded), snapshot)
+                if is_first_reduced:
+                    flight = InFlight(bucket, piggyback.wire, None, self._count(excluded), snapshot)
                 else:
                     bucket.pack(piggyback.wire, anchor)
-                    started = self._launch(bucket, excluded, piggyback.wire, snapshot, piggyback.memory)
+                    flight = self._all_reduce(bucket, excluded, piggyback.wire, snapshot, piggyback.memory)
             elif anchor is not None:
                 wire = bucket.pack(self._wire(bucket, i % 2, self._reference.dtype), anchor)
-                started = self._launch(bucket, excluded, wire, snapshot)
-            else:
-                wire = bucket.pack(None if keep_points else self._wire(bucket, i % 2))
-                started = self._launch(bucket, excluded, wire, snapshot)
-            started.index = i if is_trained and bucket.dtype.is_floating_point else None
-            started.anchor = anchor
-            sent += started.wire.nbytes
-            if flying:
-                land(flying)
-            flying = started
-        if flying:
-            land(flying)
+                flight = self._all_reduce(bucket, excluded, wire, snapshot)
+            else:  # a point keeps the wire
+                wire = bucket.pack(None if return_points else self._wire(bucket, i % 2))
+                flight = self._all_reduce(bucket, excluded, wire, snapshot)
+            flight.index = i if is_trained and is_float else None
+            flight.anchor = anchor
+            sent += flight.wire.nbytes
+            if previous:
+                finish(previous)
+            previous = flight
+        if previous:
+            finish(previous)
         self._weights.written()
-        self._reference.keep(layout, trained)
-        self._current_piggyback()  # the next one's
+        self._reference.keep(plan.layout, plan.buckets)
+        self._current_piggyback(plan)  # the layout may now be sent as differences, in another dtype
         return Averaged(total(squares), excluded, sent, points)
 
     @torch.no_grad()
-    def start(self, seen: Sequence[Inspection]) -> Pending:
+    def start(self, inspections: Sequence[Inspection]) -> Pending:
         """Send a snapshot of the model and return at once; :meth:`Pending.finish` applies its mean later. Collective.
 
         Args, Raises: as :meth:`average`.
         """
         if self._is_idle:
             return Pending([], self._weights, self._replicas, ())
-        trained, differing, excluded, sent = self._select(seen)
+        plan, excluded, sent = self._compare(inspections)
         flights = []
-        for bucket in trained + differing:
+        for bucket in plan.buckets + plan.differing_buckets:
             snapshot = bucket.pack()
-            flights.append(self._launch(bucket, excluded, snapshot.clone(), snapshot))
+            flights.append(self._all_reduce(bucket, excluded, snapshot.clone(), snapshot))
             sent += snapshot.nbytes
         return Pending(flights, self._weights, self._replicas, excluded, sent)
 
@@ -208,7 +208,21 @@ class Averager:
         """Of the trainable parameters, as :meth:`inspect` found them."""
         return [] if self._plan is None else self._plan.buckets
 
-    def _launch(
+    def _compare(self, inspections: Sequence[Inspection]) -> tuple[Plan, tuple[int, ...], int]:
+        """The plan, the replicas to exclude, and the bytes sent to find them. Collective."""
+        plan, sent = self._plan, 0
+        assert plan is not None  # inspect() has made it
+        excluded = {replica for replica, inspection in enumerate(inspections) if not inspection.finite}
+        if len({inspection.untrained for inspection in inspections}) > 1:
+            excluded, sent = compare_untrained(plan, self._replicas, excluded, self._fill, all_ranks=self.all_ranks)
+        if len(excluded) == self._replicas.size:
+            raise DivergedError(
+                f"All {self._replicas.size} replicas hold non-finite values: the learning rate is too high or the data "
+                "is bad. Restore the last checkpoint and lower max_lr."
+            )
+        return plan, tuple(sorted(excluded)), sent
+
+    def _all_reduce(
         self,
         bucket: Bucket,
         excluded: tuple[int, ...],
@@ -216,34 +230,35 @@ class Averager:
         snapshot: Tensor | None = None,
         memory: Tensor | None = None,
     ) -> InFlight:
-        """Send the wire, or the ``memory`` that it lies in."""
+        """Start reducing the wire, or the ``memory`` that contains it."""
         is_mean = bucket.dtype.is_floating_point
         if self._replicas.rank in excluded:
             wire.fill_(0 if is_mean else torch.iinfo(bucket.dtype).min)
         op = dist.ReduceOp.SUM if is_mean else dist.ReduceOp.MAX
-        work = self._replicas.all_reduce(wire if memory is None else memory, op, everyone=self.everyone)
+        work = self._replicas.all_reduce(wire if memory is None else memory, op, all_ranks=self.all_ranks)
         return InFlight(bucket, wire, work, self._count(excluded) if is_mean else 0, snapshot)
 
     def _count(self, excluded: tuple[int, ...]) -> int:
-        """How many wires make a mean."""
-        return (self._replicas.size - len(excluded)) * (self._replicas.members if self.everyone else 1)
+        """How many wires are summed for a mean."""
+        return (self._replicas.size - len(excluded)) * (self._replicas.members if self.all_ranks else 1)
 
-    def _land(self, flight: InFlight, slow: SlowAverage | None) -> Tensor:
-        flight.arrive()
+    def _write_mean(self, flight: InFlight, slow: SlowAverage | None) -> Tensor:
+        """Returns this replica's squared distance from the mean in the bucket, before writing."""
+        flight.wait()
         if slow is None or flight.index is None:
             return flight.bucket.unpack(flight.wire, flight.count or 1, anchor=flight.anchor)
         return slow.unpack(flight.index, flight.bucket, flight.wire, flight.count, flight.anchor)
 
-    def _point(self, flight: InFlight, excluded: tuple[int, ...]) -> Point:
+    def _point_of(self, flight: InFlight, excluded: tuple[int, ...]) -> Point:
         assert flight.snapshot is not None
         mean = flight.wire.div_(flight.count) if flight.anchor is None else flight.anchor.clone()
         displacement = flight.snapshot.sub_(mean)
-        if self._replicas.rank in excluded:  # it stood nowhere
+        if self._replicas.rank in excluded:
             displacement.zero_()
         return Point(flight.bucket, mean, displacement)
 
     def _wire(self, bucket: Bucket, parity: int, dtype: torch.dtype | None = None) -> Tensor:
-        """Memory for the bucket's wire, kept from converge to converge: new pages would cost as much as the packing."""
+        """Memory for the bucket's wire, kept between averages: allocating pages takes as long as packing."""
         key = (bucket.device, dtype or bucket.dtype, parity)
         wire = self._wires.get(key)
         if wire is None or wire.numel() < bucket.numel:
@@ -251,26 +266,24 @@ class Averager:
         return wire
 
     def _fits(self, piggyback: Piggyback, plan: Plan) -> bool:
-        """Whether the plan's first bucket can travel in it."""
+        """Whether the plan's first bucket can be sent in it."""
         return piggyback.layout == plan.layout and piggyback.wire.dtype == self._first_dtype(plan)
 
     def _first_dtype(self, plan: Plan) -> torch.dtype:
-        anchored = self._reference.of(plan.layout, 0) is not None
-        return self._reference.dtype if anchored and self._reference.dtype else plan.buckets[0].dtype
+        is_delta = self._reference.of(plan.layout, 0) is not None
+        return self._reference.dtype if is_delta and self._reference.dtype else plan.buckets[0].dtype
 
-    def _current_piggyback(self) -> Piggyback | None:
-        """In which the first bucket of the plan travels, now that the replicas agree on it.
+    def _current_piggyback(self, plan: Plan) -> Piggyback | None:
+        """The message in which the plan's first bucket is sent; ``None`` where it is sent by itself.
 
-        At the first average too, when it holds nothing else: a backend's order of summation may depend on a message's
-        size, and a resumed run must be the uninterrupted one bit for bit."""
-        plan = self._plan
-        assert plan is not None
+        It is used at the first average too, with zeros for numbers: a backend's order of summation may depend on the
+        size of a message, and a resumed run must equal the uninterrupted one bit for bit."""
         if self._piggyback is None or not self._fits(self._piggyback, plan):
             self._piggyback = None
             self._wires.clear()
             numbers, ranks = self._numbers, self._replicas.size
-            # Among very many what all say is better gathered than added up.
-            if self._rides and plan.buckets and 0 < 64 * ranks * numbers <= self._bucket_bytes:
+            # With very many ranks an all-gather of the numbers sends less.
+            if self._may_piggyback and plan.buckets and 0 < 64 * ranks * numbers <= self._bucket_bytes:
                 first = plan.buckets[0]
                 wire = torch.empty(first.numel, dtype=self._first_dtype(plan), device=first.device)
                 self._piggyback = Piggyback(plan.layout, wire, ranks, self._replicas.rank, numbers)
@@ -278,7 +291,7 @@ class Averager:
         return self._piggyback
 
     def _current_plan(self) -> Plan:
-        """The plan, made anew if a tensor is another, lies elsewhere, or was frozen or released since."""
+        """The plan, made anew if a tensor is another, lies elsewhere, or was frozen or unfrozen since."""
         kinds = list(self._weights.tensors())
         signature = signature_of(kinds)
         if self._plan is None or self._plan.signature != signature:
@@ -287,40 +300,3 @@ class Averager:
 
     def _fill(self, tensors: list[Tensor]) -> list[Bucket]:
         return fill_buckets(tensors, self._bucket_bytes, self._replicas.device_for)
-
-    def _select(self, seen: Sequence[Inspection]) -> tuple[list[Bucket], list[Bucket], tuple[int, ...], int]:
-        """What must be averaged (trainable parameters; others that differ), which replicas to leave out, and the bytes
-        it took to find out."""
-        plan = self._plan  # inspect() has just made sure of it
-        assert plan is not None
-        sent = 0
-        excluded = {replica for replica, inspection in enumerate(seen) if not inspection.finite}
-        if len({inspection.constants for inspection in seen}) > 1:
-            mine = [x for t in plan.constant for x in (fingerprint(t), int(_is_finite(t)))]
-            gather = self._replicas.all_gather if self.everyone else self._replicas.all_gather_peers
-            rows = gather(mine, dtype=torch.int64) if mine else []
-            members = self._replicas.members if self.everyone else 1
-            sent = 8 * len(mine)
-            differing: list[int] = []
-            for i in range(len(plan.constant)):
-                column = [(row[2 * i], row[2 * i + 1]) for row in rows]
-                if len({bits for bits, _ in column}) > 1:
-                    differing.append(i)
-                    excluded |= {i // members for i, (_, finite) in enumerate(column) if not finite}
-            plan.moving, plan.moving_buckets = tuple(differing), self._fill([plan.constant[i] for i in differing])
-            if self._replicas.members > 1:  # each knows what its peers hold, and all must leave out the same replicas
-                flags = [float(replica in excluded) for replica in range(self._replicas.size)]
-                everyone = self._replicas.all_gather(flags)
-                excluded = {replica for row in everyone for replica, flag in enumerate(row) if flag}
-        if len(excluded) == self._replicas.size:
-            raise DivergedError(
-                f"All {self._replicas.size} replicas hold non-finite values: the learning rate is too high or the data "
-                "is bad. Restore the last checkpoint and lower max_lr."
-            )
-        return plan.buckets, plan.moving_buckets, tuple(sorted(excluded)), sent
-
-
-def _is_finite(tensor: Tensor) -> bool:
-    if tensor.element_size() == 1 or not (tensor.is_floating_point() or tensor.is_complex()):  # float8 cannot tell
-        return True
-    return bool(tensor.isfinite().all())

@@ -1,8 +1,8 @@
-"""Packing many tensors into few flat buffers ("wires"), and back. No communication here.
+"""Packs many tensors into few flat tensors (**wires**), and unpacks them. No communication here.
 
-A converge moves a model's tensors through buckets of bounded size: tensors are laid end to end, one bucket after the
-other, and a tensor larger than what is left of a bucket is split. Averages travel as fp32 (fp64 for fp64 tensors),
-whatever the tensors' own dtype; integers travel as int64.
+A converge averages a model bucket by bucket. Tensors are laid end to end into buckets of bounded size; a tensor larger
+than what is left of a bucket is split into pieces. Wires are fp32 (fp64 for fp64 tensors) whatever the tensors' own
+dtype, and int64 for integers.
 """
 
 from __future__ import annotations
@@ -21,23 +21,31 @@ _PACKABLE = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 
 @dataclass
 class Bucket:
-    """Pieces of tensors that travel together: views into the tensors, laid end to end in one wire.
+    """Pieces of tensors that share a wire.
 
     No piece may be added once the bucket was used.
     """
 
     device: torch.device
+    """Of the wire."""
     dtype: torch.dtype
+    """Of the wire."""
     pieces: list[Tensor] = field(default_factory=list)
+    """Views into the tensors, in the wire's order."""
     numel: int = 0
+    """Elements of the wire."""
 
     def pack(self, memory: Tensor | None = None, anchor: Tensor | None = None) -> Tensor:
-        """The pieces' wire, at the beginning of ``memory`` or in memory of its own; of the memory's dtype. With an
-        ``anchor``, flat like the wire, the difference from it."""
+        """Copy the pieces into a wire, and return it.
+
+        Args:
+            memory: a 1-D tensor whose first elements become the wire, in its dtype; ``None`` for new memory.
+            anchor: flat like the wire; subtracted from the pieces.
+        """
         return self.pack_counted(memory, anchor)[0]
 
     def pack_counted(self, memory: Tensor | None = None, anchor: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """The same, and how many elements are not finite, as a 0-dim tensor."""
+        """The same, and how many elements of the wire are not finite, as a 0-dim int64 tensor."""
         if memory is None:
             memory = torch.empty(self.numel, dtype=self.dtype, device=self.device)
         wire = memory.narrow(0, 0, self.numel)
@@ -71,11 +79,11 @@ class Bucket:
         return squared_distance
 
     def is_finite(self) -> bool:
-        """Whether all elements of the pieces are finite; integers are, and types too small to tell pass."""
+        """Whether all elements of the pieces are finite. Integers are, and float8 is not checked."""
         if self._is_direct:
             return bool(ops.all_finite(self.pieces))
-        told = (piece for piece in self.pieces if piece.dtype.is_floating_point and piece.element_size() > 1)
-        return all(bool(piece.isfinite().all()) for piece in told)
+        checked = (piece for piece in self.pieces if piece.dtype.is_floating_point and piece.element_size() > 1)
+        return all(bool(piece.isfinite().all()) for piece in checked)
 
     def write(self, wire: Tensor) -> None:
         """Write the wire into the tensors, in place."""
@@ -94,7 +102,7 @@ class Bucket:
         return piece.device == self.device and piece.dtype in _PACKABLE and piece.is_contiguous()
 
     def _staged(self) -> list[Tensor]:
-        """The pieces, those that the ops cannot take (with holes, on another device, of a rare dtype) as copies."""
+        """The pieces, as contiguous copies where the ops cannot take them: holes, another device, another dtype."""
         if self._is_direct:
             return self.pieces
         return [
@@ -105,6 +113,7 @@ class Bucket:
         ]
 
     def _slots(self, wire: Tensor) -> list[Tensor]:
+        """The wire cut into views of the pieces' shapes."""
         slots = wire.split([piece.numel() for piece in self.pieces])
         return [slot.view(piece.shape) for slot, piece in zip(slots, self.pieces, strict=True)]
 
@@ -112,14 +121,14 @@ class Bucket:
 def fill_buckets(
     tensors: Iterable[Tensor], bucket_bytes: int, device_for: Callable[[Tensor], torch.device]
 ) -> list[Bucket]:
-    """Lay ``tensors`` into buckets of at most ``bucket_bytes`` each, one kind of wire (device, dtype) to a bucket.
+    """Divide ``tensors`` into buckets of at most ``bucket_bytes`` each; each bucket has one device and dtype.
 
     Every element of every tensor lies in exactly one piece. Only a tensor whose memory has holes (a strided view) is
     kept whole, and may then exceed ``bucket_bytes``. Pieces are views: fill anew when a tensor's storage may have
     changed.
 
     Args:
-        tensors: any mix of dtypes, devices and strides; empty ones vanish.
+        tensors: any mix of dtypes, devices and strides; empty ones have no piece.
         bucket_bytes: size of a wire in bytes, at least one element's.
         device_for: where a tensor's wire must lie.
     """
@@ -128,12 +137,12 @@ def fill_buckets(
     for tensor in tensors:
         kind = (device_for(tensor), wire_dtype(tensor.dtype))
         capacity = max(1, bucket_bytes // kind[1].itemsize)
-        for run in _runs(tensor):
-            start, length = 0, run.numel()
+        for view in _views(tensor):
+            start, length = 0, view.numel()
             while start < length:
                 bucket = filling.setdefault(kind, Bucket(*kind))
-                take = min(length - start, capacity - bucket.numel) if run.dim() == 1 else length
-                bucket.pieces.append(run.narrow(0, start, take) if take < length else run)
+                take = min(length - start, capacity - bucket.numel) if view.dim() == 1 else length
+                bucket.pieces.append(view.narrow(0, start, take) if take < length else view)
                 bucket.numel += take
                 start += take
                 if bucket.numel >= capacity:
@@ -142,7 +151,7 @@ def fill_buckets(
 
 
 def wire_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The dtype in which values of ``dtype`` travel and are summed."""
+    """The dtype of the wire in which values of ``dtype`` are sent and summed."""
     if dtype in (torch.float64, torch.complex128):
         return torch.float64
     if dtype.is_floating_point or dtype.is_complex:
@@ -150,8 +159,8 @@ def wire_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.int64
 
 
-def _runs(tensor: Tensor) -> list[Tensor]:
-    """The tensor's distinct elements as views to write through: one flat run where its memory is dense."""
+def _views(tensor: Tensor) -> list[Tensor]:
+    """Views of the tensor that hold each of its elements once: one flat view where its memory is dense."""
     tensor = tensor.detach()
     if tensor.is_complex():
         tensor = torch.view_as_real(tensor)

@@ -1,10 +1,10 @@
-r"""A wire of fewer bits: replicas send how far they moved, not where they are.
+r"""Wires of fewer bits: replicas send by how much their parameters changed since the last mean.
 
-After a converge all replicas are at one point, the anchor ``a``. At the next they send, in bf16::
+After a converge all replicas have the same parameters, the **anchor** ``a``. At the next converge they send, in bf16::
 
     d_r = bf16(theta_r - a)        theta <- a + (sum_r d_r) / N
 
-What is rounded is a displacement: it keeps 8 bits, and the sum of N rounds to as many. The mean is thus off by at most
+A rounded displacement has 8 significant bits, and so has the sum of N. The mean is thus off by at most
 about ``(N + 3) / 2 * 2^-9`` of the largest displacement, and equal on all replicas, bit for bit.
 """
 
@@ -19,10 +19,10 @@ from hdet.converge.buckets import Bucket
 
 
 class DeltaReference:
-    """Where the replicas were one, by bucket, in fp32: one copy of the trained parameters.
+    """The anchor, by bucket, in fp32: one copy of the trainable parameters.
 
     Args:
-        dtype: of the wires; ``None`` for buckets' own, without anchors.
+        dtype: of the wires; ``None`` to send every bucket in its own dtype, without an anchor.
     """
 
     def __init__(self, dtype: torch.dtype | None) -> None:
@@ -31,20 +31,20 @@ class DeltaReference:
         self._parts: list[Tensor | None] = []
 
     def of(self, layout: int, index: int) -> Tensor | None:
-        """Of bucket ``index`` in a model of this ``layout``; ``None`` where it travels in its own dtype."""
+        """The anchor of bucket ``index`` in a model of this ``layout``; ``None`` if it is sent in its own dtype."""
         return self._parts[index] if layout == self._layout else None
 
     def set(self, layout: int, buckets: Sequence[Bucket]) -> None:
-        """The replicas are one, where the buckets are now. fp64 goes on travelling as it is."""
+        """Make the parameters, which are equal on all replicas, the anchor. fp64 has none, and is sent as it is."""
         if self.dtype is not None:
             self._layout = layout
             self._parts = [bucket.pack() if bucket.dtype == torch.float32 else None for bucket in buckets]
 
     def drop(self) -> None:
-        """It is not known any more where they were: the next converge travels in the buckets' own dtype."""
+        """Forget the anchor: the next converge sends the buckets in their own dtype."""
         self._layout, self._parts = None, []
 
     def keep(self, layout: int, buckets: Sequence[Bucket]) -> None:
-        """:meth:`set` them, unless the pass that wrote the mean has moved them already."""
+        """After an average: :meth:`set` the anchor, unless :func:`hdet.ops.unpack` has just set it to the mean."""
         if layout != self._layout:
             self.set(layout, buckets)

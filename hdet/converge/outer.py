@@ -1,14 +1,14 @@
-r"""The outer optimizer of local mode: momentum on what a whole round has done, as in DiLoCo and SlowMo.
+r"""The outer optimizer for local gradients: Nesterov momentum on the change of a whole round, as in DiLoCo and SlowMo.
 
-At the end of round ``k`` the replicas' mean is ``m_k``, and the round began at the anchor ``a_k``::
+Round ``k`` begins at the anchor ``a_k``, and the replicas' mean at its end is ``m_k``::
 
     d_k     = a_k - m_k                       the averaged displacement, as a gradient
     v_{k+1} = mu v_k + d_k
     a_{k+1} = a_k - nu (d_k + mu v_{k+1})     Nesterov; all replicas go on from here
 
 with ``mu`` the argument ``outer_momentum``, in [0, 1), and ``nu`` the argument ``outer_lr``, > 0; ``mu = 0`` and
-``nu = 1`` are the plain average, ``a_{k+1} = m_k``. The first round's mean is the first anchor, since the replicas may
-not have begun at one point: momentum acts from the second round on.
+``nu = 1`` give the plain average, ``a_{k+1} = m_k``. The first round's mean is the first anchor, since the replicas may
+have started from different parameters: momentum acts from the second round on.
 
 References: DiLoCo (arXiv 2311.08105), SlowMo (arXiv 1910.00643).
 """
@@ -24,8 +24,8 @@ from hdet.converge.buckets import Bucket
 
 
 class OuterMomentum:
-    """Anchor and velocity, in fp32 (fp64 for fp64 parameters): two copies of the trainable parameters, which lie like
-    their buckets, each rank its own part.
+    """Anchor and velocity, in fp32 (fp64 for fp64 parameters): two copies of the trainable parameters, flat by bucket;
+    of a sharded model each rank keeps those of its shard.
 
     Args:
         momentum: ``mu``.
@@ -42,7 +42,11 @@ class OuterMomentum:
 
     @torch.no_grad()
     def step(self, buckets: Sequence[Bucket]) -> None:
-        """Take the parameters, which are the replicas' mean, one outer step further, in place."""
+        """Replace the parameters, which are the replicas' mean, by the next anchor, in place.
+
+        Raises:
+            RuntimeError: if the buckets are others than in the last round.
+        """
         if not self._parts:
             means = [bucket.pack() for bucket in buckets]
             self._parts = [(mean, torch.zeros_like(mean)) for mean in means]
@@ -61,7 +65,7 @@ class OuterMomentum:
             self._parts[i] = anchor, velocity
 
     def state(self) -> list[tuple[Tensor, Tensor]]:
-        """What must be saved: (anchor, velocity) by bucket."""
+        """(anchor, velocity) by bucket, to be saved."""
         return list(self._parts)
 
     def load(self, state: Iterable[Sequence[Tensor]]) -> None:

@@ -1,4 +1,4 @@
-"""What an average is made of while it is under way, and what it returns."""
+"""What an average returns, and the all-reduces it waits for."""
 
 from __future__ import annotations
 
@@ -18,49 +18,58 @@ class Averaged(NamedTuple):
     """What one average did."""
 
     squared_distance: float
-    """Of this replica from the mean, before averaging."""
+    """Of this rank's trainable parameters from the mean, before averaging."""
     excluded: tuple[int, ...]
     """Replicas left out because they held a non-finite value."""
     bytes: int
     """Bytes this rank handed to collectives."""
     points: list[Point] | None = None
-    """Where this replica stood, if that was asked for."""
+    """This replica's parameters before averaging, by bucket, if they were asked for."""
 
 
 class Point(NamedTuple):
-    """Where a replica stood in one bucket when it was averaged; flat, in the order of the bucket's wire."""
+    """A replica's parameters in one bucket just before averaging; flat tensors in the order of the bucket's wire."""
 
     bucket: Bucket
     mean: Tensor
-    """``m``, as the bucket's pieces now hold it but for their rounding."""
+    """``m``; the bucket's pieces hold it rounded to their own dtype."""
     displacement: Tensor
-    """``theta_r - m``; zero for a replica that was left out."""
+    """``theta_r - m``; zero for an excluded replica."""
 
 
 @dataclass
 class InFlight:
-    """A bucket on its way."""
+    """A bucket whose wire is being reduced."""
 
     bucket: Bucket
     wire: Tensor
     work: dist.Work | None
+    """What to wait for; ``None`` if the wire holds the result."""
     count: int
-    """Replicas that contribute to a mean; 0 for a maximum."""
+    """Wires that are summed for a mean; 0 for a maximum."""
     snapshot: Tensor | None = None
-    """What the replica had sent, where that is needed later."""
+    """A copy of this rank's wire before reducing, where it is needed later."""
     index: int | None = None
-    """Of the bucket among those of the trainable parameters."""
+    """The bucket's index among those of the trainable parameters; ``None`` if it has no slow average."""
     anchor: Tensor | None = None
-    """From which the wire holds the differences."""
+    """What was subtracted from the wire; see :mod:`hdet.converge.delta`."""
 
-    def arrive(self) -> None:
+    def wait(self) -> None:
         """Wait until the wire holds the sum or maximum."""
         if self.work is not None:
             self.work.wait()
 
 
 class Pending:
-    """An average whose snapshot has been sent and whose correction has not been applied."""
+    """An average whose snapshots have been sent and whose corrections have not been applied.
+
+    Args:
+        flights: all buckets.
+        weights: told when they have been written.
+        replicas: the group.
+        excluded: replicas with non-finite values.
+        sent: bytes this rank has sent.
+    """
 
     def __init__(
         self, flights: list[InFlight], weights: Weights, replicas: Replicas, excluded: tuple[int, ...], sent: int = 0
@@ -72,13 +81,13 @@ class Pending:
     def finish(self) -> Averaged:
         r"""Wait for the mean and apply ``theta <- theta + (mean(snapshot) - snapshot)``, on all replicas at one step.
 
-        Exact in this sense: it takes out all of the replicas' divergence up to the snapshot, and none of what they
-        have done since. Called at once after :meth:`Averager.start`, it is :meth:`Averager.average` up to rounding. A
-        replica that was left out has nothing of its own worth keeping, and becomes the mean of the others.
+        It removes all divergence up to the snapshot and keeps all updates since. Called at once after
+        :meth:`Averager.start`, it equals :meth:`Averager.average` up to rounding. An excluded replica gets the mean
+        itself, and loses its updates since.
         """
         squares = []
         for flight in self._in_flight:
-            flight.arrive()
+            flight.wait()
             assert flight.snapshot is not None
             if self._replicas.rank in self._excluded:
                 flight.bucket.unpack(flight.wire, flight.count or 1)
@@ -95,4 +104,5 @@ class Pending:
 
 
 def total(squares: list[Tensor]) -> float:
+    """Their sum. Waits for the device."""
     return sum(square.item() for square in squares)

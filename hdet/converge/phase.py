@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from hdet.converge.averager import Averager, Inspection
-from hdet.converge.optimizer_state import NOTHING_SEEN, OptimizerState, StateSeen
+from hdet.converge.optimizer_state import NOT_INSPECTED, OptimizerState, StateInspection
 from hdet.converge.outer import OuterMomentum
 from hdet.converge.pending import Averaged, Pending
 from hdet.converge.slow_average import SlowAverage
@@ -19,7 +19,7 @@ class Findings(NamedTuple):
     """What a replica has told of its model and its optimizer's state."""
 
     weights: Inspection
-    optimizer: StateSeen
+    optimizer: StateInspection
 
 
 class ConvergePhase:
@@ -62,14 +62,14 @@ class ConvergePhase:
     def terms(self, *, converges: bool) -> dict[str, Term]:
         """What this rank tells the others of its model; not collective. ``converges``: whether they may average."""
         self.layout, finite, constants = self._averager.inspect()
-        state = self._optimizer_state.inspect() if converges else NOTHING_SEEN
+        state = self._optimizer_state.inspect() if converges else NOT_INSPECTED
         return {
             "written": Term(float(self._averager.version() != self._version), max),
             "finite": Term(float(finite), min),
             "constants": Term(float(constants), same),
             "state layout": Term(float(state.layout), same),
             "state finite": Term(float(state.finite), min),
-            "state bits": Term(float(state.mark), same),
+            "state bits": Term(float(state.bits), same),
             "state has weights": Term(float(state.has_weights), max),
         }
 
@@ -78,7 +78,7 @@ class ConvergePhase:
         return [
             Findings(
                 Inspection(self.layout, bool(one["finite"]), int(one["constants"])),
-                StateSeen(
+                StateInspection(
                     int(one["state layout"]),
                     bool(one["state finite"]),
                     int(one["state bits"]),
@@ -107,7 +107,7 @@ class ConvergePhase:
             DivergedError: on every replica, with nothing changed, if none of them is finite.
         """
         slow = self.slow if move_slow else None
-        averaged = self._averager.average([one.weights for one in found], slow, keep_points=keep_points)
+        averaged = self._averager.average([one.weights for one in found], slow, return_points=keep_points)
         states = [one.optimizer for one in found]
         excluded, sent = self._optimizer_state.converge(states, averaged.excluded, complete=complete)
         return averaged._replace(excluded=excluded, bytes=averaged.bytes + sent)
@@ -129,7 +129,7 @@ class ConvergePhase:
         if self._outer is not None:
             self._outer.step(self._averager.buckets())
             self.weights.written()
-            self._averager.moved_on()
+            self._averager.set_reference()
 
     def settle(self) -> None:
         """What is written from here on was written since the replicas converged."""

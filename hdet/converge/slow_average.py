@@ -12,22 +12,22 @@ from hdet.converge.buckets import Bucket
 
 
 class SlowAverage:
-    """Two averages of the means ``m`` over the rounds, one trailing the other; both are ``m`` at the first. In round
-    ``n``::
+    """Two averages of the means ``m`` over the rounds; both are ``m`` in the first. In round ``n``::
 
         w = (power + 1) / (power + n)
         e <- e + w (m - e)        the slow average
-        f <- f + w (e - f)        its trail
+        f <- f + w (e - f)        the trail, an average of the slow average
 
     So ``e`` weighs round ``t`` by about ``t**power`` (polynomial-decay averaging: Shamir and Zhang 2013, arXiv
-    1212.1824), and looks back over the same share of the run at any time. Where ``m`` moves steadily, ``e - f`` is
-    :attr:`lag` rounds of progress, without the noise of any one. They lie like the buckets of the trainable parameters,
-    each rank its own part, and move in the pass that writes the mean.
+    1212.1824): it averages over the same share of the past at any time. Where ``m`` moves steadily, ``e - f`` is
+    :attr:`lag` rounds of progress, with less noise than the difference of two means. Both are kept flat, by bucket of
+    the trainable parameters; of a sharded model each rank keeps those of its shard. They are updated in the pass that
+    writes the mean.
 
     Args:
-        power: >= 0; 0 is the plain average over all rounds, a larger one forgets sooner.
-        dtype: in which they are kept; ``None`` for the wire's (fp32 for all but fp64 parameters).
-        device: where they are kept; ``None`` for the parameters'.
+        power: >= 0; 0 is the plain average over all rounds, a larger one gives later rounds more weight.
+        dtype: of what is kept; ``None`` for the wire's (fp32 for all but fp64 parameters).
+        device: of what is kept; ``None`` for the parameters'.
     """
 
     def __init__(self, power: float, dtype: torch.dtype | None = None, device: torch.device | None = None) -> None:
@@ -38,8 +38,8 @@ class SlowAverage:
 
     @property
     def lag(self) -> float:
-        """Rounds from the trail to the slow average, ``(n - 1) (power + 1) / (power + 2)**2``; at the first, where both
-        are the same, as at the second."""
+        """Rounds from the trail to the slow average, ``(n - 1) (power + 1) / (power + 2)**2``; in the first round, in
+        which they are equal, as in the second."""
         return max(1, self.rounds - 1) * (self.power + 1) / (self.power + 2) ** 2
 
     def restart(self) -> None:
@@ -47,8 +47,8 @@ class SlowAverage:
         self.rounds, self._parts = 0, []
 
     def unpack(self, index: int, bucket: Bucket, wire: Tensor, count: int, anchor: Tensor | None = None) -> Tensor:
-        """``bucket.unpack(wire, count, anchor=anchor)``, and move bucket ``index``'s part towards the mean. A round
-        begins with bucket 0."""
+        """``bucket.unpack(wire, count, anchor=anchor)``, and update bucket ``index`` of both averages. To be called for
+        the buckets in their order; bucket 0 begins a round."""
         if index == 0:
             self.rounds += 1
         if index == len(self._parts):
@@ -69,17 +69,17 @@ class SlowAverage:
         if slow is kept:
             trail.lerp_(kept, weight)
         else:
-            behind = trail.to(wire.device, bucket.dtype).lerp_(slow, weight)
-            random = torch.Generator(wire.device).manual_seed(self.rounds * 2**16 + index)
-            kept.copy_(_rounded(slow, kept.dtype, random))
-            trail.copy_(_rounded(behind, trail.dtype, random))
+            new_trail = trail.to(wire.device, bucket.dtype).lerp_(slow, weight)
+            generator = torch.Generator(wire.device).manual_seed(self.rounds * 2**16 + index)
+            kept.copy_(_rounded(slow, kept.dtype, generator))
+            trail.copy_(_rounded(new_trail, trail.dtype, generator))
         return distance
 
     def point(self, index: int, distance: float, like: Tensor, shares: Sequence[tuple[int, float]] = ()) -> Tensor:
         """``e + distance (e - f)`` in bucket ``index``, on the device and in the dtype of ``like``.
 
         Args:
-            shares: (number of elements, share) from the bucket's first element to its last: how far to go in each.
+            shares: (number of elements, factor of ``e - f``) for all runs of the bucket's elements, in order.
         """
         slow, trail = (part.to(like.device, like.dtype) for part in self._parts[index])
         progress = slow - trail
@@ -94,7 +94,7 @@ class SlowAverage:
         return slow.to(mean.device, mean.dtype).mul(2).sub_(mean)
 
     def state(self) -> list[tuple[Tensor, Tensor]]:
-        """What must be saved: both averages, by bucket."""
+        """(slow average, trail) by bucket, to be saved."""
         return list(self._parts)
 
     def load(self, state: Iterable[Sequence[Tensor]], rounds: int) -> None:
@@ -109,12 +109,12 @@ class SlowAverage:
         ]
 
 
-def _rounded(x: Tensor, dtype: torch.dtype, random: torch.Generator) -> Tensor:
-    """``x`` in ``dtype``; if that is less precise than fp32, rounded up or down at random, right on average. Steps of
-    an average over hundreds of rounds are smaller than half a bf16 digit, and would be lost."""
-    digits = round(math.log2(torch.finfo(dtype).eps / torch.finfo(torch.float32).eps))
-    if digits <= 0:
+def _rounded(x: Tensor, dtype: torch.dtype, generator: torch.Generator) -> Tensor:
+    """``x`` in ``dtype``. If that is less precise than fp32, rounded up or down at random with ``x`` as the expected
+    value: an average over hundreds of rounds changes by less than half a bf16 digit per round."""
+    bits_lost = round(math.log2(torch.finfo(dtype).eps / torch.finfo(torch.float32).eps))
+    if bits_lost <= 0:
         return x.to(dtype)
     bits = x.float().view(torch.int32)
-    noise = torch.randint(2**digits, bits.shape, generator=random, dtype=torch.int32, device=x.device)
-    return bits.add(noise).bitwise_and_(-(2**digits)).view(torch.float32).to(dtype)
+    noise = torch.randint(2**bits_lost, bits.shape, generator=generator, dtype=torch.int32, device=x.device)
+    return bits.add(noise).bitwise_and_(-(2**bits_lost)).view(torch.float32).to(dtype)

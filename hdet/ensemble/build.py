@@ -70,7 +70,7 @@ def _converge_phase(optimizer: Optimizer, resolved: Resolved) -> ConvergePhase:
         replicas,
         averaging.bucket_bytes,
         wire_dtype=averaging.low_precision,
-        rides=averaging.overlap_steps == 0,
+        piggyback=averaging.overlap_steps == 0,
         has_virtual=given["virtual_replicas"] > 1,
     )
     state = OptimizerState(
@@ -78,7 +78,7 @@ def _converge_phase(optimizer: Optimizer, resolved: Resolved) -> ConvergePhase:
         resolved.optimizer_state,
         replicas,
         averaging.bucket_bytes,
-        everyone=averager.everyone,
+        all_ranks=averager.all_ranks,
         automatic=averaging.optimizer_state == "auto",
         overlapped=averaging.overlap_steps > 0,
     )

@@ -1,21 +1,16 @@
-"""Fan-out: in what the replicas differ during a round.
+"""Fan-out: in which hyperparameters the replicas differ during a round.
 
-In: spread, seed, round, the centres. Out: which replica holds which level (:mod:`hdet.explore.design`), and the
-optimizer's settings written for this replica (:class:`FanOut`), or for each virtual one in turn
-(:class:`VirtualReplicas`). Draws depend on (seed, round, hyperparameter) only.
+In: spread, seed, round, and the centres. Out: which replica holds which level (:mod:`hdet.explore.design`); this
+replica's values, written into the optimizer and the modules (:class:`FanOut`); or the parameters of each virtual
+replica in turn (:class:`VirtualReplicas`). All draws depend on (seed, round, hyperparameter) alone.
 """
 
 from hdet.explore.design import Design, Effect
+from hdet.explore.dropout import Dropout
 from hdet.explore.fan_out import FanOut, copied
-from hdet.explore.hyperparameters import (
-    Dropout,
-    Hyperparameter,
-    ParamGroupField,
-    check_identified,
-    module_attribute,
-    param_group,
-    scalar,
-)
+from hdet.explore.hyperparameters import Hyperparameter
+from hdet.explore.identification import check_identified
+from hdet.explore.kinds import ParamGroupField, module_attribute, param_group, scalar
 from hdet.explore.noisy_start import warm_noisy_start
 from hdet.explore.phase import ExplorePhase
 from hdet.explore.prior import Prior

@@ -1,4 +1,4 @@
-r"""Which replica holds which value of which hyperparameter in a round, and what their losses then say. No torch here.
+r"""Which replica holds which value of which hyperparameter in a round, and what the losses say about it. No torch here.
 
 A **factor** is whatever is explored: the learning rate, that of a parameter group, a weight decay. Replica ``r`` holds
 factor ``h`` at the **level** ``z_{h,r}`` in [-1, 1]: that many spreads from its centre. To first order::
@@ -28,16 +28,16 @@ from hdet.explore.spread import multipliers, permutation
 
 Design = Literal["orthogonal", "independent"]
 
-_UNIT = 1 - 2**-40  # multipliers() takes a spread below 1; the rounding below brings the ends back to 1
+_UNIT = 1 - 2**-40  # multipliers() takes a spread below 1; round_to_grid() makes the ends 1 again
 
 
 class Effect(NamedTuple):
     """What one round says about one factor, in units of the loss per spread."""
 
     value: float
-    """By how much the loss rises from a factor's centre to one spread above it; NaN if the round does not say."""
+    """By how much the loss rises from a factor's centre to one spread above it; NaN if it cannot be estimated."""
     error: float
-    """Its standard error, from what the fit leaves over; NaN with no more replicas than factors."""
+    """Its standard error, from the residuals of the fit; NaN with no more replicas than factors."""
 
 
 def levels(
@@ -47,7 +47,7 @@ def levels(
 
     With more than ``replicas - 1`` factors the orthogonal design
     explores ``replicas - 1`` of them in a round, in rotation; the others' levels are 0. It depends on nothing but its
-    arguments, so that ranks agree without talking.
+    arguments, so that ranks agree without communication.
 
     Examples:
         >>> levels(4, ["a", "b", "c"], seed=0, round=0)  # doctest: +NORMALIZE_WHITESPACE
@@ -61,15 +61,15 @@ def levels(
         return tuple(tuple(even[i] for i in order) for order in orders)
     columns = _columns(replicas)
     rows = permutation(replicas, seed=seed, round=round, hyperparameter="design/rows")
-    which = permutation(len(columns), seed=seed, round=round, hyperparameter="design/columns")
+    order = permutation(len(columns), seed=seed, round=round, hyperparameter="design/columns")
     active = {(round * len(columns) + i) % len(factors) for i in range(min(len(columns), len(factors)))}
-    drawn = iter(which)
+    next_column = iter(order)
     result = []
     for h, name in enumerate(factors):
         if h not in active:
             result.append((0.0,) * replicas)
             continue
-        column, sign = columns[next(drawn)], _sign(seed, round, name)
+        column, sign = columns[next(next_column)], _sign(seed, round, name)
         result.append(tuple(sign * column[row] for row in rows))
     return tuple(result)
 
@@ -77,27 +77,34 @@ def levels(
 def effects(levels: Sequence[Sequence[float]], losses: Sequence[float]) -> list[Effect]:
     """Least squares without a constant: ``losses_r = sum_h levels_{h,r} effect_h``, over replicas with finite losses.
 
-    For losses from which the batch's own level was removed: by the paired probe, or by subtracting the mean. A factor
-    whose levels are all zero, or which the others explain, has no effect that could be told.
+    For losses from which the batch's own level was removed: by the paired probe, or by subtracting the mean. The effect
+    of a factor whose levels are all zero is NaN; if the levels are linearly dependent, that of every factor is.
+
+    Args:
+        levels: [factor][replica].
+        losses: [replica].
+
+    Returns:
+        By factor.
     """
     rows = [r for r, loss in enumerate(losses) if math.isfinite(loss)]
-    shown = [h for h, column in enumerate(levels) if any(column[r] for r in rows)]
-    columns = [[levels[h][r] for r in rows] for h in shown]
-    kept = [losses[r] for r in rows]
+    varied = [h for h, column in enumerate(levels) if any(column[r] for r in rows)]
+    columns = [[levels[h][r] for r in rows] for h in varied]
+    finite = [losses[r] for r in rows]
     unknown = Effect(math.nan, math.nan)
     result = [unknown] * len(levels)
     inverse = _inverse([[math.fsum(map(_times, a, b)) for b in columns] for a in columns])
     if inverse is None:
         return result
-    moments = [math.fsum(map(_times, column, kept)) for column in columns]
+    moments = [math.fsum(map(_times, column, finite)) for column in columns]
     values = [math.fsum(map(_times, row, moments)) for row in inverse]
-    left = [
+    residuals = [
         loss - math.fsum(value * column[r] for value, column in zip(values, columns, strict=True))
-        for r, loss in enumerate(kept)
+        for r, loss in enumerate(finite)
     ]
-    freedom = len(rows) - len(shown)
-    variance = math.fsum(x * x for x in left) / freedom if freedom else math.nan
-    for i, h in enumerate(shown):
+    degrees = len(rows) - len(varied)
+    variance = math.fsum(x * x for x in residuals) / degrees if degrees else math.nan
+    for i, h in enumerate(varied):
         result[h] = Effect(values[i], math.sqrt(variance * max(0.0, inverse[i][i])))
     return result
 
@@ -116,7 +123,7 @@ def round_to_grid(x: float) -> float:
 def _columns(n: int) -> tuple[tuple[float, ...], ...]:
     """``n - 1`` columns of length ``n`` in [-1, 1], orthogonal to one another and to the constant."""
     matrix = _hadamard(n)
-    if matrix is not None:  # with the first column made constant
+    if matrix is not None:  # rows are multiplied by their first element, which makes the first column constant
         return tuple(tuple(float(row[h] * row[0]) for row in matrix) for h in range(1, n))
     waves = []
     for k in range(1, n // 2 + 1):
@@ -141,7 +148,7 @@ def _hadamard(n: int) -> list[list[int]] | None:
 
 
 def _inverse(matrix: list[list[float]]) -> list[list[float]] | None:
-    """Gauss-Jordan with pivoting; ``None`` if singular. In plain floats: every rank must get the same bits."""
+    """By Gauss-Jordan elimination with pivoting; ``None`` if singular. Plain floats: equal bits on all ranks."""
     n = len(matrix)
     rows = [[*row, *(float(i == j) for j in range(n))] for i, row in enumerate(matrix)]
     for i in range(n):

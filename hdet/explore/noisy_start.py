@@ -1,8 +1,8 @@
-r"""Warm noisy start: each replica begins a little away from a checkpoint (arXiv 2604.24708)::
+r"""Warm noisy start: each replica starts from a checkpoint plus noise of its own (arXiv 2604.24708)::
 
     theta_r = theta + N(0, nu^2 ||theta||^2 / d),      d = number of elements
 
-for every parameter tensor by itself, so that each is moved by ``nu`` of its own norm, whatever its scale.
+for every parameter tensor separately: the noise has ``nu`` times the tensor's norm.
 """
 
 from __future__ import annotations
@@ -22,11 +22,12 @@ from hdet.replicas.topology import Replicas, ReplicasLike
 def warm_noisy_start(
     model: nn.Module | Iterable[nn.Module], nu: float = 0.01, *, seed: int = 0, replicas: ReplicasLike = None
 ) -> None:
-    """Add a replica's own noise to the trainable parameters, in place. Not collective.
+    """Add this replica's noise to the trainable parameters, in place. Not collective.
 
-    Call it after the checkpoint was loaded and the model wrapped: ``DistributedDataParallel`` gives everybody rank 0's
-    parameters when it is built. Buffers and frozen parameters stay; tied parameters are moved once, and stay tied. The
-    noise depends on (seed, replica, the parameter's name) alone, and no global random state is read or changed.
+    Call it after the checkpoint was loaded and the model wrapped: ``DistributedDataParallel`` sends rank 0's
+    parameters to all ranks when it is built. Buffers and frozen parameters stay as they are; tied parameters
+    get noise once. The noise depends on (seed, replica, the parameter's name) alone, and no global random state is read
+    or changed.
 
     Args:
         model: the module or modules.
@@ -49,19 +50,19 @@ def warm_noisy_start(
     if not 0 <= nu < math.inf:
         raise ValueError(f"Invalid {nu=}. Must be finite and >= 0.")
     modules = (model,) if isinstance(model, nn.Module) else tuple(model)
-    # named_parameters() leaves out what it has seen: tied parameters come once.
+    # Within a module named_parameters() yields tied parameters once.
     named = [(name, p) for module in modules for name, p in module.named_parameters() if p.requires_grad]
     if sharded := [name for name, p in named if is_dtensor(p)]:
         raise TypeError(f"{sharded[0]} is sharded. Call warm_noisy_start() before fully_shard().")
     replica = Replicas(replicas).rank
-    done: set[int] = set()
+    seen: set[int] = set()
     for index, (name, p) in enumerate(named):
-        if id(p) in done or not p.numel():
+        if id(p) in seen or not p.numel():
             continue
-        done.add(id(p))
+        seen.add(id(p))
         text = f"noisy start/{seed}/{replica}/{index}/{name}"
         key = int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big") >> 1
-        # On the CPU, so that the noise is the same wherever the model is.
+        # Drawn on the CPU, so that it does not depend on the model's device.
         dtype = torch.complex64 if p.is_complex() else torch.float32
         noise = torch.randn(p.shape, generator=torch.Generator().manual_seed(key), dtype=dtype)
         deviation = nu * torch.linalg.vector_norm(p, dtype=torch.complex128 if p.is_complex() else torch.float64)

@@ -70,10 +70,10 @@ class ExplorePhase:
         own = self._rank
         held = [(position, of[own]) for position, of in zip(positions, levels, strict=True)]
         if self.virtual is None:
-            self._fan_out.draw([gain * rho[own] for gain, rho in zip(gains, multipliers, strict=True)], held)
+            self._fan_out.begin_round([gain * rho[own] for gain, rho in zip(gains, multipliers, strict=True)], held)
         else:  # the one optimizer takes its steps at the mean of the process's replicas
             self._multipliers = list(multipliers)
-            self._fan_out.draw(gains, held)
+            self._fan_out.begin_round(gains, held)
             self.gather_in()
 
     def gather_in(self) -> None:

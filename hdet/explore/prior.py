@@ -13,7 +13,7 @@ import yaml
 
 @dataclass(frozen=True)
 class Prior:
-    """Where the centres begin.
+    """Gains and centres to start from.
 
     Raises:
         ValueError: for a gain that is not finite and positive.
@@ -22,7 +22,7 @@ class Prior:
     gains: dict[str, float]
     """By parameter group. The file lists them in increasing order."""
     hyperparameters: dict[str, float] = field(default_factory=dict)
-    """Centre by name."""
+    """The centre's value, by name."""
 
     def __post_init__(self) -> None:
         for name, gain in self.gains.items():
@@ -42,10 +42,10 @@ class Prior:
 
     @staticmethod
     def load(path: str | os.PathLike[str]) -> Prior:
-        """Read a file that :meth:`save` wrote, or a person.
+        """Read a file that :meth:`save` wrote, or that was written by hand.
 
         Raises:
-            ValueError: if it is none.
+            ValueError: if it has other sections or values.
         """
         content = yaml.safe_load(Path(path).read_text())
         parts = {"gains", "hyperparameters"}
@@ -61,7 +61,7 @@ class Prior:
         return Prior(content.get("gains", {}), content.get("hyperparameters", {}))
 
     def check(self, groups: Sequence[str], hyperparameters: Sequence[str], *, per_group: bool) -> None:
-        """Raise ``ValueError`` unless this says something of just these groups and hyperparameters."""
+        """Raise ``ValueError`` unless it holds exactly these groups and hyperparameters."""
         if sorted(self.gains) != sorted(groups) or sorted(self.hyperparameters) != sorted(hyperparameters):
             raise ValueError(
                 f"The prior has the groups {sorted(self.gains)} and hyperparameters {sorted(self.hyperparameters)}, "

@@ -41,10 +41,11 @@ def multipliers(replicas: int, spread: float) -> tuple[float, ...]:
 
 
 def permutation(replicas: int, *, seed: int, round: int, hyperparameter: str) -> tuple[int, ...]:
-    """A uniform permutation of ``range(replicas)`` that every rank computes alike, without talking.
+    """A uniform permutation of ``range(replicas)``, equal on every rank without communication.
 
-    It depends on nothing but its arguments: replicas are sorted by a BLAKE2b hash of (seed, round, hyperparameter,
-    replica), so no random number generator is read or advanced, on any rank, in any version of Python.
+    Replicas are sorted by a BLAKE2b hash of (seed, round, hyperparameter,
+    replica), so that no random number generator is read or advanced, and the
+    result is the same in every version of Python.
 
     Returns:
         ``pi``: replica ``r`` holds multiplier number ``pi[r]`` in this round.

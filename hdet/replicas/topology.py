@@ -140,12 +140,12 @@ class Replicas:
         dist.all_gather_object(values, value, group=self._everyone())
         return [values[i] for i in self._order]
 
-    def all_reduce(self, buffer: Tensor, op: dist.ReduceOp.RedOpType, *, everyone: bool = False) -> dist.Work | None:
+    def all_reduce(self, buffer: Tensor, op: dist.ReduceOp.RedOpType, *, all_ranks: bool = False) -> dist.Work | None:
         """Start reducing ``buffer`` in place over the replicas, among the ranks that hold the same part of each, or
         among ``everyone``; wait on the result before reading it."""
         if not self._is_active:
             return None
-        group = self._everyone() if everyone else self._peers_group()
+        group = self._everyone() if all_ranks else self._peers_group()
         return dist.all_reduce(buffer, op=op, group=group, async_op=True)
 
     def members_group(self) -> dist.ProcessGroup:

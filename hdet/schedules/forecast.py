@@ -1,4 +1,4 @@
-"""What is still to come of a schedule: found by running a copy of it ahead."""
+"""The learning rates that a torch scheduler will set over a run, found by stepping a copy of it."""
 
 from __future__ import annotations
 
@@ -12,15 +12,16 @@ from torch.optim import SGD, Optimizer
 from torch.optim.lr_scheduler import LRScheduler, OneCycleLR, ReduceLROnPlateau
 
 _POINTS = 1000
+"""Steps of the run at which a forecast keeps the learning rate."""
 
 
 class Forecast(NamedTuple):
-    """A schedule's course over a run, for the first parameter group."""
+    """A schedule over a whole run, for the first parameter group."""
 
     peak: float
     """Highest learning rate."""
     heights: tuple[float, ...]
-    """Learning rates in units of the peak, at even distances from the run's first step to its last."""
+    """Learning rates in units of the peak, at evenly spaced steps from the first to the last."""
 
     @property
     def final(self) -> float:
@@ -34,35 +35,35 @@ class Forecast(NamedTuple):
 
 
 def forecast(schedule: LRScheduler | ReduceLROnPlateau | None, optimizer: Optimizer, steps: int) -> Forecast:
-    """The course of a new ``schedule`` over a run of ``steps`` steps. Neither it nor ``optimizer`` is touched.
+    """What a new ``schedule`` sets over a run of ``steps`` steps. Changes neither it nor ``optimizer``.
 
-    ``None`` and ``ReduceLROnPlateau``, of which nothing can be known, count as constant.
+    ``None`` counts as constant, and so does ``ReduceLROnPlateau``, whose rates depend on losses.
     """
     now = float(optimizer.param_groups[0]["lr"])
     if schedule is None or isinstance(schedule, ReduceLROnPlateau):
         return Forecast(now, (1.0,))
-    stand_in = SGD([nn.Parameter(torch.zeros(()))], lr=0.0)
-    stand_in.param_groups = [
-        {key: _copied(value) for key, value in group.items() if key != "params"} for group in optimizer.param_groups
+    dummy = SGD([nn.Parameter(torch.zeros(()))], lr=0.0)
+    dummy.param_groups = [
+        {key: _clone(value) for key, value in group.items() if key != "params"} for group in optimizer.param_groups
     ]
-    ahead = copy.deepcopy(schedule, {id(optimizer): stand_in})
+    copied = copy.deepcopy(schedule, {id(optimizer): dummy})
     rates: list[float] = []
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # that no optimizer stepped before it
-        if isinstance(schedule, OneCycleLR):  # in closed form: no need to visit every step
+        warnings.simplefilter("ignore")  # torch warns that no optimizer has stepped before it
+        if isinstance(schedule, OneCycleLR):  # computes any step in closed form
             for i in range(_POINTS):
-                ahead.last_epoch = (steps - 1) * i // (_POINTS - 1)
-                rates.append(float(ahead.get_lr()[0]))
+                copied.last_epoch = (steps - 1) * i // (_POINTS - 1)
+                rates.append(float(copied.get_lr()[0]))
         else:
-            wanted = {(steps - 1) * i // (_POINTS - 1) for i in range(_POINTS)}
+            kept = {(steps - 1) * i // (_POINTS - 1) for i in range(_POINTS)}
             for step in range(steps):
-                if step in wanted:
-                    rates.append(float(stand_in.param_groups[0]["lr"]))
+                if step in kept:
+                    rates.append(float(dummy.param_groups[0]["lr"]))
                 if step + 1 < steps:
-                    ahead.step()
+                    copied.step()
     peak = max(rates)
     return Forecast(peak, tuple(rate / peak if peak else 1.0 for rate in rates))
 
 
-def _copied(value: Any) -> Any:
+def _clone(value: Any) -> Any:
     return value.clone() if isinstance(value, Tensor) else value

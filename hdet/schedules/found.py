@@ -1,7 +1,7 @@
 r"""The schedule that a run found, as a small file, and its replay without replicas.
 
-What is recorded is ``schedule(t) * gain(t)`` for each parameter group, the centre of the replicas' spread: the learning
-rate that their mean trained under. Its shape is the user's; its height is what the controller decided.
+What is recorded is ``schedule(t) * gain(t)`` for each parameter group: the centre of the replicas' spread, and the
+learning rate that their mean trained under. The schedule is the user's; the gain is the controller's.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ from torch.optim.lr_scheduler import LambdaLR
 
 _FORMAT = "hdet schedule 1"
 _POINTS = 1000
-"""Knots of a refined schedule, at most: they show any shape, and keep the filter fast."""
+"""Most knots of a refined schedule. The median filter takes time quadratic in them."""
 
 
 @dataclass(frozen=True)
 class FoundSchedule:
-    """Learning rates by step: what :meth:`hdet.Ensemble.found_schedule` returns.
+    """Learning rates by step, as :meth:`hdet.Ensemble.found_schedule` returns them.
 
-    Between two knots the learning rate is linear in the step; after the last it stays.
+    Between two knots the learning rate is linear in the step; after the last knot it is constant.
     """
 
     groups: tuple[str, ...]
@@ -57,7 +57,7 @@ class FoundSchedule:
         return lrs[right - 1] + share * (lrs[right] - lrs[right - 1])
 
     def scheduler(self, optimizer: Optimizer, last_epoch: int = -1) -> LambdaLR:
-        """A plain torch scheduler that replays it.
+        """A plain torch scheduler that sets these learning rates.
 
         The optimizer's own learning rates are set to 1, since the factor is the learning rate.
 
@@ -89,14 +89,14 @@ class FoundSchedule:
 
             w_t = G_t ** -power,   lr(t) = max_lr * w_t * (w_{t+1} + ... + w_T) / max_s(w_s * (w_{s+1} + ... + w_T))
 
-        It refines the linear decay, which constant norms give back; large norms at the start become a warm-up. After
+        Constant norms give linear decay; large norms at the start give a warm-up. From
         Defazio et al. 2023, "When, Why and How Much? Adaptive Learning Rate Scheduling by Refinement", arXiv
         2310.07831: ``power=2`` with Euclidean norms for SGD, ``power=1`` with l1 norms for Adam.
 
         Args:
-            norms: before clipping, finite and > 0, at least 2: of all steps, or of evenly spaced ones.
-            max_lr: its peak.
-            total_steps: of the run to come; default as many as there are norms.
+            norms: gradient norms before clipping, at least 2, finite and > 0: of all steps, or of evenly spaced ones.
+            max_lr: the peak of the new schedule.
+            total_steps: length of the next run in steps; default as many as there are norms.
             smoothing: in [0, 1].
             power: > 0.
 
@@ -117,28 +117,28 @@ class FoundSchedule:
         count = min(len(norms), steps, _POINTS)
         edges = [len(norms) * i // count for i in range(count + 1)]
         points = [statistics.median(norms[a:b]) for a, b in itertools.pairwise(edges)]
-        reach = round(smoothing * count / 2)
-        smooth = [statistics.median(points[max(0, i - reach) : i + reach + 1]) for i in range(count)]
+        radius = round(smoothing * count / 2)
+        smooth = [statistics.median(points[max(0, i - radius) : i + radius + 1]) for i in range(count)]
         weights = [(min(smooth) / norm) ** power for norm in smooth]
-        left = list(itertools.accumulate(reversed(weights)))[::-1]
-        shape = [weight * (rest - weight) for weight, rest in zip(weights, left, strict=True)]
+        remaining = list(itertools.accumulate(reversed(weights)))[::-1]
+        shape = [weight * (rest - weight) for weight, rest in zip(weights, remaining, strict=True)]
         knots = tuple((steps - 1) * i // (count - 1) for i in range(count))
         return FoundSchedule(("group0",), knots, (tuple(max_lr * x / max(shape) for x in shape),))
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write a JSON file of a few kilobytes, at once or not at all."""
+        """Write a JSON file of a few kilobytes. It appears under ``path`` only when it is complete."""
         target = Path(path)
         text = json.dumps({"format": _FORMAT, "groups": self.groups, "steps": self.steps, "lrs": self.lrs})
-        beside = target.with_name(f"{target.name}.{os.getpid()}.tmp")
-        beside.write_text(text + "\n", encoding="utf-8")
-        os.replace(beside, target)
+        temporary = target.with_name(f"{target.name}.{os.getpid()}.tmp")
+        temporary.write_text(text + "\n", encoding="utf-8")
+        os.replace(temporary, target)
 
     @staticmethod
     def load(path: str | os.PathLike[str]) -> FoundSchedule:
         """Read :meth:`save`'s file.
 
         Raises:
-            ValueError: if it is not one.
+            ValueError: if it is another file.
         """
         found = json.loads(Path(path).read_text(encoding="utf-8"))
         if not isinstance(found, Mapping) or found.get("format") != _FORMAT:
@@ -147,11 +147,16 @@ class FoundSchedule:
 
 
 class Recorder:
-    """Collects a :class:`FoundSchedule`'s knots."""
+    """Collects the knots of a :class:`FoundSchedule` while a run goes on.
+
+    Args:
+        groups: names of the parameter groups.
+    """
 
     def __init__(self, groups: Sequence[str]) -> None:
         self._groups = tuple(groups)
         self.knots: list[tuple[int, tuple[float, ...]]] = []
+        """(step, learning rate of each group), in increasing order of the step."""
 
     def add(self, step: int, lrs: Sequence[float]) -> None:
         """The learning rates for the update after ``step`` others. A later one for the same step replaces it."""
@@ -160,7 +165,7 @@ class Recorder:
         self.knots.append((step, tuple(lrs)))
 
     def schedule(self) -> FoundSchedule:
-        """What was collected."""
+        """The knots so far."""
         steps = tuple(step for step, _ in self.knots)
         lrs = tuple(zip(*(lrs for _, lrs in self.knots), strict=True))
         return FoundSchedule(self._groups, steps, lrs)
@@ -168,7 +173,7 @@ class Recorder:
 
 @dataclass(frozen=True)
 class _Factor:
-    """``LambdaLR``'s factor, picklable."""
+    """The function that ``LambdaLR`` calls for one group; it can be pickled."""
 
     schedule: FoundSchedule
     group: int

@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 
 from hdet.converge.optimizer_policy import policy_of
 from hdet.errors import check_whole
-from hdet.explore.hyperparameters import check_identified
+from hdet.explore.identification import check_identified
 from hdet.explore.prior import Prior
 from hdet.model.gradients import check_gradients
 from hdet.model.sharding import check_sharding

@@ -33,7 +33,7 @@ class Explored(Protocol):
     def value(self, position: float, level: float = 0.0) -> float:
         """Its value on a replica at ``level``, with the centre at ``position``."""
 
-    def reach(self, position: float) -> float:
+    def spread_at(self, position: float) -> float:
         """The spread in force with the centre at ``position``."""
 
     def clamped(self, position: float) -> float:
@@ -152,7 +152,7 @@ class Controllers:
             hyperparameters: the other hyperparameters, in the order of their names.
         """
         before = self.gains, self.centre_states
-        spreads = [(h.reach(c.position), h.move) for h, c in zip(hyperparameters, self.centre_states, strict=True)]
+        spreads = [(h.spread_at(c.position), h.move) for h, c in zip(hyperparameters, self.centre_states, strict=True)]
         signal = self.update(round, observation, spreads)
         self.centre_states = [
             c._replace(position=h.clamped(c.position)) for h, c in zip(hyperparameters, self.centre_states, strict=True)

@@ -282,7 +282,7 @@ def test_the_optimizers_parameters_outside_the_model_are_averaged_too():
     plan = ensemble._phases.converge._averager._current_plan()
     assert sum(bucket.numel for bucket in plan.buckets) == sum(p.numel() for p in model.parameters()) + 3
     assert any(t is outside for t in plan.tensors)
-    assert len(plan.constant) == 3
+    assert len(plan.untrained) == 3
 
 
 def test_schedule_every_counts_epochs():

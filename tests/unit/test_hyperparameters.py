@@ -11,7 +11,7 @@ from torch import nn
 
 import hdet
 from hdet.explore.design import effects, levels, multipliers_of
-from hdet.explore.hyperparameters import check_identified
+from hdet.explore.identification import check_identified
 from hdet.explore.prior import Prior
 from hdet.explore.spread import assignment
 from hdet.observe.slopes import ProbeLosses
@@ -160,7 +160,7 @@ def test_replicas_stay_inside_the_bounds_and_apart(position, level):
     h.attach(optimizer_of(net()))
     clamped = h.clamped(position)
     assert 0 <= h.value(clamped, level) <= 0.5
-    assert h.reach(clamped) >= 0.01 - 1e-12
+    assert h.spread_at(clamped) >= 0.01 - 1e-12
     assert (h.value(clamped, 1.0) + h.value(clamped, -1.0)) / 2 == pytest.approx(h.value(clamped))
 
 

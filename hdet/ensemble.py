@@ -45,7 +45,7 @@ from hdet.schedules.found import FoundSchedule, Recorder
 from hdet.steer.controllers import Controller, Controllers, RoundObservation, RoundSignal
 from hdet.steer.one_slope import OneSlope
 from hdet.steer.published import Published
-from hdet.steer.recovery import CUT, Recovery
+from hdet.steer.recovery import GAIN_DIVISOR, Recovery
 from hdet.steer.two_slope import TwoSlope
 
 logger = logging.getLogger("hdet")
@@ -304,7 +304,7 @@ class Ensemble:
         self._slow: SlowAverage | None = None
         self._prober: PairedProbe | None = None
         if self._probe is not None:
-            self._slow = SlowAverage(self._probe.power, self._probe.dtype, self._probe.place)
+            self._slow = SlowAverage(self._probe.power, self._probe.dtype, self._probe.torch_device)
             self._prober = PairedProbe(
                 self._probe,
                 self._slow,
@@ -482,7 +482,7 @@ class Ensemble:
             self._record(self._steps - 1)
             self._converge(self._agree(), complete=True)
             if self._prober is not None and self._wants_probe():
-                self._prober.batches.offer(batch)
+                self._prober.batches.keep(batch)
             self._draw()
 
     def fan_out(self) -> None:
@@ -591,9 +591,9 @@ class Ensemble:
         """Continue from a converged model after ``steps`` steps, with the schedule at ``base_lr``."""
         self._flight = None
         if self._prober is not None:
-            self._prober.batches.forget()
+            self._prober.batches.clear()
         if self._recovery is not None:
-            self._recovery.watch()
+            self._recovery.copy_before_next_step()
         self._steps = self._converged_at = steps
         self._averager.restart()
         self._written = self._averager.version()
@@ -852,18 +852,18 @@ class Ensemble:
     def _roll_back(self, watched: bool, started: float) -> Report:
         """Undo the round: the model and the optimizer as they last converged well, under a smaller gain."""
         assert self._recovery is not None
-        self._recovery.go_back()
+        self._recovery.restore()
         self._averager.restart()
         self._converged_at = self._steps
         report = self._control(False)
         self._totals = [(0.0, 0)] * self.size
-        self._centres.divide_gains(CUT)
+        self._centres.divide_gains(GAIN_DIVISOR)
         if self._slow is not None:
             self._slow.restart()
         if self._outer is not None:
             self._outer.restart()
         if self.replicas.writer:
-            self._recovery.tell(self._steps, report.mean_loss)
+            self._recovery.warn(self._steps, report.mean_loss)
         averaged = Averaged(math.nan, (), 0)
         report = replace(report, next_gain=self.gains, rolled_back=True)
         return self._tell(report, averaged, watched, time.perf_counter() - started)

@@ -17,7 +17,7 @@ from hdet.converge.slow_average import SlowAverage
 from hdet.explore.spread import multipliers
 from hdet.model.snapshot import Snapshot
 from hdet.model.weights import Weights
-from hdet.observe.probe import FORGOTTEN, Batches, evaluate, evaluation
+from hdet.observe.probe import REUSED_AFTER, ProbeBatches, evaluate, evaluation
 from hdet.observe.slopes import ProbeLosses, Slopes, slopes_of
 from hdet.schedules.forecast import forecast
 from hdet.schedules.found import Recorder
@@ -503,16 +503,16 @@ def test_a_loss_function_must_return_a_scalar(bad):
 
 
 def test_batches_are_used_again_when_they_are_forgotten():
-    batches = Batches(hdet.Probe(loss_fn=print), round_length=10)
+    batches = ProbeBatches(hdet.Probe(loss_fn=print), round_length=10)
     memory = torch.zeros(2)
     for i in range(8):
-        assert batches.ready == (i > math.ceil(FORGOTTEN / 10))
+        assert batches.ready == (i > math.ceil(REUSED_AFTER / 10))
         if batches.ready:
-            assert batches.take()["x"].tolist() == [i - 5.0] * 2
-        batches.offer({"x": memory.fill_(i)})  # as a loader does that uses its memory again
-    own = Batches(hdet.Probe(loss_fn=print, batches=[1, 2]), round_length=10)
+            assert batches.next()["x"].tolist() == [i - 5.0] * 2
+        batches.keep({"x": memory.fill_(i)})  # as a loader does that uses its memory again
+    own = ProbeBatches(hdet.Probe(loss_fn=print, batches=[1, 2]), round_length=10)
     assert own.ready
-    assert [own.take() for _ in range(5)] == [1, 2, 1, 2, 1]
+    assert [own.next() for _ in range(5)] == [1, 2, 1, 2, 1]
 
 
 @pytest.mark.parametrize(
@@ -639,13 +639,13 @@ def test_a_state_on_its_way_to_blowing_up_is_not_one_to_go_back_to():
     for count, bound in ((1, 4.0), (2, 8.0)):
         assert not recovery.is_needed([True], [bound - 0.1], watches_losses=True)
         assert recovery.is_needed([True], [bound + 0.1], watches_losses=True)
-        recovery.go_back()
+        recovery.restore()
         assert recovery.count == count
         assert model.weight.tolist() == [[3.0, 3.0]]
         nn.init.constant_(model.weight, 6.0)
     assert recovery.is_needed([False], [], watches_losses=False)
     recovery.keep()  # nothing is known of its loss
-    recovery.go_back()
+    recovery.restore()
     assert model.weight.tolist() == [[6.0, 6.0]]
 
 
@@ -656,11 +656,11 @@ def test_a_loss_that_no_learning_rate_lowers_does_not_end_the_run():
     for _ in range(100):  # every other round meets an example that is lost
         recovery.keep(0.1)
         if recovery.is_needed([True], [10.0], watches_losses=True):
-            recovery.go_back()
+            recovery.restore()
     assert recovery.count == 3
     for _ in range(5):
         assert recovery.is_needed([False], [10.0], watches_losses=True)
-        recovery.go_back()
+        recovery.restore()
     with pytest.raises(hdet.DivergedError, match="after 8 rollbacks"):
         recovery.is_needed([False], [10.0], watches_losses=True)
 

@@ -31,7 +31,7 @@ from hdet.converge.slow_average import SlowAverage
 from hdet.errors import DivergedError, HdetError
 from hdet.explore.spread import assignment
 from hdet.model.weights import Weights
-from hdet.observe.probe import evaluate, gathered
+from hdet.observe.probe import evaluate, losses_by_point
 from hdet.observe.slopes import Slopes, slopes_of
 from hdet.schedules.forecast import Forecast, forecast
 from hdet.schedules.found import Recorder
@@ -39,7 +39,7 @@ from hdet.steer.controllers import Controller
 from hdet.steer.lr_finder import find_lr, head_start
 from hdet.steer.observation import ControllerState, Observation
 from hdet.steer.published import Published
-from hdet.steer.recovery import CUT, Recovery
+from hdet.steer.recovery import GAIN_DIVISOR, Recovery
 from hdet.steer.two_slope import TwoSlope
 
 
@@ -208,7 +208,9 @@ class _Replicas:
                 batch = self._workload.draw(self._workload.batch_size // self._setting.probe_share, self._fresh)
                 parts = self._parts(batch)
                 reach = controller.reach(known)
-                probe = gathered([self._probe(mean, rho, part, reach) for rho, part in zip(rhos, parts, strict=True)])
+                probe = losses_by_point(
+                    [self._probe(mean, rho, part, reach) for rho, part in zip(rhos, parts, strict=True)]
+                )
         if isinstance(controller, Published) and not self._setting.exact:
             losses = self._told_apart(batch, mean, rhos)
         seen = Observation(
@@ -232,9 +234,9 @@ class _Replicas:
 
     def _roll_back(self) -> None:
         assert self._recovery
-        self._recovery.go_back()
+        self._recovery.restore()
         self._start = self._bucket.pack()
-        self._state = ControllerState(gain=self.gain / CUT)
+        self._state = ControllerState(gain=self.gain / GAIN_DIVISOR)
         self._slow.restart()
         self._losses = [0.0] * self._setting.replicas
         self.gains.append(self.gain)

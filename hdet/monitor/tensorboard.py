@@ -144,7 +144,8 @@ class TensorBoard(WriterMonitor):
             self._events.add_scalar("hdet/rolled_back", int(report.rolled_back), report.step)
         if report.excluded:
             names = ", ".join(map(str, report.excluded))
-            text = f"Round {report.round}, step {report.step}: left out of the average (non-finite values): replica {names}."
+            when = f"Round {report.round}, step {report.step}"
+            text = f"{when}: left out of the average (non-finite values): replica {names}."
             self._events.add_text("hdet/excluded", text, report.step)
         self._events.flush()
 

@@ -19,7 +19,8 @@ LAYERS = [
 PURE = [  # no torch
     "errors", "schedules/shapes", "explore/spread", "explore/design", "explore/prior", "observe/slopes",
     "steer/attribution", "steer/checks", "steer/controllers", "steer/observation", "steer/one_slope",
-    "steer/published", "steer/report", "steer/running_average", "steer/two_slope", "monitor/report", "config",
+    "steer/published", "steer/report", "steer/running_average", "steer/two_slope", "monitor/report", "monitor/tables",
+    "config",
 ]  # fmt: skip
 ADAPTERS = {"lr_scheduler", "integrations", "train", "bench"}
 MAY_USE_ADAPTERS = {"train": {"integrations", "lr_scheduler"}, "bench": {"lr_scheduler", "train"}}

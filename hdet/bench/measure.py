@@ -1,4 +1,4 @@
-"""Alternating measurements, and what they come to: medians, quartiles, and ratios taken within a round."""
+"""Alternating measurements; their medians, quartiles, and ratios taken within a round."""
 
 from __future__ import annotations
 

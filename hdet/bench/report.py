@@ -1,4 +1,4 @@
-"""What was measured, as tables of ratios, as verdicts on the project's targets, and as JSON."""
+"""The measurements as tables of ratios, as verdicts on the project's targets, and as JSON."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import torch
 from hdet import ops
 from hdet.bench.measure import OURS, Comparison, Spread, spread_of
 from hdet.bench.processes import cpus
+from hdet.monitor.tables import aligned
 
 SCHEMA = 1
 Verdict: TypeAlias = Literal["met", "within noise", "missed", "not measured"]
@@ -28,7 +29,7 @@ _TITLES = {
 
 @dataclass(frozen=True)
 class Target:
-    """One of the project's promises, and what became of it here."""
+    """One of the project's targets, and whether it was met here."""
 
     name: str
     wanted: str
@@ -37,7 +38,7 @@ class Target:
 
 
 def machine() -> dict[str, Any]:
-    """What the numbers depend on. Nothing that names the machine."""
+    """The facts of the machine that the numbers depend on; none identifies it."""
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
     return {
         "cpus": cpus(),
@@ -85,7 +86,7 @@ def targets_table(results: Sequence[Comparison]) -> str:
     """The targets, one to a line."""
     rows = [("target", "wanted", "measured", "verdict")]
     rows += [(target.name, target.wanted, target.measured, target.verdict) for target in targets(results)]
-    return _aligned(rows)
+    return aligned(rows)
 
 
 def _table(results: Sequence[Comparison]) -> str:
@@ -98,7 +99,7 @@ def _table(results: Sequence[Comparison]) -> str:
         rows.append((result.case, str(len(ours or ())), _seconds(spread_of(ours)) if ours else "-", *cells))
         notes += [f"{name}: {reason}" for name, reason in result.skipped.items()]
     counts = {note: notes.count(note) for note in notes}
-    return "\n".join([_aligned(rows), *(f"  skipped {n} times: {note}" for note, n in counts.items())])
+    return "\n".join([aligned(rows), *(f"  skipped {n} times: {note}" for note, n in counts.items())])
 
 
 def _traffic(results: Sequence[Comparison]) -> str:
@@ -109,12 +110,7 @@ def _traffic(results: Sequence[Comparison]) -> str:
         facts = result.facts
         sizes = (4 * facts["parameters"], facts["across"], facts["inside"], facts["reported"])
         rows.append((result.case, str(facts["replicas"]), *(f"{size / 1024:.1f}" for size in sizes)))
-    return _aligned(rows)
-
-
-def _aligned(rows: Sequence[Sequence[str]]) -> str:
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return "\n".join("  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows)
+    return aligned(rows)
 
 
 def _seconds(spread: Spread) -> str:
@@ -239,8 +235,8 @@ def _share_of_bandwidth(result: Comparison) -> Spread:
 
 
 def _whole_runs(results: Sequence[Comparison], *, converge_every: int, without: float) -> list[tuple[str, Spread]]:
-    """:func:`_overheads` over all rounds of a run, of which the last ones are not probed any more: what a probe adds,
-    and ``without`` times what there is without one."""
+    """:func:`_overheads` over all rounds of a run, of which the last ones are not probed: the time that a probe
+    adds, and ``without`` times what is added without one."""
     probed, others = (_overheads(results, converge_every=converge_every, probe=probe) for probe in (True, False))
     shares = {r.facts["processes"]: r.facts["probed_share"] for r in results if r.facts.get("probe")}
     return [

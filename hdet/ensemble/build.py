@@ -87,7 +87,7 @@ def _converge_phase(optimizer: Optimizer, resolved: Resolved) -> ConvergePhase:
         state,
         weights,
         replicas,
-        None if probe is None else SlowAverage(probe.power, probe.dtype, probe.place),
+        None if probe is None else SlowAverage(probe.power, probe.dtype, probe.torch_device),
         None if outer.is_plain else OuterMomentum(outer.momentum, outer.lr),
     )
 

@@ -108,7 +108,7 @@ class Rounds:
         self._record(self.steps - 1)
         self._converge(self._agree(), complete=True)
         if self._wants_probe():
-            self._observe.offer(batch)
+            self._observe.keep(batch)
         self.draw()
 
     def _agree(self, *, converges: bool = True) -> list[dict[str, float]]:
@@ -182,7 +182,7 @@ class Rounds:
         report = self._report(undone, rolled_back=True)
         self._observe.begin_round()
         if self._replicas.writer:
-            self._steer.tell_rollback(self.steps, report.mean_loss)
+            self._steer.warn_of_rollback(self.steps, report.mean_loss)
         return self._publish(report, Averaged(math.nan, (), 0), watched, started)
 
     def _land(self) -> None:

@@ -1,7 +1,7 @@
-"""Monitor: where the report of a converge goes.
+"""Monitor: report each converge, and write the reports.
 
-In: a :class:`Report`, plain values that are the same on every rank. Out: a function's call, a line of JSON, curves
-in TensorBoard.
+In: what observing, steering and converging return (:func:`assemble`). Out: a :class:`Report` of plain values, passed to
+every monitor: a function, a file of JSON lines (:class:`JsonLines`), TensorBoard (:class:`TensorBoard`).
 """
 
 from hdet.monitor.base import Callback, JsonLines, Monitor, MonitorLike, as_monitors, read_jsonl

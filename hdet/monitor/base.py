@@ -1,4 +1,4 @@
-"""Monitors: what is done with each :class:`hdet.Report`: a function of yours, JSON lines, or TensorBoard.
+"""Monitors, which receive each :class:`hdet.Report`: the base class, functions and JSON lines.
 
 An ensemble calls every monitor alike on every rank: ``start`` once, ``report`` after each converge. Monitors that write
 files do so on the writer rank only, so the same script runs unchanged on every rank::
@@ -24,10 +24,10 @@ Settings: TypeAlias = Mapping[str, bool | int | float | str]
 
 
 class Monitor:
-    """Sees every converge of an ensemble. Derive from it and override what you need; the methods do nothing here.
+    """Receives the report of every converge. Derive from it and override what you need; the methods do nothing here.
 
     ``start`` and ``report`` are called on every rank, at the same points. A monitor that calls a collective must do so
-    on all ranks. What it raises ends the run.
+    on all ranks. An exception in it ends the run.
     """
 
     def start(self, config: Settings, *, step: int, writer: bool) -> None:
@@ -35,8 +35,8 @@ class Monitor:
 
         Args:
             config: the settings of the run.
-            step: scheduler steps taken before this one: 0, or in a resumed run the step of the checkpoint. What an
-                earlier process reported for later steps is void.
+            step: scheduler steps taken before this one: 0, or in a resumed run the step of the checkpoint. Reports of
+                an earlier process for later steps are void.
             writer: whether this rank is the one that writes files.
         """
 
@@ -95,9 +95,9 @@ def as_monitors(value: object) -> tuple[Monitor, ...]:
 
 
 class WriterMonitor(Monitor):
-    """Calls ``_open``, ``_write`` and ``_close`` on the writer rank only. Misuse raises on every rank alike."""
+    """Calls ``_open``, ``_write`` and ``_close`` on the writer rank only. Wrong use raises on every rank alike."""
 
-    _writer: bool | None = None  # None while no run is going on
+    _writer: bool | None = None  # None before start() and after close()
     _closed = False
 
     def start(self, config: Settings, *, step: int, writer: bool) -> None:
@@ -136,7 +136,7 @@ class JsonLines(WriterMonitor):
     """Appends every report to a file, as one line of strict JSON: NaN and infinity become ``null``.
 
     The first line is ``{"config": {...}, "step": 0}``. A resumed run appends such a line with the step of its
-    checkpoint, then its reports; :func:`read_jsonl` leaves out the reports which that makes void.
+    checkpoint, then its reports; :func:`read_jsonl` leaves out earlier reports of steps beyond it.
 
     Args:
         path: the file. Its directory is made when the run starts.
@@ -163,15 +163,15 @@ class JsonLines(WriterMonitor):
         self._append(asdict(report))
 
     def _append(self, record: dict[str, Any]) -> None:
-        # Open for one line only: every line is on its way to disk at once, and there is nothing to close.
+        # Opened for each line, so that every line is flushed at once and there is nothing to close.
         with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(_strict(record), allow_nan=False) + "\n")
 
 
 def read_jsonl(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
-    """The reports :class:`JsonLines` wrote, in order, without those that a resume from an earlier step made void.
+    """The reports that :class:`JsonLines` wrote, in order, without those that a resume from an earlier step made void.
 
-    What was NaN or infinite is ``None``. A line that a crash cut short is left out.
+    NaN and infinity are read as ``None``. A line that a crash cut short is left out.
     """
     reports: list[dict[str, Any]] = []
     for line in Path(path).read_text(encoding="utf-8").splitlines():
@@ -187,7 +187,7 @@ def read_jsonl(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
 
 
 def _strict(value: Any) -> Any:
-    """``value`` without the floats that JSON does not have; a named tuple by its names."""
+    """``value`` with ``None`` for the floats that JSON does not have, and named tuples as dicts."""
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     if isinstance(value, tuple) and hasattr(value, "_asdict"):
@@ -200,6 +200,7 @@ def _strict(value: Any) -> Any:
 
 
 def check_settings(name: str, settings: object) -> None:
+    """Raise ``TypeError`` or ``ValueError`` unless ``settings``, an argument called ``name``, are plain settings."""
     if not isinstance(settings, Mapping):
         raise TypeError(f"Invalid {name}={settings!r}. Must be a mapping of names to plain values.")
     for key, value in settings.items():
@@ -213,6 +214,7 @@ def check_settings(name: str, settings: object) -> None:
 
 
 def check_path(name: str, path: object) -> str:
+    """``path``, an argument called ``name``, as a string; raises ``TypeError`` or ``ValueError`` if it is none."""
     if not isinstance(path, (str, os.PathLike)):
         raise TypeError(f"Invalid {name}={path!r}. Must be a str or a path.")
     if not os.fspath(path):

@@ -21,8 +21,8 @@ Value = TypeVar("Value")
 class Report:
     """One converge. ``[g]`` is a parameter group, ``[r]`` a replica; a loss or slope that is not known is NaN.
 
-    Everything up to ``losses`` describes the round that just ended (or, for a converge inside a round, the round so
-    far): the learning rates under which its last step was taken, and the losses met under them.
+    The fields up to ``losses`` describe the round that just ended or, for a converge inside a round, the round so far:
+    the learning rates of its last step, and its losses.
     """
 
     step: int
@@ -30,7 +30,7 @@ class Report:
     round: int
     """Index of the round, from 0."""
     complete: bool
-    """Whether this converge ends its round. ``scheduler.converge()`` inside a round averages, and nothing else."""
+    """Whether this converge ends its round. ``scheduler.converge()`` inside a round only averages."""
     replicas: int
     """Number of replicas ``N``."""
     groups: tuple[str, ...]
@@ -48,15 +48,15 @@ class Report:
     mean_loss: float
     """Mean of the finite ``losses``."""
     hypergradient: tuple[float, ...]
-    """[g] what the losses say: > 0 for "a larger learning rate did better"."""
+    """[g] > 0 where a larger learning rate did better."""
     probe: Slopes
-    """What the paired probe said: raw slope, debiased slope, noise."""
+    """The paired probe's slopes."""
     velocity: tuple[float, ...]
     """[g] the controller's momentum after this round."""
     next_gain: tuple[float, ...]
     """[g] the gain from here on."""
     hyperparameters: tuple[HyperparameterReport, ...] = ()
-    """What else was explored."""
+    """The other hyperparameters."""
     distance: tuple[float, ...]
     """[r] Euclidean distance of the replica's parameters from their mean, before averaging."""
     excluded: tuple[int, ...]

@@ -1,4 +1,4 @@
-"""The TensorBoard monitor: which curves a run has, and in which charts they stand together."""
+"""The TensorBoard monitor: the curves of a run, and the charts that show several of them."""
 
 from __future__ import annotations
 
@@ -37,8 +37,8 @@ class TensorBoard(WriterMonitor):
     ``hdet/velocity/<g>``             the controller's momentum
     ``hdet/hyperparameter/<h>``       the centre of another hyperparameter from this converge on
     ``hdet/hyperparameter/<h>/effect`` the probe's loss one spread above its centre, less that at the centre
-    ``hdet/probe/raw``                with a probe, what it said: the raw slope; likewise ``debiased``, ``noise``
-                                      and ``further``, below 0 where the learning rate is far too low
+    ``hdet/probe/raw``                with a probe, its raw slope; likewise ``debiased``, ``noise`` and ``further``,
+                                      which is below 0 where the learning rate is far too low
     ``hdet/rolled_back``              with rollback, 1 where the round was undone, else 0
     ``hdet/distance/replica0``        each replica's distance from their mean before averaging; ``hdet/distance``: mean
     ``hdet/excluded``                 number of replicas left out of the average; if any, the Text tab says which
@@ -47,7 +47,7 @@ class TensorBoard(WriterMonitor):
     ================================  =================================================================================
 
     Losses, hypergradient and velocity belong to a whole round: a converge inside a round does not write them. Unknown
-    (NaN) values are not written. The Custom Scalars tab has all replicas in one chart, the HParams tab compares runs.
+    (NaN) values are not written. The Custom Scalars tab shows all replicas in one chart, the HParams tab compares runs.
 
     Give every run a directory of its own: a run that starts at step ``s`` hides what the directory has beyond ``s``,
     so that a resumed run continues its own curves.
@@ -56,8 +56,8 @@ class TensorBoard(WriterMonitor):
         log_dir: directory of the run, made when the run starts.
         hparams: further settings for the HParams tab, beside the run's own (``hdet/spread`` and so on).
         metrics: further tags to compare runs by in the HParams tab, such as ``"val/loss"``, beside loss and gain.
-        max_replicas: the most per-replica curves of one quantity (of ``replica_lr``: of all groups together). With
-            more, ``/min``, ``/median`` and ``/max`` over the replicas are written in their place.
+        max_replicas: the largest number of per-replica curves of one quantity (of ``replica_lr``: of all groups in
+            all). With more, ``/min``, ``/median`` and ``/max`` over the replicas are written in their place.
 
     Raises:
         ImportError: if TensorBoard is not installed.
@@ -86,17 +86,17 @@ class TensorBoard(WriterMonitor):
             raise ImportError(
                 'hdet.TensorBoard needs the tensorboard package: pip install "hdet[tensorboard]".'
             ) from error
-        self._own, self._metrics, self._max_replicas = dict(hparams or {}), tuple(metrics), max_replicas
+        self._hparams_given, self._metrics, self._max_replicas = dict(hparams or {}), tuple(metrics), max_replicas
         self._settings: dict[str, bool | int | float | str] = {}
-        self._held: list[tuple[str, float, int]] = []
+        self._pending: list[tuple[str, float, int]] = []
         self._events: SummaryWriter | None = None
         self._described = False
 
     def add_scalar(self, tag: str, value: float | Tensor, step: int) -> None:
-        """Write a curve of your own, on the writer rank only; elsewhere ``value`` is not even read.
+        """Add a point to a curve of your own. On ranks other than the writer's ``value`` is not read.
 
-        It is on disk after the next report or :meth:`close`. What is written before the run starts (the first scheduler
-        step) is held until then.
+        It is on disk after the next report or :meth:`close`. Points added before the run starts, at the first scheduler
+        step, are kept until then.
 
         Raises:
             ValueError: for a tag under ``hdet/``.
@@ -108,26 +108,26 @@ class TensorBoard(WriterMonitor):
             raise RuntimeError(f"Cannot write {tag!r}: this TensorBoard was closed. Write before close().")
         if self._writer is not False:
             number = float(value.detach() if isinstance(value, Tensor) else value)
-            if self._events is None:  # which rank writes, and which steps are void, is known at the start
-                self._held.append((tag, number, step))
+            if self._events is None:  # before the start it is not known which rank writes, and which steps are void
+                self._pending.append((tag, number, step))
             else:
                 self._events.add_scalar(tag, number, step)
 
     def start(self, config: Settings, *, step: int, writer: bool) -> None:
         super().start(config, step=step, writer=writer)
-        self._held.clear()
+        self._pending.clear()
 
     def _open(self, config: Settings, step: int) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
-        self._settings = {**{f"hdet/{name}": value for name, value in config.items()}, **self._own}
+        self._settings = {**{f"hdet/{name}": value for name, value in config.items()}, **self._hparams_given}
         self._events = SummaryWriter(self.log_dir, purge_step=step + 1)
         self._described = False
         self._add_summary(self._hparams()[1])
-        for tag, number, at in self._held:
+        for tag, number, at in self._pending:
             self._events.add_scalar(tag, number, at)
         self._events.flush()
-        # Who never calls close() must not lose what add_scalar() got after the last report.
+        # Without a close(), points added after the last report would be lost.
         atexit.register(self._events.flush)
 
     def _write(self, report: Report) -> None:
@@ -143,10 +143,9 @@ class TensorBoard(WriterMonitor):
         if self._settings.get("hdet/rollback"):
             self._events.add_scalar("hdet/rolled_back", int(report.rolled_back), report.step)
         if report.excluded:
-            who = ", ".join(map(str, report.excluded))
-            text = (
-                f"Round {report.round}, step {report.step}: left out of the average (non-finite values): replica {who}."
-            )
+            names = ", ".join(map(str, report.excluded))
+            when = f"Round {report.round}, step {report.step}"
+            text = f"{when}: left out of the average (non-finite values): replica {names}."
             self._events.add_text("hdet/excluded", text, report.step)
         self._events.flush()
 
@@ -166,7 +165,7 @@ class TensorBoard(WriterMonitor):
         self._events._get_file_writer().add_summary(summary)
 
     def _hparams(self, groups: Sequence[str] = ("",)) -> tuple[Any, Any, Any]:
-        """What the HParams plugin reads: the experiment (names and metrics), the session's start, its end."""
+        """The HParams plugin's summaries: of the experiment (names and metrics), of the session's start and its end."""
         from torch.utils.tensorboard.summary import hparams
 
         # torch would write a bool as the number 0 or 1.
@@ -177,34 +176,35 @@ class TensorBoard(WriterMonitor):
 
 def _scalars(report: Report, limit: int) -> Iterator[tuple[str, float]]:
     """The curves of a report, NaN included."""
-    together, together_lr = _is_summarised(report, limit)
+    summarised, summarised_lr = _is_summarised(report, limit)
     for g, end in enumerate(_endings(report.groups)):
         yield f"hdet/schedule_lr{end}", report.schedule_lr[g]
         yield f"hdet/base_lr{end}", report.base_lr[g]
-        yield from _per_replica(f"hdet/replica_lr{end}", report.replica_lr[g], together_lr)
+        yield from _per_replica(f"hdet/replica_lr{end}", report.replica_lr[g], summarised_lr)
         yield f"hdet/gain{end}", report.next_gain[g]
         if report.complete:
             yield f"hdet/hypergradient{end}", report.hypergradient[g]
             yield f"hdet/velocity{end}", report.velocity[g]
     if report.complete:
         yield "hdet/loss", report.mean_loss
-        yield from _per_replica("hdet/replica_loss", report.losses, together)
+        yield from _per_replica("hdet/replica_loss", report.losses, summarised)
     for h in report.hyperparameters:
         yield f"hdet/hyperparameter/{h.name}", h.next_centre
         yield f"hdet/hyperparameter/{h.name}/effect", h.effect
-        yield from _per_replica(f"hdet/hyperparameter/{h.name}", h.values, together)
+        yield from _per_replica(f"hdet/hyperparameter/{h.name}", h.values, summarised)
     for name, value in report.probe._asdict().items():
         yield f"hdet/probe/{name}", value
     finite = [distance for distance in report.distance if math.isfinite(distance)]
     yield "hdet/distance", statistics.fmean(finite) if finite else math.nan
-    yield from _per_replica("hdet/distance", report.distance, together)
+    yield from _per_replica("hdet/distance", report.distance, summarised)
     yield "hdet/excluded", len(report.excluded)
     yield "hdet/converge_ms", report.converge_ms
     yield "hdet/converge_bytes", report.converge_bytes
 
 
-def _per_replica(tag: str, values: Sequence[float], together: bool) -> Iterator[tuple[str, float]]:
-    if not together:
+def _per_replica(tag: str, values: Sequence[float], summarised: bool) -> Iterator[tuple[str, float]]:
+    """The curves of [replica] ``values``."""
+    if not summarised:
         for r, value in enumerate(values):
             yield f"{tag}/replica{r}", value
     elif known := [value for value in values if not math.isnan(value)]:
@@ -214,19 +214,20 @@ def _per_replica(tag: str, values: Sequence[float], together: bool) -> Iterator[
 
 
 def _is_summarised(report: Report, limit: int) -> tuple[bool, bool]:
-    """Whether min, median and max stand for the replicas: of losses and distances, and of learning rates."""
+    """Whether min, median and max are written instead of replicas: of losses and distances, and of learning rates."""
     return report.replicas > limit, report.replicas * len(report.groups) > limit
 
 
 def _endings(groups: Sequence[str]) -> list[str]:
+    """[g] ends of tags."""
     return [f"/{name}" for name in groups] if len(groups) > 1 else [""]
 
 
 def _layout(report: Report, limit: int, *, probe: bool) -> dict[str, dict[str, list[Any]]]:
     """The Custom Scalars tab, in the form that ``SummaryWriter.add_custom_scalars`` takes."""
 
-    def replicas(tag: str, together: bool) -> list[Any]:
-        if together:
+    def replicas(tag: str, summarised: bool) -> list[Any]:
+        if summarised:
             return ["Margin", [f"{tag}/median", f"{tag}/min", f"{tag}/max"]]
         return ["Multiline", [f"^{re.escape(tag)}/replica\\d+$"]]
 
@@ -234,9 +235,9 @@ def _layout(report: Report, limit: int, *, probe: bool) -> dict[str, dict[str, l
         tags = (f"hdet/{quantity}{end}" for end in _endings(report.groups) for quantity in quantities)
         return ["Multiline", [f"^{re.escape(tag)}$" for tag in tags]]
 
-    together, together_lr = _is_summarised(report, limit)
+    summarised, summarised_lr = _is_summarised(report, limit)
     rates = {
-        f"learning rate{end.replace('/', ': ', 1)}": replicas(f"hdet/replica_lr{end}", together_lr)
+        f"learning rate{end.replace('/', ': ', 1)}": replicas(f"hdet/replica_lr{end}", summarised_lr)
         for end in _endings(report.groups)
     }
     probed = {
@@ -246,9 +247,9 @@ def _layout(report: Report, limit: int, *, probe: bool) -> dict[str, dict[str, l
     }
     return {
         "hdet: replicas": {
-            "training loss": replicas("hdet/replica_loss", together),
+            "training loss": replicas("hdet/replica_loss", summarised),
             **rates,
-            "distance from the mean": replicas("hdet/distance", together),
+            "distance from the mean": replicas("hdet/distance", summarised),
         },
         "hdet: controller": {
             "gain": groups("gain"),

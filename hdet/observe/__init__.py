@@ -1,7 +1,8 @@
-"""Observe: what a round says.
+"""Observe: measure the losses of a round.
 
-In: the training losses of its steps, and where each replica stood when it ended. Out: every replica's mean loss
-(:class:`TrainingLoss`), and, with a probe, the losses that all found on the same batch (:class:`PairedProbe`).
+In: the training losses of its steps, and each replica's parameters at its end. Out: every replica's mean training loss
+(:class:`TrainingLoss`) and, with a probe, its losses at six points in parameter space (:class:`PairedProbe`), from
+which :mod:`hdet.observe.slopes` computes slopes over the log learning rate.
 """
 
 from hdet.observe.paired_probe import PairedProbe

@@ -1,4 +1,4 @@
-"""The probe over all replicas: each evaluates its own points, and every rank learns what all found."""
+"""The paired probe over all replicas: each evaluates its own points, and every rank gets the losses of all."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from hdet.converge.pending import Point
 from hdet.converge.slow_average import SlowAverage
 from hdet.explore.virtual import VirtualReplicas
 from hdet.model.weights import Weights, local
-from hdet.observe.probe import Batches, Probe, evaluate, gathered
+from hdet.observe.probe import Probe, ProbeBatches, evaluate, losses_by_point
 from hdet.observe.slopes import ProbeLosses
 from hdet.replicas.topology import Replicas
 
@@ -25,11 +25,11 @@ class PairedProbe:
     """Runs the paired probe (:mod:`hdet.observe.probe`).
 
     Args:
-        probe: how.
-        slow: the slow average, which the average moves.
+        probe: its settings.
+        slow: the slow average, which converging updates.
         models, weights, optimizer: what is probed.
         replicas: who takes part.
-        virtual: further replicas of this process.
+        virtual: this process's virtual replicas, if it has any.
         round_length: steps from one probe to the next.
     """
 
@@ -46,9 +46,9 @@ class PairedProbe:
     ) -> None:
         self._probe, self._slow, self._models, self._weights = probe, slow, models, weights
         self._optimizer, self._replicas, self._virtual = optimizer, replicas, virtual
-        self._count = 1 if virtual is None else virtual.count
-        self.batches = Batches(probe, round_length)
-        """Where its batches come from."""
+        self._per_process = 1 if virtual is None else virtual.count
+        self.batches = ProbeBatches(probe, round_length)
+        """What it is evaluated on."""
 
     def evaluate(
         self,
@@ -57,24 +57,28 @@ class PairedProbe:
         reach: float,
         settings: Iterable[AbstractContextManager[None]],
     ) -> ProbeLosses:
-        """Every replica's losses in the round that ended. Collective: one that fails tells the others before it raises.
+        """Every replica's losses in the round that ended. Collective.
 
         Args:
-            points: where this replica stood, by bucket.
+            points: by bucket, the replicas' mean and this replica's displacement from it.
             directions: [parameter group, or one for all][replica] how far each goes along the slow average's progress.
-            reach: how far the far point lies.
-            settings: what holds while it runs, so that replicas differ in their parameters only.
+            reach: distance of the far point; see :func:`hdet.observe.probe.evaluate`.
+            settings: entered meanwhile, so that replicas differ in their parameters only.
+
+        Raises:
+            Exception: what the loss function or the data loader raised; on the other ranks a ``RuntimeError`` that
+                names the replica.
         """
-        together = self._replicas.members > 1
+        has_members = self._replicas.members > 1
         failure: Exception | None = None
         size = len(ProbeLosses._fields)
-        losses: list[tuple[float, ...]] = [(math.nan,) * size] * self._count
+        losses: list[tuple[float, ...]] = [(math.nan,) * size] * self._per_process
         try:
-            batches = [self.batches.take() for _ in range(self._count)]
+            batches = [self.batches.next() for _ in range(self._per_process)]
         except Exception as error:
             failure = error
         # Members go through a sharded model's forward pass together, or not at all.
-        if not (any(row[0] for row in self._replicas.all_gather([failure is not None])) if together else failure):
+        if not (any(row[0] for row in self._replicas.all_gather([failure is not None])) if has_members else failure):
             try:
                 with contextlib.ExitStack() as stack:
                     for setting in settings:
@@ -90,7 +94,7 @@ class PairedProbe:
         if failed := [self._replicas.name_of(i) for i, row in enumerate(rows) if row[0]]:
             raise RuntimeError(f"The probe's loss function failed on {', '.join(failed)}: see there.")
         means = [[sum(x) / len(x) for x in zip(*of, strict=True)][1:] for of in self._replicas.by_replica(rows)]
-        return gathered([mean[size * k : size * (k + 1)] for mean in means for k in range(self._count)])
+        return losses_by_point([mean[size * k : size * (k + 1)] for mean in means for k in range(self._per_process)])
 
     def _evaluate_one(
         self, points: Sequence[Point], directions: Sequence[Sequence[float]], reach: float, k: int, batch: Any
@@ -102,7 +106,7 @@ class PairedProbe:
                     point.displacement.sub_(point.mean)
         shares = None
         if len(directions) > 1:
-            own = self._replicas.rank * self._count + k
+            own = self._replicas.rank * self._per_process + k
             shares = self._shares(points, [column[own] for column in directions])
         return evaluate(
             self._models,
@@ -117,7 +121,7 @@ class PairedProbe:
         )
 
     def _shares(self, points: Sequence[Point], by_group: Sequence[float]) -> list[list[tuple[int, float]]]:
-        """By bucket, how far the probe goes in each piece of it: as far as in its parameter group."""
+        """By bucket, (elements, share) of each of its pieces: the share is that of its parameter group."""
         spans = sorted(
             (plain.data_ptr(), plain.data_ptr() + plain.nbytes, share)
             for group, share in zip(self._optimizer.param_groups, by_group, strict=True)
@@ -128,7 +132,7 @@ class PairedProbe:
 
         def share_of(piece: Tensor) -> float:
             i = bisect.bisect_right(starts, piece.data_ptr()) - 1
-            # What no optimizer moves has made no progress, and any share of it is none.
+            # A piece that no optimizer trains has made no progress, so that its share does not matter.
             return spans[i][2] if i >= 0 and piece.data_ptr() < spans[i][1] else 0.0
 
         return [[(piece.numel(), share_of(piece)) for piece in point.bucket.pieces] for point in points]

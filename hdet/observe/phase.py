@@ -59,10 +59,10 @@ class ObservePhase:
         assert self._probe is not None
         return self._probe.evaluate(points, directions, reach, settings)
 
-    def offer(self, batch: Any) -> None:
+    def keep(self, batch: Any) -> None:
         """Let a probe without batches of its own keep the batch of a step."""
         if self._probe is not None:
-            self._probe.batches.offer(batch)
+            self._probe.batches.keep(batch)
 
     def begin_round(self) -> None:
         """The round's losses have been used."""
@@ -72,7 +72,7 @@ class ObservePhase:
         """Forget all losses and batches."""
         self._losses.restart()
         if self._probe is not None:
-            self._probe.batches.forget()
+            self._probe.batches.clear()
 
     def state(self) -> dict[str, Any]:
         """What must be saved."""

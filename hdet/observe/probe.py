@@ -1,18 +1,18 @@
-r"""The paired probe: what a batch's loss says about the learning rate, without the noise of different batches.
+r"""The paired probe: losses of one batch at several points, whose differences do not contain the noise between batches.
 
-At the end of a round replica ``r`` stands at ``theta_r = m + delta_r``, with ``m`` the replicas' mean. It evaluates one
-batch, with one forward pass each, at six points, most of which mirror one another::
+At the end of a round replica ``r`` has the parameters ``theta_r = m + delta_r``, with ``m`` the replicas' mean. It
+evaluates one batch, with one forward pass each, at six points::
 
     above_r = L(m + delta_r)      slow_above_r = L(e + (e - f))      mirror_r = L(e - (m - e))
     below_r = L(m - delta_r)      slow_below_r = L(e - (e - f))      far_r    = L(e + reach (e - f))
 
 where ``e`` is the slow average of the means and ``f`` trails it (:class:`hdet.converge.SlowAverage`). In each
-difference the batch's own level and all curvature cancel. What is left is a slope: along the replica's displacement,
-which is what a larger learning rate would have added to the round; and along the lasting progress of the last few
-rounds, which is what it would have added to them once its noise is averaged out. With ``m`` and its mirror image in
-``e`` the slope between the two cancels likewise, and what is left is what the iterates' noise costs. The far point
-tells whether much more of the same would still be better. Every replica uses a batch of its own,
-so that the slopes rest on N batches. :mod:`hdet.steer` says what they mean.
+difference ``above - below`` the batch's own level and all even orders cancel. A slope is left: along the replica's
+displacement, which is what a larger learning rate would have added to the round; and along the lasting progress of the
+last few rounds, which is what it would have added to them once its noise is averaged out. In the mean of ``m`` and its
+mirror image in ``e`` the slope between the two cancels, and the loss above that at ``e`` is the cost of the iterates'
+noise. The far point shows whether ``reach`` times the progress still lowers the loss. Every replica uses a batch of its
+own, so that the slopes rest on N batches. :mod:`hdet.observe.slopes` computes them.
 """
 
 from __future__ import annotations
@@ -35,8 +35,8 @@ from hdet.converge.slow_average import SlowAverage
 from hdet.model.weights import Weights
 from hdet.observe.slopes import ProbeLosses
 
-FORGOTTEN = 32
-"""Steps after which an optimizer has forgotten a batch: ``0.9**32`` is 3%."""
+REUSED_AFTER = 32
+"""Steps after which a training batch may be probed: with momentum 0.9 its gradient then weighs ``0.9**32``, or 3%."""
 
 LossFunction = Callable[[Any, Any], Tensor | float]
 """``loss_fn(model, batch)``: the mean loss of a batch, as a scalar. ``model`` is what was passed as ``model=``, without
@@ -45,35 +45,34 @@ DDP around it."""
 
 @dataclass(frozen=True, kw_only=True)
 class Probe:
-    """How the paired probe is done. ``probe=loss_fn`` is short for ``probe=hdet.Probe(loss_fn=loss_fn)``.
+    """Settings of the paired probe. ``probe=loss_fn`` is short for ``probe=hdet.Probe(loss_fn=loss_fn)``.
 
-    It takes memory for the slow average and its trail all along, and while it runs for the mean and the replica's
-    displacement: four copies of the trainable parameters in fp32, each sharded like the parameters.
+    Memory: the slow average and its trail, always; the mean and the replica's displacement, while the probe runs. These
+    are four copies of the trainable parameters in fp32, each sharded like the parameters.
 
     Raises:
         TypeError, ValueError: for a bad value.
     """
 
     loss_fn: LossFunction
-    """``loss_fn(model, batch)``: the mean loss of a batch under the settings to be compared, as a scalar. What it draws
-    from torch's global random number generators, say a diffusion model's noise, is the same under all of them; what it
-    draws elsewhere (numpy, a generator of its own) is noise in the comparison. A replica of several members takes the
-    mean of theirs, each on a batch of its own. An error raises on every rank; where the model is sharded, one that
-    strikes some members only must come after the forward pass, or the others wait in it."""
+    """``loss_fn(model, batch)``: the mean loss of a batch, as a scalar. What it draws from torch's global random number
+    generators, for example a diffusion model's noise, is the same at all points; what it draws elsewhere (numpy, a
+    generator of its own) is noise in the comparison. A replica of several members takes the mean of theirs, each on a
+    batch of its own. An error raises on every rank. Where the model is sharded, an error on some members only must come
+    after the forward pass, or the others wait in it."""
     batches: Iterable[Any] | None = None
-    """One is taken per round: a data loader of this replica's own, over training or held-out data; begun again when it
-    ends. Without it the batches passed to ``scheduler.step(loss, batch=batch)`` are used again, each at least
-    :data:`FORGOTTEN` steps later: while an optimizer's momentum still carries a batch's gradient, its loss asks for a
-    larger learning rate. For rounds of less than some hundred steps pass ``batches``."""
+    """A data loader of this replica's own, over training or held-out data; begun again when it ends. One batch is used
+    per round. Without it the batches passed to ``scheduler.step(loss, batch=batch)`` are used again, each at least
+    :data:`REUSED_AFTER` steps later: while the optimizer's momentum contains a batch's gradient, the slope on that
+    batch favours a larger learning rate. For rounds of less than some hundred steps pass ``batches``."""
     held_out: bool = False
-    """Whether ``batches`` are data that the model does not train on: what hyperparameters that only regularise need."""
+    """Whether ``batches`` are data that the model does not train on. Hyperparameters that only regularise need that."""
     power: float = 0.25
-    """>= 0: the slow average weighs round ``t`` by about ``t**power``. The larger, the less far it looks back; 0 is the
-    plain average over all rounds."""
+    """>= 0: the slow average weighs round ``t`` by about ``t**power``; 0 is the plain average over all rounds."""
     dtype: torch.dtype | None = None
-    """In which the slow averages are kept, for example ``torch.bfloat16``; default fp32. Less is rounded at random."""
+    """Of the slow averages, for example ``torch.bfloat16``; default fp32. Narrower ones are rounded stochastically."""
     device: torch.device | str | None = None
-    """Where they are kept, for example ``"cpu"``; default beside the parameters."""
+    """Of the slow averages, for example ``"cpu"``; default that of the parameters."""
 
     def __post_init__(self) -> None:
         if not callable(self.loss_fn):
@@ -86,8 +85,8 @@ class Probe:
             raise TypeError(f"Invalid Probe.dtype={self.dtype}. Must be a floating-point dtype.")
 
     @property
-    def place(self) -> torch.device | None:
-        """``device`` as torch's."""
+    def torch_device(self) -> torch.device | None:
+        """``device`` as a ``torch.device``."""
         return None if self.device is None else torch.device(self.device)
 
 
@@ -103,20 +102,28 @@ def evaluate(
     shares: Sequence[Sequence[tuple[int, float]]] | None = None,
     to_the_end: bool = False,
 ) -> tuple[float, ...]:
-    """One rank's losses, in the order of :class:`ProbeLosses`. Collective among a replica's members, if
-    ``loss_fn`` is: a sharded model's forward pass is, and all of them must then call the model equally often.
+    """This rank's losses at the six points, in the order of :class:`ProbeLosses`' fields.
 
-    The models are in eval mode meanwhile, without autograd, and with batch normalisation as in training
-    (:func:`evaluation`); ``loss_fn`` finds torch's random number generators in the same state each time. They, the
-    parameters and the training flags are afterwards as they were, whatever ``loss_fn`` raises. Other buffers are the
-    model's own affair: torch's do not change in eval mode.
+    Collective among a replica's members if ``loss_fn`` is, as a sharded model's forward pass is: all members must then
+    call the model equally often.
+
+    Meanwhile the models are in eval mode, without autograd, and with batch normalisation as in training
+    (:func:`evaluation`); at every point ``loss_fn`` starts from the same state of torch's random number generators.
+    These, the parameters and the training flags are afterwards as they were, whatever ``loss_fn`` raises. Other buffers
+    are not restored: those of torch's modules do not change in eval mode.
 
     Args:
-        reach: how far away the far point is.
+        models: evaluated without ``DistributedDataParallel``.
+        loss_fn: as :attr:`Probe.loss_fn`.
+        batch: what it is evaluated on.
+        points: by bucket, the replicas' mean and this replica's displacement from it.
+        slow: the slow average of the means.
+        weights: what the buckets write to.
+        reach: distance of the far point from ``e``, in units of ``e - f``.
         shares: by bucket, of the slow average's progress; see :meth:`hdet.converge.slow_average.SlowAverage.point`.
-        to_the_end: evaluate all points before raising, even if one fails, for the sake of members that take part
-            in the others. That keeps them together if ``loss_fn`` fails after the model's forward pass. If it fails in
-            it, or before it, on some members only, the rest wait there until their process group's timeout.
+        to_the_end: evaluate all points before raising, even if one fails, so that other members can take part in the
+            rest. This helps if ``loss_fn`` fails after the model's forward pass. If it fails earlier, on some members
+            only, the others wait until their process group's timeout.
 
     Raises:
         TypeError, ValueError: if ``loss_fn`` does not return a scalar.
@@ -155,42 +162,44 @@ def evaluate(
     return tuple(losses)
 
 
-class Batches:
-    """Where a probe's batches come from.
+class ProbeBatches:
+    """A probe's batches: those of :attr:`Probe.batches`, or else training batches of earlier rounds.
 
     Args:
-        probe: the probe.
+        probe: its settings.
         round_length: steps from one probe to the next.
     """
 
     def __init__(self, probe: Probe, round_length: int) -> None:
-        self._own = None if probe.batches is None else cycle(probe.batches)
-        self._kept: deque[Any] = deque(maxlen=1 - (-FORGOTTEN // round_length))
+        self._loader = None if probe.batches is None else cycle(probe.batches)
+        self._kept: deque[Any] = deque(maxlen=1 - (-REUSED_AFTER // round_length))
 
     @property
     def ready(self) -> bool:
-        """Whether there is one for the round that ends now."""
-        return self._own is not None or len(self._kept) == self._kept.maxlen
+        """Whether there is a batch for the round that ends now."""
+        return self._loader is not None or len(self._kept) == self._kept.maxlen
 
-    def take(self) -> Any:
+    def next(self) -> Any:
         """The batch for the round that ends now."""
-        return self._kept[0] if self._own is None else next(self._own)
+        return self._kept[0] if self._loader is None else next(self._loader)
 
-    def offer(self, batch: Any) -> None:
-        """Keep a copy of the round's last training batch for later: the data loader may reuse its memory."""
-        if self._own is None and batch is not None:
+    def keep(self, batch: Any) -> None:
+        """Keep a copy of the round's last training batch for a later round, if there is no loader; ``None`` is none.
+
+        A copy, since the data loader may reuse the batch's memory."""
+        if self._loader is None and batch is not None:
             self._kept.append(tree_map(lambda x: x.detach().clone() if isinstance(x, Tensor) else x, batch))
 
-    def forget(self) -> None:
+    def clear(self) -> None:
         """Drop the batches kept."""
         self._kept.clear()
 
 
 def cycle(batches: Iterable[Any]) -> Iterator[Any]:
-    """Iterate again and again.
+    """Iterate over ``batches`` without end.
 
     Raises:
-        ValueError: if there is nothing to iterate over.
+        ValueError: if a pass over them yields nothing.
     """
     while True:
         empty = True
@@ -201,8 +210,8 @@ def cycle(batches: Iterable[Any]) -> Iterator[Any]:
             raise ValueError("batches= is empty, or an iterator that has ended. Pass a data loader.")
 
 
-def gathered(rows: Sequence[Sequence[float]]) -> ProbeLosses:
-    """:func:`evaluate`'s results of all replicas."""
+def losses_by_point(rows: Sequence[Sequence[float]]) -> ProbeLosses:
+    """[replica] results of :func:`evaluate`, by point."""
     return ProbeLosses(*map(tuple, zip(*rows, strict=True)))
 
 
@@ -210,7 +219,7 @@ def scalar(loss: object) -> float:
     """The value of what a loss function returned.
 
     Raises:
-        TypeError: if it is no scalar loss.
+        TypeError: if that is not a floating-point scalar.
     """
     if isinstance(loss, Tensor) and loss.numel() == 1 and loss.is_floating_point():
         return loss.item()
@@ -221,13 +230,13 @@ def scalar(loss: object) -> float:
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
-    """The model without DistributedDataParallel, whose forward pass sends buffers."""
+    """The model without ``DistributedDataParallel``, whose forward pass broadcasts buffers."""
     return model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model
 
 
 @contextmanager
 def preserved_rng(models: Sequence[nn.Module]) -> Iterator[None]:
-    """torch's random number generators, of the CPU and of the models' GPUs, come back as they were."""
+    """Afterwards torch's random number generators, of the CPU and of the models' GPUs, are as they were."""
     devices = {t.device for model in models for t in model.parameters() if t.device.type == "cuda"}
     with torch.random.fork_rng(devices=sorted(devices, key=str)):
         yield
@@ -235,9 +244,10 @@ def preserved_rng(models: Sequence[nn.Module]) -> Iterator[None]:
 
 @contextmanager
 def evaluation(models: Sequence[nn.Module]) -> Iterator[None]:
-    """Eval mode without autograd, but batch and instance normalisation by the input's own statistics wherever training
-    does so: the running ones are those of recent parameters, and make a point elsewhere look worse than it is. Training
-    flags, running statistics and torch's random number generators come back as they were."""
+    """Eval mode without autograd, with batch and instance normalisation by the input's own statistics where training
+    does so: running statistics are those of recent parameters, and raise the loss at points far from them.
+
+    Afterwards training flags, running statistics and torch's random number generators are as they were."""
     training = [module for model in models for module in model.modules() if module.training]
     norms = [module for module in training if isinstance(module, _BatchNorm | _InstanceNorm)]
     running = [(norm.running_mean, norm.running_var, norm.track_running_stats) for norm in norms]

@@ -1,4 +1,4 @@
-"""What the paired probe's losses say: slopes over the log learning rate. Pure functions of plain floats, no torch."""
+"""Slopes of the loss over the log learning rate, from the paired probe's losses. Pure functions of plain floats."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 TOO_LARGE = 1e100
-"""A loss whose square would be no number any more is none itself."""
+"""Losses from here on count as not finite: their squares could overflow."""
 
 
 class ProbeLosses(NamedTuple):
-    """The paired probe's losses, by replica; :mod:`hdet.observe.probe` says of which points."""
+    """The paired probe's losses by point, each [replica]; :mod:`hdet.observe.probe` defines the points."""
 
     above: tuple[float, ...]
     below: tuple[float, ...]
@@ -22,14 +22,14 @@ class ProbeLosses(NamedTuple):
 
 
 class Slopes(NamedTuple):
-    """What one probe says, in units of the loss."""
+    """What one probe measures, in units of the loss; NaN where it is not known."""
 
     raw: float
-    """``R``: by how much a round at a relatively larger learning rate would have ended lower, per unit of log LR."""
+    """``R``: by how much the loss at the round's end falls per unit of log learning rate."""
     debiased: float
-    """``A``: the same, once the noise of the iterates is averaged out: lasting progress per round."""
+    """``A``: the same without the noise of the iterates: lasting progress per round and unit of log learning rate."""
     noise: float
-    """``E``: how far above the slow average the iterates' noise keeps the loss."""
+    """``E``: by how much the iterates' noise raises the loss above that at the slow average."""
     further: float
     """``F``: by how much the loss at the far point is above that at ``e + (e - f)``. Below 0, the learning rate is far
     too low. NaN if the far point's loss is not finite."""
@@ -39,10 +39,22 @@ UNKNOWN_SLOPES = Slopes(math.nan, math.nan, math.nan, math.nan)
 
 
 def slopes_of(probe: ProbeLosses, multipliers: tuple[float, ...], lag: float) -> Slopes | None:
-    """The slopes that :class:`hdet.steer.TwoSlope` weighs, from the replicas whose losses are finite, ``far`` aside.
+    """The slopes over the replicas whose losses are finite at all points but ``far``, with ``z_r = rho_r - 1``::
 
-    ``None`` if fewer than two are left, or only such as trained at the base learning rate while others did not. If all
-    did, the raw slope is NaN."""
+        R = -sum_r(sign(z_r) (above_r - below_r) / 2) / sum_r(|z_r|)
+        A = -mean_r(slow_above_r - slow_below_r) / (2 lag)
+        E = mean_r((above_r + below_r) / 2 + mirror_r - slow_above_r - slow_below_r) / 2
+        F = mean_r(far_r - slow_above_r)
+
+    Args:
+        probe: the losses.
+        multipliers: [replica] ``rho``.
+        lag: rounds of progress between the slow average and its trail.
+
+    Returns:
+        ``None`` if fewer than two replicas are left, or only such as trained at the base learning rate while others did
+        not. If all did, ``R`` is NaN.
+    """
     rows = [
         (rho - 1, losses)
         for rho, *losses in zip(multipliers, *probe, strict=True)
@@ -55,17 +67,17 @@ def slopes_of(probe: ProbeLosses, multipliers: tuple[float, ...], lag: float) ->
     pairs = zip(rows, known.above, known.below, strict=True)
     odd = math.fsum((above - below) * ((z > 0) - (z < 0)) / 2 for (z, _), above, below in pairs)
     high, low = mean_of(known.slow_above), mean_of(known.slow_below)
-    reached = [far - near for far, near in zip(known.far, known.slow_above, strict=True)]
+    further = [far - near for far, near in zip(known.far, known.slow_above, strict=True)]
     return Slopes(
         -odd / spread if spread else math.nan,
         -(high - low) / (2 * lag),
         level_of(known) - (high + low) / 2,
-        mean_of(reached) if all(abs(further) < TOO_LARGE for further in reached) else math.nan,
+        mean_of(further) if all(abs(x) < TOO_LARGE for x in further) else math.nan,
     )
 
 
 def loss_near(probe: ProbeLosses) -> float:
-    """``L``, the loss beside the far point. Where there are slopes, some replicas know it."""
+    """``L``: the mean of the finite losses at ``e + (e - f)``. Wherever there are slopes there is one."""
     return mean_of([loss for loss in probe.slow_above if abs(loss) < TOO_LARGE])
 
 
@@ -75,4 +87,5 @@ def level_of(probe: ProbeLosses) -> float:
 
 
 def mean_of(values: Sequence[float]) -> float:
+    """Of at least one value."""
     return math.fsum(values) / len(values)

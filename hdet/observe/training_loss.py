@@ -1,4 +1,4 @@
-"""The signal: what each replica's losses were in a round."""
+"""The training losses of a round."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ from torch import Tensor
 
 
 class TrainingLoss:
-    """Sums a replica's training losses over a round without synchronising with the device.
+    """Sums a replica's training losses over a round without waiting for the device.
 
-    A loss on a device is added there (in float64 where the device has it); :meth:`total` reads the sum once per round.
+    A loss on a device is added there, in float64 where the device has it. :meth:`total` reads the sum, once per round.
     """
 
     def __init__(self) -> None:
         self.reset()
 
     def reset(self) -> None:
-        """Forget everything added."""
+        """Start again at 0."""
         self._host = 0.0
         self._device: Tensor | None = None
         self.count = 0
@@ -60,7 +60,7 @@ def check_loss(loss: object) -> float | Tensor:
                 if type(value := loss.item()) is float:
                     return value
             except RuntimeError:
-                pass  # more than one element, or none: said below
+                pass  # more than one element, or none: refused below
         if not loss.is_floating_point():
             raise TypeError(
                 f"scheduler.step(loss) got a tensor of dtype {loss.dtype}; a loss is a floating-point scalar."
@@ -83,7 +83,7 @@ def check_loss(loss: object) -> float | Tensor:
 
 
 def mean_losses(totals: list[tuple[float, int]]) -> tuple[float, ...]:
-    """Each replica's mean loss; NaN for a replica that reported none."""
+    """[replica] mean loss, from [replica] (sum, count); NaN for a replica that reported none."""
     return tuple(total / count if count else math.nan for total, count in totals)
 
 

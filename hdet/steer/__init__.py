@@ -1,8 +1,8 @@
-"""Steer: what is made of a round.
+"""Steer: move the gain and the hyperparameters' centres by what a round's losses show.
 
-In: what it said. Out: the next round's gain, by a controller, and the centres of the other hyperparameters
-(:class:`Centres`); or the way back, where it blew up (:class:`Recovery`). Controllers are pure functions of plain
-floats.
+In: the losses of a round, and what is known of the run (:class:`RoundObservation`). Out: the gains and centres of the
+next round (:class:`Controllers`) and a :class:`ControllerReport`; after a round that blew up, the last good state
+(:class:`Recovery`); before the run, a ``max_lr`` (:func:`find_lr`). Controllers are pure functions of plain floats.
 """
 
 from hdet.observe.slopes import ProbeLosses, Slopes, slopes_of
@@ -12,12 +12,12 @@ from hdet.steer.observation import ControllerState, Observation
 from hdet.steer.one_slope import CentreState, OneSlope
 from hdet.steer.phase import SteerPhase
 from hdet.steer.published import Published, hypergradient
-from hdet.steer.recovery import CUT, Recovery
+from hdet.steer.recovery import GAIN_DIVISOR, Recovery
 from hdet.steer.report import ControllerReport, HyperparameterReport
 from hdet.steer.two_slope import TwoSlope
 
 __all__ = [
-    "CUT",
+    "GAIN_DIVISOR",
     "CentreState",
     "Controller",
     "ControllerReport",

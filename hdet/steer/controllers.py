@@ -11,8 +11,9 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
-from hdet.explore.design import Design, Effect, effects, levels, multipliers_of
-from hdet.observe.slopes import UNKNOWN_SLOPES, ProbeLosses, Slopes, level_of, slopes_of
+from hdet.explore.design import Design, Effect, levels, multipliers_of
+from hdet.observe.slopes import UNKNOWN_SLOPES, ProbeLosses, Slopes
+from hdet.steer.attribution import attribute
 from hdet.steer.observation import ControllerState, Observation
 from hdet.steer.one_slope import CentreState, OneSlope
 from hdet.steer.published import Published
@@ -76,7 +77,7 @@ class Controllers:
         controller: of the learning rates.
         hyperparameter_controller: of the other hyperparameters.
         auto_lr: whether learning rates move.
-        rates: number of learning rates explored: 0 without a spread, else 1 or one for each group.
+        rates: number of learning rates: one for all parameter groups, or one for each.
         names: of the other hyperparameters.
         replicas: number of replicas.
         spread: ``alpha`` of the learning rates.
@@ -207,83 +208,53 @@ class Controllers:
             ),
         )
 
-    def update(self, round: int, seen: RoundObservation, spreads: Sequence[tuple[float, bool]] = ()) -> RoundSignal:
+    def update(
+        self, round: int, observation: RoundObservation, spreads: Sequence[tuple[float, bool]] = ()
+    ) -> RoundSignal:
         """Update every controller's state by one round.
 
         Args:
             round: its index.
-            seen: what was measured.
+            observation: what was measured.
             spreads: [other hyperparameter] its spread in force, and whether it may move.
         """
-        drawn = self.levels(round)
-        spread_rates = len(drawn) - len(self._names)
-        found = [Effect(math.nan, math.nan)] * len(drawn)
-        if seen.probe is not None:
-            odd = [(above - below) / 2 for above, below in zip(seen.probe.above, seen.probe.below, strict=True)]
-            found = effects(drawn, odd)
-        probes = [_without_others(seen.probe, drawn, found, i) for i in range(len(self.lr_states))]
-        together = None
-        if seen.probe is not None:
-            together = slopes_of(seen.probe, self.multipliers(0, round), seen.lag)
-        if together is not None and len(self.lr_states) > 1:
-            together = self._divide(round, seen, probes, together)
-        slopes = []
-        self.lr_states, self.centre_states = list(self.lr_states), list(self.centre_states)
-        for i, state in enumerate(self.lr_states):
-            observation = Observation(
-                losses=seen.losses,
-                multipliers=self.multipliers(i, round),
-                schedule=seen.schedule[i],
-                progress=seen.progress,
-                share=seen.share,
-                height=seen.height,
-                until=seen.until,
-                final=seen.final,
-                probe=probes[i],
-                lag=seen.lag,
+        of_round = self.levels(round)
+        multipliers = [self.multipliers(i, round) for i in range(len(self.lr_states))]
+        directions = self.probe_directions(round)
+        found = attribute(observation.probe, of_round, multipliers, directions, observation.lag)
+        updated = [
+            self._controller.update(
+                state,
+                Observation(
+                    losses=observation.losses,
+                    multipliers=rhos,
+                    schedule=schedule,
+                    progress=observation.progress,
+                    share=observation.share,
+                    height=observation.height,
+                    until=observation.until,
+                    final=observation.final,
+                    probe=probe,
+                    lag=observation.lag,
+                ),
             )
-            moved, slope = self._controller.update(state, observation)
-            slopes.append(math.nan if slope is None else slope)
-            if self._auto_lr:
-                self.lr_states[i] = moved
-        for i, (effect, (spread, moves)) in enumerate(zip(found[spread_rates:], spreads, strict=True)):
-            if moves:
-                self.centre_states[i] = self._hyperparameter_controller.update(
-                    self.centre_states[i], effect.value, spread=spread, height=seen.height, share=seen.share
-                )
-        return RoundSignal(tuple(slopes), tuple(found[spread_rates:]), together)
-
-    def _divide(
-        self, round: int, seen: RoundObservation, probes: list[ProbeLosses | None], first: Slopes
-    ) -> Slopes | None:
-        """With several learning rates: put into ``probes`` each one's own share of the lasting progress, by
-        :meth:`probe_directions`, and an equal share of the noise, which nothing divides; the far point, where all have
-        gone forward, is compared with all of one step forward. Returns the sums."""
-        probe, lag, count = seen.probe, seen.lag, len(self.lr_states)
-        assert probe is not None
-        odd = [(above - below) / 2 for above, below in zip(probe.slow_above, probe.slow_below, strict=True)]
-        progress = [-effect.value / lag for effect in effects(self.probe_directions(round), odd)]
-        known = [a for a in progress if math.isfinite(a)]
-        debiased = math.fsum(known) * count / max(1, len(known))
-        further = first.further
-        if math.isfinite(further):
-            further = math.fsum(probe.far) / len(odd) - (level_of(probe) - first.noise - lag * debiased)
-        raws = []
-        for i, own in enumerate(probes):
-            if own is None or not math.isfinite(progress[i]):
-                probes[i] = None  # this round does not say
-                continue
-            # The mean of m and its mirror image, less an equal share of what lies between that and the slow average.
-            there = level_of(own) - first.noise / count
-            above, below = there - lag * progress[i], there + lag * progress[i]
-            probes[i] = own._replace(
-                slow_above=(above,) * len(odd), slow_below=(below,) * len(odd), far=(above + further,) * len(odd)
+            for state, rhos, schedule, probe in zip(
+                self.lr_states, multipliers, observation.schedule, found.probes, strict=False
             )
-            slopes = slopes_of(probes[i], self.multipliers(i, round), lag)  # type: ignore[arg-type]
-            raws.append(math.nan if slopes is None else slopes.raw)
-        if not known:
-            return None
-        return Slopes(math.fsum(raws) if raws else math.nan, debiased, first.noise, further)
+        ]
+        if self._auto_lr:
+            self.lr_states = [state for state, _ in updated]
+        effects = tuple(found.effects[len(of_round) - len(self._names) :])
+        self.centre_states = [
+            self._hyperparameter_controller.update(
+                state, effect.value, spread=spread, height=observation.height, share=observation.share
+            )
+            if moves
+            else state
+            for state, effect, (spread, moves) in zip(self.centre_states, effects, spreads, strict=True)
+        ]
+        slopes = tuple(math.nan if slope is None else slope for _, slope in updated)
+        return RoundSignal(slopes, effects, found.slopes)
 
     def begin_at(self, gains: Sequence[float], positions: Sequence[float]) -> None:
         """Start from what another run has found.
@@ -326,19 +297,3 @@ class Controllers:
         """Continue from a saved :meth:`state`."""
         self.lr_states = [ControllerState(*values) for values in state["controller"]]
         self.centre_states = [CentreState(*state["hyperparameters"][name]) for name in self._names]
-
-
-def _without_others(
-    probe: ProbeLosses | None, drawn: Sequence[Sequence[float]], found: Sequence[Effect], own: int
-) -> ProbeLosses | None:
-    """The probe's losses as they would be if only one factor had differed between the replicas."""
-    if probe is None or len(drawn) == 1:
-        return probe
-    others = [
-        math.fsum(drawn[h][r] * found[h].value for h in range(len(drawn)) if h != own and math.isfinite(found[h].value))
-        for r in range(len(probe.above))
-    ]
-    return probe._replace(
-        above=tuple(loss - other for loss, other in zip(probe.above, others, strict=True)),
-        below=tuple(loss + other for loss, other in zip(probe.below, others, strict=True)),
-    )

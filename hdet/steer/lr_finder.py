@@ -1,10 +1,10 @@
-r"""``hdet.find_lr``: N replicas try N learning rates at once, from one state, and the state is put back.
+r"""``hdet.find_lr``: N replicas try N learning rates at once, from one state, which is restored afterwards.
 
 Every candidate trains for a few dozen steps on batches of its own replica, without gradient synchronisation, at a
-constant learning rate after a short warm-up. It is judged by the average of its second half's iterates: at the raw
-iterate a high learning rate looks worse than it is, since annealing would remove its noise. What counts is the *gain*,
-the loss before minus the loss after, both on batches that no candidate trains on, and whether it stands out of its
-standard error there: where a few dozen steps hardly lower the loss, the best candidate is one of chance.
+constant learning rate after a short warm-up. It is evaluated at the average of its second half's iterates: at the last
+iterate the loss of a high learning rate contains noise that annealing would remove. Candidates are compared by the
+change of the loss on batches that no candidate trains on, and by its standard error there: where a few dozen steps
+hardly lower the loss, chance decides which candidate is the best.
 """
 
 from __future__ import annotations
@@ -30,12 +30,17 @@ from hdet.replicas.topology import Replicas, ReplicasLike
 logger = logging.getLogger("hdet")
 
 _COARSE, _FINE = 10.0, 10 ** (1 / 3)
-_ALMOST = 0.93
-_CLEAR = 3.0
+"""Ratios between neighbouring candidates."""
+_ALMOST_BEST = 0.93
+"""Share of the best candidate's decrease of the loss from which a candidate may be suggested."""
+_CONCLUSIVE = 3.0
+"""Standard errors by which the best candidate must lower the loss."""
 _HELD_OUT = 16
-"""Batches."""
+"""Batches on which candidates are compared."""
 _DOUBLINGS = 3
-_AHEAD = 2
+"""How often the search begins again with twice the steps."""
+_HEAD_START = 2
+"""Largest factor between the suggestion for ``auto_lr`` and the candidate it is made from."""
 
 
 @dataclass(frozen=True)
@@ -43,24 +48,25 @@ class LRFinding:
     """What :func:`find_lr` found; the same on every rank."""
 
     max_lr: float
-    """The suggestion: the largest candidate that lowers the loss by at least 93% as much as the best one. One counts
-    only if the next lower one lowers it, too: a net that a high learning rate has killed may gain a little by chance.
-    With ``auto_lr`` the smallest such candidate, since a few dozen steps are kind to a rate that ruins a long run, and
-    if that is conclusive and there are several replicas, twice it: a candidate's batches were those of one replica,
-    and a rate that is somewhat too high is found out in a few rounds, one too low in many."""
+    """The suggestion: the largest candidate that lowers the loss by at least 93% as much as the best one. A candidate
+    counts only if the next lower one lowers the loss, too: after training has broken down at a high learning rate, the
+    loss may still be a little lower by chance. With ``auto_lr`` the smallest such candidate, since a rate that is too
+    high for a long run may do well for a few dozen steps. If the search is conclusive and there are several replicas,
+    twice that: a candidate's batches were those of one replica, and the controller corrects a rate that is somewhat too
+    high in a few rounds, one that is too low in many."""
     lrs: tuple[float, ...]
     """The candidates, in increasing order."""
     losses: tuple[float, ...]
     """Loss after a candidate's steps, at its averaged iterate; infinite where it diverged."""
     errors: tuple[float, ...]
-    """Standard errors of what they change the loss by; infinite where it diverged."""
+    """Standard errors of the candidates' changes of the loss; infinite where it diverged."""
     start_loss: float
-    """Loss before."""
+    """Loss before any candidate's steps."""
     conclusive: bool
     """Whether the best candidate lowers the loss by at least 3 standard errors. If not, the suggestion is little more
     than chance; more ``steps`` would help, or larger batches."""
     steps: int
-    """That each candidate was given."""
+    """Steps of each candidate."""
 
     def plot(self, path: str | Path) -> None:
         """Draw the losses over the learning rates into a file. Needs matplotlib."""
@@ -95,15 +101,15 @@ def find_lr(
 ) -> LRFinding:
     """Try learning rates in ``[low, high]`` and suggest a ``max_lr`` for OneCycleLR. Collective.
 
-    First factors of 10 apart over the whole range, then a third of that to both sides of the best (and of another, if
-    that shows the first to be one of chance): with ``N`` replicas and the default range ``ceil(8 / N) + ceil(2 / N)``
-    times ``steps`` steps. With ``auto_lr`` the factors of 10 only. Where none lowers the loss, on a plateau, it begins
-    again with twice the steps, up to three times. Model, buffers and optimizer are afterwards as they were, whatever is
-    raised; the data loader has moved on.
+    Candidates are first factors of 10 apart over the whole range, then ``10 ** (1 / 3)`` to both sides of the best one
+    (and of another, if the first turns out to be best by chance): with ``N`` replicas and the default range
+    ``ceil(8 / N) + ceil(2 / N)`` times ``steps`` steps. With ``auto_lr`` the factors of 10 only. Where no candidate
+    lowers the loss, as on a plateau, the search begins again with twice the steps, up to three times. Model, buffers
+    and optimizer are afterwards as they were, whatever is raised; the data loader has advanced.
 
-    Each candidate sees batches of one replica's size, not of all: where the noise of the gradient limits the learning
-    rate, the suggestion is on the low side, by at most a factor of ``N``. A run with ``auto_lr=True`` makes up for
-    that, and for a suggestion that is coarse.
+    A candidate's batches are of one replica's size, not of all replicas': where the noise of the gradient limits the
+    learning rate, the suggestion is too low, by at most a factor of ``N``. A run with ``auto_lr=True`` corrects that,
+    and a suggestion that is coarse.
 
     Args:
         model: the module or modules to train; ``DistributedDataParallel`` is taken off.
@@ -113,8 +119,8 @@ def find_lr(
         low, high: the range, ``0 < low < high``.
         steps: per candidate at first, at least 4. The first third is a warm-up.
         max_grad_norm: clip gradients to this norm, as the training loop does: it changes which learning rates work.
-        auto_lr: for a run with ``auto_lr=True`` and a probe, which goes on from the suggestion: that is then coarser,
-            and made from the candidates in another way (:attr:`LRFinding.max_lr`).
+        auto_lr: whether the run has ``auto_lr=True`` and a probe. The suggestion is then coarser, and made from the
+            candidates in another way (:attr:`LRFinding.max_lr`).
         replicas: as for :class:`hdet.Ensemble`.
 
     Raises:
@@ -143,7 +149,7 @@ def find_lr(
             "unsharded model, or a smaller one, and replicas=None."
         )
     search = _Search(models, optimizer, loss_fn, cycle(batches), steps, max_grad_norm, group)
-    search.measure_until_one_helps(_ladder(low, high, _COARSE), refine=not auto_lr)
+    search.run(_spaced(low, high, _COARSE), refine=not auto_lr)
     found = search.finding(auto_lr=auto_lr)
     if not found.conclusive and group.writer:
         logger.warning(
@@ -155,19 +161,21 @@ def find_lr(
 
 
 def head_start(replicas: int, *, conclusive: bool) -> int:
-    """By how many times ``auto_lr`` begins above the candidate that was chosen."""
-    return min(_AHEAD, replicas) if conclusive else 1
+    """The factor between the suggestion for ``auto_lr`` and the candidate it is made from."""
+    return min(_HEAD_START, replicas) if conclusive else 1
 
 
 class _Trial(NamedTuple):
-    """What a candidate changed the loss by; both infinite where it diverged."""
+    """One candidate's result; both infinite where it diverged."""
 
     change: float
+    """Of the loss: after minus before."""
     error: float
+    """Standard error of ``change``."""
 
 
 class _Search:
-    """Candidates tried so far, and the state that each begins from."""
+    """The candidates tried so far, and what each is trained with."""
 
     def __init__(
         self,
@@ -186,7 +194,7 @@ class _Search:
         self._before = self._evaluate()
         self._start_loss = _mean([loss for (loss,) in self._replicas.all_gather([_mean(self._before)])])
 
-    def measure_until_one_helps(self, coarse: Sequence[float], *, refine: bool) -> None:
+    def run(self, coarse: Sequence[float], *, refine: bool) -> None:
         """Try the candidates, then more around the best; again with twice the steps where none lowers the loss."""
         first = self._steps
         for doublings in range(_DOUBLINGS + 1):
@@ -195,7 +203,7 @@ class _Search:
             self._measure(coarse)
             while refine and (lrs := self._untried(coarse)):
                 self._measure(lrs)
-            if self._credible():
+            if self._eligible():
                 return
         raise HdetError(
             f"No learning rate in [{coarse[0]:.3g}, {coarse[-1]:.3g}] lowered the loss of {self._start_loss:.4g} in "
@@ -206,41 +214,41 @@ class _Search:
         """Try each candidate on one replica, as many at a time as there are replicas."""
         size, rank = self._replicas.size, self._replicas.rank
         for first in range(0, len(lrs), size):
-            rung = lrs[first : first + size]
-            mine = self._try(rung[rank]) if rank < len(rung) else _Trial(0.0, 0.0)
-            found = (_Trial(*row) for row in self._replicas.all_gather(mine))
-            self._trials.update(zip(rung, found, strict=False))
+            now = lrs[first : first + size]
+            own = self._try(now[rank]) if rank < len(now) else _Trial(0.0, 0.0)
+            found = (_Trial(*row) for row in self._replicas.all_gather(own))
+            self._trials.update(zip(now, found, strict=False))
 
     def _untried(self, coarse: Sequence[float]) -> list[float]:
-        """What has not been tried yet around the best candidate, if there is one and it is one of the coarse ones."""
-        if not self._credible():  # not even those that were, before what lies between them had been tried
+        """The fine candidates around the best one that are still to be tried; none if the best is itself a fine one."""
+        if not self._eligible():  # a fine candidate may have made its coarse neighbour ineligible
             return []
         best = self._best()
         near = [lr for lr in (best / _FINE, best * _FINE) if coarse[0] <= lr <= coarse[-1]]
         return [lr for lr in near if best in coarse and lr not in self._trials]
 
     def finding(self, *, auto_lr: bool) -> LRFinding:
-        """What the trials come to, for a run with ``auto_lr`` or one without."""
+        """The result, for a run with ``auto_lr`` or one without."""
         trials, best = self._trials, self._trials[self._best()]
-        almost = [lr for lr in self._credible() if trials[lr].change <= _ALMOST * best.change]
+        almost = [lr for lr in self._eligible() if trials[lr].change <= _ALMOST_BEST * best.change]
         lrs = tuple(sorted(trials))
         losses = tuple(self._start_loss + trials[lr].change for lr in lrs)
         errors = tuple(trials[lr].error for lr in lrs)
-        clear = -best.change >= _CLEAR * best.error
-        suggestion = min(almost) * head_start(self._replicas.size, conclusive=clear) if auto_lr else max(almost)
-        return LRFinding(suggestion, lrs, losses, errors, self._start_loss, clear, self._steps)
+        conclusive = -best.change >= _CONCLUSIVE * best.error
+        suggestion = min(almost) * head_start(self._replicas.size, conclusive=conclusive) if auto_lr else max(almost)
+        return LRFinding(suggestion, lrs, losses, errors, self._start_loss, conclusive, self._steps)
 
     def _best(self) -> float:
-        return min(self._credible(), key=lambda lr: self._trials[lr].change)
+        return min(self._eligible(), key=lambda lr: self._trials[lr].change)
 
-    def _credible(self) -> list[float]:
-        """Candidates that lower the loss, and the next lower of which does so, too."""
+    def _eligible(self) -> list[float]:
+        """Candidates that lower the loss, if the next lower candidate does so, too."""
         lrs = sorted(self._trials)
         lower = [self._trials[lr].change < 0 for lr in lrs]
         return [lr for i, lr in enumerate(lrs) if lower[i] and lower[max(0, i - 1)]]
 
     def _try(self, lr: float) -> _Trial:
-        """Train at ``lr``; returns how the loss changed, on the replica's own held-out batches."""
+        """Train at ``lr``, restore the state, and return the change of the loss on this replica's held-out batches."""
         snapshot = Snapshot(self._models, self._optimizer)
         snapshot.take()
         rates = [group["lr"] for group in self._optimizer.param_groups]
@@ -262,6 +270,7 @@ class _Search:
         return _Trial(_mean(changes), statistics.stdev(changes) / math.sqrt(len(changes)))
 
     def _train(self, lr: float, proportions: Sequence[float], parameters: Sequence[Tensor]) -> bool:
+        """Leave the parameters at the average of the second half's iterates; whether all losses were finite."""
         average: list[Tensor] = []
         for step in range(self._steps):
             now = lr * min(1.0, (step + 1) / (self._steps / 3))
@@ -287,18 +296,19 @@ class _Search:
         return self._models[0] if len(self._models) == 1 else self._models
 
     def _evaluate(self) -> list[float]:
-        """Loss of each of the held-out batches."""
+        """[held-out batch] loss."""
         with evaluation(self._models):
             return [scalar(self._loss_fn(self._subject, batch)) for batch in self._held_out]
 
 
-def _ladder(low: float, high: float, factor: float) -> list[float]:
+def _spaced(low: float, high: float, factor: float) -> list[float]:
     """From ``low`` to ``high`` in equal ratios of at most ``factor``."""
-    rungs = max(1, math.ceil(math.log(high / low) / math.log(factor) - 1e-9))
-    return [low * (high / low) ** (i / rungs) for i in range(rungs + 1)]
+    intervals = max(1, math.ceil(math.log(high / low) / math.log(factor) - 1e-9))
+    return [low * (high / low) ** (i / intervals) for i in range(intervals + 1)]
 
 
 def _set_rates(optimizer: Optimizer, rates: Sequence[float | Tensor]) -> None:
+    """Write [parameter group] learning rates, those that are tensors in place."""
     for group, rate in zip(optimizer.param_groups, rates, strict=True):
         if isinstance(group["lr"], Tensor):
             group["lr"].fill_(rate)
@@ -307,4 +317,5 @@ def _set_rates(optimizer: Optimizer, rates: Sequence[float | Tensor]) -> None:
 
 
 def _mean(values: Sequence[float]) -> float:
+    """Infinite if a value is not finite."""
     return math.fsum(values) / len(values) if all(map(math.isfinite, values)) else math.inf

@@ -1,4 +1,4 @@
-"""What a controller of learning rates sees of a round, and what it remembers. No torch here."""
+"""What a controller of learning rates gets from a round, and its state. No torch here."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from hdet.observe.slopes import ProbeLosses
 
 
 class ControllerState(NamedTuple):
-    """What a controller remembers of one hyperparameter from round to round; the same on every rank."""
+    """The state of one learning rate's controller, from round to round; the same on every rank."""
 
     gain: float = 1.0
     """Dimensionless factor on the base schedule."""
@@ -18,22 +18,22 @@ class ControllerState(NamedTuple):
     rounds: int = 0
     """Rounds observed so far."""
     slopes: tuple[tuple[float, float], ...] = ()
-    """Average and variance over recent rounds, of ``R``, ``A``, ``E`` and of these relative to the training loss;
+    """Running averages (mean, variance) of ``R``, ``A``, ``E``, and of these relative to the training loss;
     :class:`hdet.steer.TwoSlope` only."""
     level: tuple[float, float, int, float] = (0.0, 0.0, 0, math.inf)
-    """Of the training loss: average and variance over recent rounds, their number, and what the average has been at
-    least since the gain last fell because of it; :class:`hdet.steer.TwoSlope` only."""
+    """Of the training loss: running average (mean, variance), number of rounds in it, and its lowest mean since the
+    gain last fell because of it; :class:`hdet.steer.TwoSlope` only."""
 
 
 class Observation(NamedTuple):
-    """One round as the controller sees it. Index ``r`` of both tuples is replica ``r``."""
+    """One round, for one learning rate. Both tuples are [replica]."""
 
     losses: tuple[float, ...]
     """Mean training loss of each replica over the round; NaN where a replica reported none."""
     multipliers: tuple[float, ...]
     """``rho_pi(r)``: each replica's multiplier in the round."""
     schedule: float
-    """The base schedule's own value (before the gain) at the round's last step; only ``literal=True`` reads it."""
+    """The base schedule's learning rate (before the gain) at the round's last step; only ``literal=True`` reads it."""
     progress: float = math.nan
     """Share of the run that is over, in [0, 1]."""
     share: float = 0.01

@@ -7,47 +7,47 @@ from typing import NamedTuple
 
 from hdet.observe.slopes import TOO_LARGE
 from hdet.steer.checks import require
-from hdet.steer.running import HUNDREDTH, Memory, in_errors, recall, remember, significance
+from hdet.steer.running_average import HUNDREDTH, Decay, mean_and_error, significance, t_statistic, update_average
 
 
 class CentreState(NamedTuple):
-    """Where the centre of a hyperparameter is, and what its controller remembers; the same on every rank."""
+    """The state of one hyperparameter's controller, from round to round; the same on every rank."""
 
     position: float = 0.0
-    """Of the centre, from its start, in the hyperparameter's space."""
+    """Of the centre, in the hyperparameter's space, relative to where it started."""
     velocity: float = 0.0
-    """Average of the evidence."""
+    """Running average of ``-effect / c``, in units of the loss per hundredth of the run."""
     rounds: int = 0
     """Rounds observed so far."""
     variance: float = 0.0
-    """Of the evidence from round to round, around its average."""
+    """Of ``-effect / c`` from round to round, around that average."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class OneSlope:
     r"""Moves the centre of a hyperparameter other than the learning rate down the slope of the probe's loss.
 
-    With ``effect`` the loss's rise from the centre to one spread above it, as a round tells it
+    With ``effect`` the loss's rise from the centre to one spread above it, as fitted to a round's losses
     (:mod:`hdet.explore.design`), and ``c`` the round's length in hundredths of the run::
 
-        t = mean(-effect / c) / standard error          over recent rounds, memory ``smoothing^c``
+        t = mean(-effect / c) / standard error          over recent rounds, decay ``smoothing^c`` per round
         q = sign(t) clip((|t| - threshold) / slack, 0, 1)
         position += step * min(1, c) * spread * height * q
 
-    What it sees is the effect of a round. One that comes later, it cannot see.
+    An effect that shows only after the round is not seen.
 
     Raises:
         ValueError: for a value outside the range its field names.
     """
 
     step: float = 0.25
-    """> 0: how far the centre moves in a round, and in a hundredth of the run, at most, in spreads."""
+    """> 0, in spreads: how far the centre moves at most, in a round and in a hundredth of the run."""
     smoothing: float = 0.8
-    """In [0, 1): weight of what was a hundredth of the run ago, in the average of the evidence."""
+    """In [0, 1): weight, in the running average, of what was measured a hundredth of the run ago."""
     threshold: float = 1.0
-    """>= 0: standard errors from zero up to which nothing moves."""
+    """>= 0: ``|t|`` up to which nothing moves."""
     slack: float = 2.0
-    """> 0: standard errors beyond ``threshold`` at which the step is whole."""
+    """> 0: how far ``|t|`` must exceed ``threshold`` for a whole step."""
 
     def __post_init__(self) -> None:
         require("step", self.step, self.step > 0, "finite and > 0")
@@ -56,22 +56,24 @@ class OneSlope:
         require("slack", self.slack, self.slack > 0, "finite and > 0")
 
     def update(
-        self, place: CentreState, effect: float, *, spread: float, height: float = 1.0, share: float = 0.01
+        self, state: CentreState, effect: float, *, spread: float, height: float = 1.0, share: float = 0.01
     ) -> CentreState:
-        """One round. The place does not change in one that said nothing: ``effect`` is NaN.
+        """One round: ``(state, effect) -> next state``. Where ``effect`` is not known (NaN), the state does not change.
 
         Args:
-            effect: in units of the loss.
+            effect: the loss's rise from the centre to one spread above it.
             spread: in the hyperparameter's space.
-            height: the schedule's, as a share of its peak: under a small learning rate little can be learned.
+            height: the schedule's value as a share of its peak. The step goes with it, since a round at a small
+                learning rate shows little of an effect.
             share: the round's length as a share of the run's, > 0.
         """
         if not abs(effect) < TOO_LARGE:
-            return place
-        rounds = place.rounds + 1
+            return state
+        rounds = state.rounds + 1
         length = share / HUNDREDTH
-        memory = Memory(self.smoothing, 0.9).over(length)
-        kept = remember((place.velocity, place.variance), -effect / length, rounds, memory)
-        q = significance(in_errors(*recall(kept, rounds, memory)), rounds, self.threshold, self.slack)
+        decay = Decay(self.smoothing, 0.9).over(length)
+        velocity, variance = update_average((state.velocity, state.variance), -effect / length, rounds, decay)
+        t = t_statistic(*mean_and_error((velocity, variance), rounds, decay))
+        q = significance(t, rounds, self.threshold, self.slack)
         step = self.step * min(1.0, length)
-        return CentreState(place.position + step * spread * height * q, kept[0], rounds, kept[1])
+        return CentreState(state.position + step * spread * height * q, velocity, rounds, variance)

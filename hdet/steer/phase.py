@@ -9,7 +9,7 @@ from hdet.explore.hyperparameters import Hyperparameter
 from hdet.observe.slopes import ProbeLosses
 from hdet.schedules.course import Course
 from hdet.steer.controllers import Controller, Controllers, RoundObservation
-from hdet.steer.recovery import CUT, Recovery
+from hdet.steer.recovery import GAIN_DIVISOR, Recovery
 from hdet.steer.report import ControllerReport
 
 
@@ -143,18 +143,18 @@ class SteerPhase:
     def roll_back(self, steps: int) -> ControllerReport:
         """Put model and optimizer back to the last good state, and divide the gains."""
         assert self._recovery is not None
-        self._recovery.go_back()
-        return self._controllers.roll_back(self._course.ended_round(steps), self._hyperparameters, divisor=CUT)
+        self._recovery.restore()
+        return self._controllers.roll_back(self._course.ended_round(steps), self._hyperparameters, divisor=GAIN_DIVISOR)
 
-    def tell_rollback(self, steps: int, mean_loss: float) -> None:
+    def warn_of_rollback(self, steps: int, mean_loss: float) -> None:
         """Log it."""
         assert self._recovery is not None
-        self._recovery.tell(steps, mean_loss)
+        self._recovery.warn(steps, mean_loss)
 
     def restart(self) -> None:
         """The run goes on from a state that is being loaded."""
         if self._recovery is not None:
-            self._recovery.watch()
+            self._recovery.copy_before_next_step()
 
     def facts(self) -> dict[str, Any]:
         """What must be the same on every rank."""

@@ -59,7 +59,7 @@ class Published:
             raise ValueError(f"Invalid warmup_rounds={self.warmup_rounds}. Must be a whole number >= 0.")
 
     def wants_probe(self, progress: float, until: float) -> bool:
-        """It has no use for one."""
+        """No: it uses training losses only."""
         return False
 
     def rests_after(self, course: Course) -> float:
@@ -67,7 +67,7 @@ class Published:
         return 1.0
 
     def reach(self, height: float) -> float:
-        """Nor for a far point."""
+        """Not used, as there is no probe."""
         return 1.0
 
     def update(self, state: ControllerState, observation: Observation) -> tuple[ControllerState, float | None]:

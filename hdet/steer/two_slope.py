@@ -11,9 +11,18 @@ from hdet.observe.slopes import TOO_LARGE, Slopes, loss_near, mean_of, slopes_of
 from hdet.schedules.course import Course
 from hdet.steer.checks import check_bounds, clamped, require
 from hdet.steer.observation import ControllerState, Observation
-from hdet.steer.running import FEWEST, HUNDREDTH, Memory, in_errors, recall, remember, significance, weighted_sum
+from hdet.steer.running_average import (
+    HUNDREDTH,
+    MIN_ROUNDS,
+    Decay,
+    mean_and_error,
+    significance,
+    t_statistic,
+    update_average,
+    weighted_sum,
+)
 
-_LOUDEST = 3.0
+_OUTLIER = 3.0
 """Standard deviations of ``R`` below its average, beyond which a round does not widen its error any more."""
 _LOWEST = 0.02
 """Height of the schedule below which the far point goes no farther."""
@@ -32,7 +41,7 @@ class TwoSlope:
         F = mean_r(far_r - slow_above_r)      at reach = far / height: is a rate so much higher still too low?
         x = (1 - u) R + u (A - K E),  K = k + 2 final s^2
         u = min(1, progress / ramp),  s = clip((progress - ramp) / (until - ramp), 0, 1),  k: noise_weight[0] -> [1]
-        t = x(means) / sqrt((1 - u)^2 var(R) + u^2 var(A) + (u K)^2 var(E))      of means over recent rounds, memory
+        t = x(means) / sqrt((1 - u)^2 var(R) + u^2 var(A) + (u K)^2 var(E))      of means over recent rounds, decay
                                                                                  ``smoothing^c``, and their variances
         t = the same of R / l, A / l, E / l, if that is larger         l: the training loss, averaged over a few rounds
         t = 0, if t < 0 and F < overshoot L
@@ -41,31 +50,34 @@ class TwoSlope:
         log gain -= step * down  instead, if the training loss, averaged over recent rounds, is ``rise`` times its
                                  lowest, by a standard error
 
-    The raw slope sees at once that a learning rate is too high, but prefers a low one: that damps the iterates' noise,
-    and what it gives up only shows later. So it rules the warm-up, as in a learning-rate range test. The debiased slope
-    cannot see noise, and lasting progress is positive until the learning rate is so high that none is left; a little of
-    the noise is held against it, ``k``, and more where no annealing will remove it: under a constant schedule ``x``
-    ends as the raw slope again (in expectation ``R = A - 2 E`` with ``c = 1``), and the gain anneals.
+    The raw slope shows at once that a learning rate is too high, but favours a low one: that damps the iterates' noise,
+    and the progress that it gives up shows only later. So it decides in the warm-up, as in a learning-rate range test.
+    The debiased slope does not contain noise, and lasting progress is positive until the learning rate is so high that
+    none is left. From it a little of the noise is subtracted, ``k``, and more where no annealing will remove it: under
+    a constant schedule ``x`` ends as the raw slope again (in expectation ``R = A - 2 E`` with ``c = 1``), and the gain
+    anneals.
 
-    It counts in hundredths of the run, however many rounds there are: what a learning rate gains in a round, and how
-    far the gain should move, go with the round's length; the noise does not. A step is not longer in a longer round.
+    Time is counted in hundredths of the run, however many rounds there are: what a learning rate gains in a round, and
+    how far the gain should move, go with the round's length; the noise does not. A step is not longer in a longer
+    round.
 
-    Too high is loud, too low is quiet. Where the loss has fallen far, the slopes are small, and their errors are those
-    of the livelier rounds before. Relative to the loss of their time, rounds count alike. Either may argue for more;
-    for less both must. (With a loss that is not positive there is but the first.)
+    Where the loss has fallen far, the slopes are small, and their errors are those of the earlier rounds, in which they
+    were larger. Relative to the training loss of their time, all rounds count alike. The gain rises if either form of
+    ``t`` is positive and falls only if both are negative. (With a loss that is not positive there is only the first.)
 
-    On a plateau there is no lasting progress either, and what noise there is says "less". But there it costs nothing to
-    go far: too high is only what overshoots (``L`` is the loss beside the far point, ``L(e + (e - f))``).
+    On a plateau there is no lasting progress, and the noise makes ``t`` negative although a large learning rate does no
+    harm. There the gain falls only if the far point overshoots (``L`` is the loss beside it, ``L(e + (e - f))``).
 
-    A loss that rises says "less" by itself: up to the best learning rate the training loss, averaged over a few rounds,
-    stays within 1.25 times its lowest, at four times it mostly does not. Where it has risen to ``rise`` times its
-    lowest, the gain falls by a whole step, however short the round, and the lowest is counted from there.
+    A training loss that rises lowers the gain by itself: up to the best learning rate, its average over a few rounds
+    stays within 1.25 times its lowest, at four times that rate it mostly does not. Where it has risen to ``rise`` times
+    its lowest, the gain falls by a whole step, however short the round, and the lowest is counted from there.
 
-    The slopes say "more", not how much. By the line identity a run at ``n`` times the learning rate is, to first order,
+    The slopes have a sign, and no size. By the line identity a run at ``n`` times the learning rate is, to first order,
     ``n`` times as far along: where ``far`` times the progress that there would be at the schedule's peak still does not
-    overshoot, the gain climbs ``climb`` steps at once, whatever the schedule's height; up to ``ramp`` only, for a
-    batch may say so by chance. A round whose losses are not finite moves the log gain down by ``step``. Once the
-    schedule has fallen below ``rest_below`` for good, after ``until``, the gain rests: its own annealing is not fought.
+    overshoot, the gain climbs ``climb`` steps at once, whatever the schedule's height; up to ``ramp`` only, since one
+    batch may show this by chance. A round whose losses are not finite moves the log gain down by ``step``. Once the
+    schedule has fallen below ``rest_below`` for good, after ``until``, the gain rests, and does not undo
+    the annealing.
 
     Raises:
         ValueError: for a value outside the range its field names.
@@ -146,12 +158,12 @@ class TwoSlope:
         slopes = slopes._replace(raw=slopes.raw / length, debiased=slopes.debiased / length)
         weights = self._weights(observation.progress, observation.until, observation.final)
         rounds = state.rounds + 1
-        level, has_risen = self._watched(state.level, observation.losses, length)
-        memory = Memory(self.smoothing, 0.95).over(length)
-        kept = _remember_all(state.slopes or ((0.0, 0.0),) * 6, slopes, _positive(level, length), rounds, memory)
-        known = [recall(one, rounds, memory) for one in kept]
+        level, has_risen = self._updated_level(state.level, observation.losses, length)
+        decay = Decay(self.smoothing, 0.95).over(length)
+        kept = _update_all(state.slopes or ((0.0, 0.0),) * 6, slopes, _loss_unit(level, length), rounds, decay)
+        known = [mean_and_error(one, rounds, decay) for one in kept]
         mean, error = weighted_sum(weights, known[:3])
-        t = max(in_errors(mean, error), in_errors(*weighted_sum(weights, known[3:])))
+        t = max(t_statistic(mean, error), t_statistic(*weighted_sum(weights, known[3:])))
         if t < 0 and slopes.further < self.overshoot * loss_near(observation.probe):
             t = 0.0  # a plateau
         moved = ControllerState(state.gain, mean, rounds, kept, level)
@@ -165,23 +177,23 @@ class TwoSlope:
             moved = moved._replace(gain=clamped(math.log(state.gain) + change, self.bounds))
         return moved, _weighed(slopes, weights)
 
-    def _watched(
+    def _updated_level(
         self, level: tuple[float, float, int, float], losses: Sequence[float], length: float
     ) -> tuple[tuple[float, float, int, float], bool]:
-        """``ControllerState.level`` with this round's losses, and whether it has risen too far. Then it counts from
-        where it is now: it has had its answer."""
+        """``ControllerState.level`` with this round's losses, and whether it has risen too far; its lowest then counts
+        from where it is now."""
         known = [loss for loss in losses if abs(loss) < TOO_LARGE]
         if not known:
             return level, False
         average, variance, rounds, lowest = level
         rounds += 1
         recent = _RECENT.over(length)
-        kept = remember((average, variance), mean_of(known), rounds, recent)
-        mean, error = recall(kept, rounds, recent)
+        kept = update_average((average, variance), mean_of(known), rounds, recent)
+        mean, error = mean_and_error(kept, rounds, recent)
         if rounds * length <= 1:  # too few to count from
             return (*kept, rounds, mean), False
         risen = mean - lowest
-        has_risen = rounds > FEWEST and risen > error and risen > (self.rise - 1) * abs(lowest)
+        has_risen = rounds > MIN_ROUNDS and risen > error and risen > (self.rise - 1) * abs(lowest)
         return (*kept, rounds, mean if has_risen else min(mean, lowest)), has_risen
 
     def evidence(self, slopes: Slopes, progress: float, until: float, final: float) -> float:
@@ -201,24 +213,24 @@ def _weighed(slopes: Slopes, weights: Sequence[float]) -> float:
     return math.fsum(weight * x for weight, x in zip(weights, slopes[:3], strict=True) if weight)
 
 
-def _remember_all(
-    kept: tuple[tuple[float, float], ...], slopes: Slopes, level: float, rounds: int, memory: Memory
+def _update_all(
+    kept: tuple[tuple[float, float], ...], slopes: Slopes, level: float, rounds: int, decay: Decay
 ) -> tuple[tuple[float, float], ...]:
     """``ControllerState.slopes`` with the latest of ``rounds``, in units of the loss and of ``level``."""
-    lowest = (_LOUDEST, None, None)
+    lowest = (_OUTLIER, None, None)
     latest = [(x / unit, low) for unit in (1.0, level) for x, low in zip(slopes[:3], lowest, strict=True)]
     return tuple(
-        remember(old, x, rounds, memory, low) if math.isfinite(x) else old
+        update_average(old, x, rounds, decay, low) if math.isfinite(x) else old
         for old, (x, low) in zip(kept, latest, strict=True)
     )
 
 
-def _positive(level: tuple[float, float, int, float], length: float) -> float:
+def _loss_unit(level: tuple[float, float, int, float], length: float) -> float:
     """The training loss that ``ControllerState.level`` remembers, or 1 where that is none to divide by."""
     rounds, recent = level[2], _RECENT.over(length)
-    loss = recall(level[:2], rounds, recent)[0] if rounds else 0.0
+    loss = mean_and_error(level[:2], rounds, recent)[0] if rounds else 0.0
     return loss if loss > 0 else 1.0
 
 
-_RECENT = Memory(0.6, 0.8)
+_RECENT = Decay(0.6, 0.8)
 """Of the training loss."""

@@ -1,4 +1,4 @@
-"""``python -m hdet.bench.regret.ablations``: what each part of the controller is for.
+"""``python -m hdet.bench.regret.ablations``: the controller without each of its parts, and under other settings.
 
 Every row changes one thing. Figures are the excess over the best OneCycle of the sweep, in percent, over seeds. Fast
 workloads only: about 10 minutes on two cores.
@@ -27,8 +27,8 @@ from hdet.steer.two_slope import TwoSlope
 _TINY = 1e-6
 
 
-class _Unwatched(TwoSlope):
-    """Is not told the training loss: slopes cannot count relative to it, and it may rise."""
+class _WithoutTrainingLoss(TwoSlope):
+    """Does not get the training loss: slopes are not taken relative to it, and its rise is not seen."""
 
     def update(self, state: ControllerState, observation: Observation) -> tuple[ControllerState, float | None]:
         return super().update(state, observation._replace(losses=()))
@@ -41,7 +41,7 @@ ABLATIONS: dict[str, Setting] = {
     "debiased slope only": replace(DEFAULT, controller=TwoSlope(ramp=_TINY, noise_weight=(_TINY, _TINY))),
     "no noise weight": replace(DEFAULT, controller=TwoSlope(noise_weight=(_TINY, _TINY))),
     "no overshoot": replace(DEFAULT, controller=TwoSlope(overshoot=0.0)),
-    "no training loss": replace(DEFAULT, controller=_Unwatched()),
+    "no training loss": replace(DEFAULT, controller=_WithoutTrainingLoss()),
     "may rise": replace(DEFAULT, controller=TwoSlope(rise=math.inf)),
     "no significance gate": replace(DEFAULT, controller=TwoSlope(threshold=0.0, slack=_TINY)),
     "no height": replace(DEFAULT, flat=True),

@@ -90,11 +90,13 @@ def _windows(data: Tensor, starts: Tensor, context: int = 32) -> Batch:
 
 
 def draw_text(corpus: Callable[[], tuple[Tensor, Tensor]], size: int, generator: torch.Generator) -> Batch:
+    """32 characters at random places of the training text, and the next ones."""
     train, _ = corpus()
     return _windows(train, torch.randint(len(train) - 33, (size,), generator=generator))
 
 
 def validation_text(corpus: Callable[[], tuple[Tensor, Tensor]], size: int = 512) -> Batch:
+    """The same of the validation text, always at the same places."""
     _, val = corpus()
     return _windows(val, torch.randint(len(val) - 33, (size,), generator=torch.Generator().manual_seed(1)))
 

@@ -1,4 +1,4 @@
-"""What one training run of the regret benchmark came to."""
+"""The result of one training run of the regret benchmark."""
 
 from __future__ import annotations
 
@@ -13,6 +13,6 @@ class Outcome(NamedTuple):
     """Final validation loss, in eval mode. Not finite if the run diverged."""
     seconds: float
     gain: float = 1.0
-    """What a controller multiplied the schedule by in the end."""
+    """The controller's, at the end."""
     details: Mapping[str, Any] = {}
     """Anything else worth keeping, as JSON can hold it."""

@@ -31,7 +31,7 @@ from hdet.converge.slow_average import SlowAverage
 from hdet.errors import DivergedError, HdetError
 from hdet.explore.spread import assignment
 from hdet.model.weights import Weights
-from hdet.observe.probe import evaluate, gathered
+from hdet.observe.probe import evaluate, losses_by_point
 from hdet.observe.slopes import Slopes, slopes_of
 from hdet.schedules.forecast import Forecast, forecast
 from hdet.schedules.found import Recorder
@@ -39,7 +39,7 @@ from hdet.steer.controllers import Controller
 from hdet.steer.lr_finder import find_lr, head_start
 from hdet.steer.observation import ControllerState, Observation
 from hdet.steer.published import Published
-from hdet.steer.recovery import CUT, Recovery
+from hdet.steer.recovery import GAIN_DIVISOR, Recovery
 from hdet.steer.two_slope import TwoSlope
 
 
@@ -64,15 +64,15 @@ class Setting:
     probe_share: int = 1
     """A probe takes one batch divided by this."""
     flat: bool = False
-    """Whether the controller is told that the schedule is at its peak throughout."""
+    """Whether the controller is given a height of 1 throughout."""
     keep_slopes: bool = False
-    """Whether ``details`` holds what the probes said."""
+    """Whether ``details`` holds the probes' slopes."""
 
 
 def simulate(
     workload: Workload, max_lr: float, seed: int, setting: Setting, recorder: Recorder | None = None
 ) -> Outcome:
-    """One run of hdet; ``details`` holds the gain after every round. ``recorder`` is told the schedule it finds."""
+    """One run of hdet; ``details`` holds the gain after every round. ``recorder`` records the schedule it finds."""
     began = time.perf_counter()
     model = peers.build(workload, seed)
     optimizer = peers.optimizer_of(workload, model, max_lr)
@@ -145,7 +145,7 @@ class _Replicas:
         self._final = ahead.final
         self._start = self._bucket.pack()
         self._losses = [0.0] * setting.replicas
-        self._fresh = torch.Generator().manual_seed(seed + 300)
+        self._probe_generator = torch.Generator().manual_seed(seed + 300)
         self.gains: list[float] = []
         self.slopes: list[tuple[float, Slopes]] = []
         """(progress, slopes), probe by probe."""
@@ -185,7 +185,7 @@ class _Replicas:
         return math.fsum(losses) / len(losses)
 
     def end_step(self, step: int, batch: Batch, height: float) -> None:
-        """What the ensemble does in ``step()``. Raises ``DivergedError`` after too many rollbacks."""
+        """What the ensemble does in ``step()``; raises ``DivergedError`` after too many rollbacks."""
         if step % self.round_length:
             return
         controller, progress = self._setting.controller, step / self._steps
@@ -205,13 +205,17 @@ class _Replicas:
         if isinstance(controller, TwoSlope):
             self._slow.unpack(0, self._bucket, mean, 1)
             if controller.wants_probe(progress, self._until):
-                batch = self._workload.draw(self._workload.batch_size // self._setting.probe_share, self._fresh)
+                batch = self._workload.draw(
+                    self._workload.batch_size // self._setting.probe_share, self._probe_generator
+                )
                 parts = self._parts(batch)
                 reach = controller.reach(known)
-                probe = gathered([self._probe(mean, rho, part, reach) for rho, part in zip(rhos, parts, strict=True)])
+                probe = losses_by_point(
+                    [self._probe(mean, rho, part, reach) for rho, part in zip(rhos, parts, strict=True)]
+                )
         if isinstance(controller, Published) and not self._setting.exact:
-            losses = self._told_apart(batch, mean, rhos)
-        seen = Observation(
+            losses = self._losses_at_points(batch, mean, rhos)
+        observation = Observation(
             losses=losses,
             multipliers=rhos,
             schedule=height,
@@ -223,18 +227,18 @@ class _Replicas:
             probe=probe,
             lag=self._slow.lag,
         )
-        if probe is not None and (slopes := slopes_of(probe, rhos, seen.lag)) is not None:
+        if probe is not None and (slopes := slopes_of(probe, rhos, observation.lag)) is not None:
             self.slopes.append((progress, slopes))
-        self._state, _ = controller.update(self._state, seen)
+        self._state, _ = controller.update(self._state, observation)
         self._losses = [0.0] * self._setting.replicas
         self.gains.append(self.gain)
         self._start = mean
 
     def _roll_back(self) -> None:
         assert self._recovery
-        self._recovery.go_back()
+        self._recovery.restore()
         self._start = self._bucket.pack()
-        self._state = ControllerState(gain=self.gain / CUT)
+        self._state = ControllerState(gain=self.gain / GAIN_DIVISOR)
         self._slow.restart()
         self._losses = [0.0] * self._setting.replicas
         self.gains.append(self.gain)
@@ -251,8 +255,8 @@ class _Replicas:
             reach=reach,
         )
 
-    def _told_apart(self, batch: Batch, mean: Tensor, rhos: Sequence[float]) -> tuple[float, ...]:
-        """What the last batch says of the replicas' points: the least noise that the published signal could have."""
+    def _losses_at_points(self, batch: Batch, mean: Tensor, rhos: Sequence[float]) -> tuple[float, ...]:
+        """[replica] loss of the last batch at its point: the least noise that the published signal could have."""
         losses = []
         for rho, part in zip(rhos, self._parts(batch), strict=True):
             self._bucket.write(torch.lerp(self._start, mean, rho))
@@ -298,6 +302,6 @@ def _found(
         max_grad_norm=1.0,
         auto_lr=goes_on,
     )
-    # The search runs in one process, and so does not begin above what it finds.
+    # In one process the search suggests the candidate itself, without the head start of several replicas.
     times = head_start(setting.replicas, conclusive=found.conclusive) if goes_on else 1
     return found.max_lr * times, -(-drawn // setting.replicas)

@@ -11,6 +11,7 @@ from typing import Any, Literal, NamedTuple
 from hdet.bench.regret.contenders import CONTENDERS, ORACLE, Contender
 from hdet.bench.regret.outcome import Outcome
 from hdet.bench.regret.runs import Run
+from hdet.monitor.tables import markdown
 
 NEAR = (0.1, 3.0)
 """Starts for which the first target holds."""
@@ -26,7 +27,7 @@ class Oracle(NamedTuple):
 
 
 class Regret(NamedTuple):
-    """Of one contender, workload and start: over the seeds. Infinite where a seed diverged."""
+    """Of one contender, workload and start, over the seeds. Infinite where a seed diverged."""
 
     mean: float
     low: float
@@ -37,7 +38,7 @@ class Regret(NamedTuple):
 
 @dataclass(frozen=True)
 class Regrets:
-    """What the runs came to."""
+    """The regrets of all runs."""
 
     starts: tuple[float, ...]
     oracles: dict[str, Oracle]
@@ -66,7 +67,7 @@ class Regrets:
 
 @dataclass(frozen=True)
 class Target:
-    """One of the project's promises, and what became of it."""
+    """One of the project's targets, and whether a contender meets it."""
 
     contender: str
     name: str
@@ -129,7 +130,7 @@ def tables(regrets: Regrets) -> str:
             if own:
                 cells = (own.get((workload, start)) for start in regrets.starts)
                 rows.append((name, *(_cell(cell) if cell else "-" for cell in cells)))
-        parts.append(f"### {workload}: oracle {oracle.loss:.4g}, at x{oracle.start:.3g}\n\n{_markdown(rows)}\n")
+        parts.append(f"### {workload}: oracle {oracle.loss:.4g}, at x{oracle.start:.3g}\n\n{markdown(rows)}\n")
     return "\n".join(parts)
 
 
@@ -144,14 +145,14 @@ def summary(regrets: Regrets, contenders: Mapping[str, Contender] = CONTENDERS) 
         tuned = _tuned(regrets, name)
         where = f"{workload}, x{start:.3g}" if contenders[name].uses_start else workload
         rows.append((name, percent(regret), "-" if tuned is None else percent(tuned), where))
-    return _markdown(rows)
+    return markdown(rows)
 
 
 def targets_table(regrets: Regrets, contenders: Mapping[str, Contender] = CONTENDERS) -> str:
     """The targets, one to a row."""
     rows = [("contender", "target", "wanted", "measured", "verdict")]
     rows += [(t.contender, t.name, t.wanted, t.measured, t.verdict) for t in targets(regrets, contenders)]
-    return _markdown(rows)
+    return markdown(rows)
 
 
 def percent(regret: float) -> str:
@@ -167,13 +168,6 @@ def _cell(cell: Regret) -> str:
         return "diverged" if cell.diverged == cell.seeds else f"diverged ({cell.diverged} of {cell.seeds})"
     spread = f" ({percent(cell.low)[:-1]}..{percent(cell.high)[:-1]})" if cell.seeds > 1 else ""
     return percent(cell.mean) + spread
-
-
-def _markdown(rows: Sequence[Sequence[str]]) -> str:
-    widths = [max(3, *map(len, column)) for column in zip(*rows, strict=True)]
-    lines = [" | ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)) for row in rows]
-    lines.insert(1, " | ".join("-" * w for w in widths))
-    return "\n".join(f"| {line} |" for line in lines)
 
 
 def as_json(regrets: Regrets, contenders: Mapping[str, Contender] = CONTENDERS) -> dict[str, Any]:

@@ -31,7 +31,7 @@ def measure(*, repeat: int, seconds: float, converge_every: int) -> Iterator[Com
     as many, that end without a probe, and with one. Collective.
 
     Yields:
-        Whole rounds; and the part of them spent inside ``scheduler.step``, which tells a difference that is smaller
+        Whole rounds; and the part of them spent inside ``scheduler.step``, which shows a difference that is smaller
         than the noise of the whole.
     """
     for length, probes in ((1, False), (2, False), (2, True)):

@@ -207,7 +207,7 @@ def _judge(
     at_most: float | None = None,
     show: Callable[[float], str] = lambda value: f"{_short(value)}x",
 ) -> Target:
-    """A target that every case must reach; says which case is the worst."""
+    """A target that every case must reach, with the worst case."""
     if at_least is not None:
         limit, sign, wanted = at_least, 1, f"at least {show(at_least)}"
     else:

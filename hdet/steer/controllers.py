@@ -42,7 +42,7 @@ class Explored(Protocol):
 
 
 class RoundObservation(NamedTuple):
-    """Everything that is known of a round when it ends, but for the levels."""
+    """What was measured in a round, and when in the run it ended."""
 
     losses: tuple[float, ...]
     """[replica] mean training loss."""
@@ -128,9 +128,9 @@ class Controllers:
         return self.levels(round)[len(self._factors) - len(self._names) :]
 
     def probe_directions(self, round: int) -> tuple[tuple[float, ...], ...]:
-        """[learning rate][replica] by how much the probe takes a replica along the slow average's progress in the
-        parameters of each. With one learning rate, all the way. With several, some forward and some back: then the
-        progress of each can be told from that of the others, with not one forward pass more."""
+        """[learning rate][replica] how far, in [-1, 1], the probe moves a replica along the slow average's progress in
+        the parameters of each learning rate. With one, 1 everywhere. With several, levels of the same design, by which
+        the progress of each is separated from that of the others without more forward passes."""
         count = len(self.lr_states)
         if count == 1:
             return ((1.0,) * self._replicas,)
@@ -161,7 +161,7 @@ class Controllers:
         return self._report(round, hyperparameters, *before, signal)
 
     def rest(self, round: int, hyperparameters: Sequence[Explored] = ()) -> ControllerReport:
-        """The report of a converge that changes no state: one inside a round."""
+        """The report of a converge inside a round, which changes no state."""
         unknown = RoundSignal(
             (math.nan,) * len(self.lr_states), (Effect(math.nan, math.nan),) * len(self.centre_states), None
         )

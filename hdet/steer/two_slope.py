@@ -23,7 +23,7 @@ from hdet.steer.running_average import (
 )
 
 _OUTLIER = 3.0
-"""Standard deviations of ``R`` below its average, beyond which a round does not widen its error any more."""
+"""Standard deviations of ``R`` below its average; a round further below widens its error only by as much."""
 _LOWEST = 0.02
 """Height of the schedule below which the far point goes no farther."""
 

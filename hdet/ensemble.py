@@ -30,7 +30,7 @@ from hdet.explore.hyperparameters import Hyperparameter
 from hdet.explore.prior import Prior
 from hdet.explore.virtual import VirtualReplicas
 from hdet.model.gradients import fingerprint_gradients, set_gradients, warn_of_gradients
-from hdet.model.guards import check_caller, has_rival, warn_of_batch_norm
+from hdet.model.guards import another_averages, check_caller, warn_of_batch_norm
 from hdet.model.weights import weights_of
 from hdet.monitor.base import MonitorLike
 from hdet.monitor.report import HyperparameterReport, Report
@@ -758,7 +758,7 @@ class Ensemble:
     def _converge(self, gathered: list[_Gathered], complete: bool) -> Report:
         """Average, or send what will be averaged, and let the controller see the round if it is complete."""
         started = time.perf_counter()
-        if complete and has_rival(self._models, self) and not self._told_rival:
+        if complete and another_averages(self._models, self) and not self._told_rival:
             self._told_rival = True
             if self.replicas.writer:
                 logger.warning(

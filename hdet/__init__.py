@@ -10,14 +10,17 @@ from hdet.lr_scheduler import OneCycleLR
 from hdet.monitor import JsonLines, Monitor, Report, TensorBoard
 from hdet.observe import Probe
 from hdet.schedules.found import FoundSchedule
+from hdet.settings import Averaging, Exploration, Outer, Settings
 from hdet.steer import LRFinding, find_lr
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "Averaging",
     "DivergedError",
     "Dropout",
     "Ensemble",
+    "Exploration",
     "FoundSchedule",
     "HdetError",
     "Hyperparameter",
@@ -25,9 +28,11 @@ __all__ = [
     "LRFinding",
     "Monitor",
     "OneCycleLR",
+    "Outer",
     "Probe",
     "ReplicaMismatchError",
     "Report",
+    "Settings",
     "TensorBoard",
     "controller",
     "find_lr",

@@ -17,10 +17,10 @@ from torch.distributed.distributed_c10d import _coalescing_manager
 
 import hdet
 from hdet.bench.measure import OURS, Unavailable
-from hdet.config import EnsembleConfig
 from hdet.converge.averager import Averager, Inspection
 from hdet.model.weights import Weights
 from hdet.replicas.topology import Replicas
+from hdet.settings import Averaging
 
 _NEVER = 2**62
 
@@ -61,8 +61,7 @@ class Ours(Contender):
     """``scheduler.converge()`` as users call it: with its checks of agreement and finiteness, and its report."""
 
     averages_buffers = True
-    wire_dtype: torch.dtype | None = None
-    bucket_mib = EnsembleConfig.bucket_mib
+    averaging = Averaging()
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__(model)
@@ -72,8 +71,7 @@ class Ours(Contender):
             model=model,
             spread=1 / 9,
             converge_every=_NEVER,
-            wire_dtype=self.wire_dtype,
-            bucket_mib=self.bucket_mib,
+            averaging=self.averaging,
         )
 
     def prepare(self) -> None:
@@ -84,18 +82,17 @@ class Ours(Contender):
 
 
 class OursInBfloat16(Ours):
-    """The same with ``wire_dtype=torch.bfloat16``: half the traffic, a copy of the parameters, and a mean that is a
-    little off."""
+    """The same with a wire of bfloat16: half the traffic, a copy of the parameters, and a mean that is a little off."""
 
     tolerance = 5e-2
-    wire_dtype = torch.bfloat16
+    averaging = Averaging(wire_dtype="bfloat16")
 
 
 class OursInOneBucket(Ours):
     """The same with one bucket for the whole model: a second copy of it, as the alternatives keep. What bounded memory
     costs."""
 
-    bucket_mib = 2.0**20
+    averaging = Averaging(bucket_mib=2.0**20)
 
 
 class AverageOnly(Contender):
@@ -106,7 +103,7 @@ class AverageOnly(Contender):
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__(model)
-        self._averager = Averager(Weights([model]), Replicas(), int(Ours.bucket_mib * 2**20))
+        self._averager = Averager(Weights([model]), Replicas(), Ours.averaging.bucket_bytes)
 
     def prepare(self) -> None:
         mine = self._averager.inspect()

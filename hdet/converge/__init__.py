@@ -5,23 +5,23 @@ what the average found (:class:`Averaged`): distances, excluded replicas, bytes.
 over the rounds (:class:`SlowAverage`), and momentum on whole rounds (:class:`OuterMomentum`).
 """
 
-from hdet.converge.averager import Averager, Inspection
+from hdet.converge.averager import Averager
 from hdet.converge.optimizer_policy import policy_of
-from hdet.converge.optimizer_state import NOT_INSPECTED, OptimizerState, StateInspection
+from hdet.converge.optimizer_state import OptimizerState
 from hdet.converge.outer import OuterMomentum
 from hdet.converge.pending import Averaged, Pending, Point
+from hdet.converge.phase import ConvergePhase, Findings
 from hdet.converge.slow_average import SlowAverage
 
 __all__ = [
-    "NOT_INSPECTED",
     "Averaged",
     "Averager",
-    "Inspection",
+    "ConvergePhase",
+    "Findings",
     "OptimizerState",
     "OuterMomentum",
     "Pending",
     "Point",
     "SlowAverage",
-    "StateInspection",
     "policy_of",
 ]

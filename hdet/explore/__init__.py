@@ -12,6 +12,7 @@ from hdet.explore.hyperparameters import Hyperparameter
 from hdet.explore.identification import check_identified
 from hdet.explore.kinds import ParamGroupField, module_attribute, param_group, scalar
 from hdet.explore.noisy_start import warm_noisy_start
+from hdet.explore.phase import ExplorePhase
 from hdet.explore.prior import Prior
 from hdet.explore.virtual import VirtualReplicas
 
@@ -19,6 +20,7 @@ __all__ = [
     "Design",
     "Dropout",
     "Effect",
+    "ExplorePhase",
     "FanOut",
     "Hyperparameter",
     "ParamGroupField",

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -138,8 +139,9 @@ def attach(engine: Any, scheduler: Callable[..., Scheduler], *args: Any, **setti
         if groups is not None:
             settings["replicas"] = groups.mesh["replicate"]
         settings |= {"model": engine.module, "gradients": "shared" if groups is None else "local"}
-        if groups is not None and settings.get("optimizer_state", "auto") == "auto":
-            settings["optimizer_state"] = "keep"
+        averaging = settings.get("averaging", hdet.Averaging())
+        if groups is not None and averaging.optimizer_state == "auto":
+            settings["averaging"] = replace(averaging, optimizer_state="keep")
         weights = weights_of(engine)
         register_weights(engine.module, weights)
         if groups is not None:  # DeepSpeed makes parameters equal inside a replica, and not buffers
@@ -155,8 +157,7 @@ def attach(engine: Any, scheduler: Callable[..., Scheduler], *args: Any, **setti
 def _has_replicas(settings: dict[str, Any]) -> bool:
     """Whether they ask for replicas that part and are averaged, and not for a schedule alone."""
     differs = settings.get("spread", 0) > 0 or bool(settings.get("hyperparameters"))
-    outer = settings.get("outer_momentum", 0) != 0 or settings.get("outer_lr", 1) != 1
-    return differs or outer or settings.get("gradients") == "local"
+    return differs or not settings.get("outer", hdet.Outer()).is_plain or settings.get("gradients") == "local"
 
 
 def _check(engine: Any, args: tuple[Any, ...], settings: dict[str, Any]) -> None:
@@ -176,9 +177,10 @@ def _check(engine: Any, args: tuple[Any, ...], settings: dict[str, Any]) -> None
             f"Invalid gradients={settings['gradients']!r}. Under DeepSpeed they are {has!r} here: with ReplicaGroups "
             "they are averaged inside a replica only, and without, at ZeRO stage 0, over all ranks."
         )
-    if engine.mpu is not None and settings.get("optimizer_state", "auto") not in ("auto", "keep"):
+    optimizer_state = settings.get("averaging", hdet.Averaging()).optimizer_state
+    if engine.mpu is not None and optimizer_state not in ("auto", "keep"):
         raise ValueError(
-            f"Invalid optimizer_state={settings['optimizer_state']!r}. With ReplicaGroups each replica keeps its own "
+            f"Invalid {optimizer_state=}. With ReplicaGroups each replica keeps its own "
             "('auto' is 'keep'): ZeRO's last shard ends in memory that nobody has written, and must not be averaged."
         )
     if settings.get("virtual_replicas", 1) != 1:

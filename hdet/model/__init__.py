@@ -9,9 +9,12 @@ from hdet.model.gradients import check_gradients, fingerprint_gradients, set_gra
 from hdet.model.guards import another_averages, check_caller, warn_of_batch_norm
 from hdet.model.sharding import check_sharding
 from hdet.model.snapshot import Snapshot
+from hdet.model.watch import GradientWatch, RivalWatch
 from hdet.model.weights import Weights, local, weights_of
 
 __all__ = [
+    "GradientWatch",
+    "RivalWatch",
     "Snapshot",
     "Weights",
     "another_averages",

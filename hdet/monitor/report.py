@@ -1,29 +1,20 @@
-"""What one converge says. Plain Python values, the same on every rank but for ``writer``, ``converge_ms`` and, where
-replicas are sharded, ``converge_bytes``."""
+"""The report of one converge, and how it is assembled. Plain Python values, the same on every rank but for ``writer``,
+``converge_ms`` and, where replicas are sharded, ``converge_bytes``."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import NamedTuple, TypeVar
 
 from hdet.observe.slopes import Slopes
+from hdet.observe.training_loss import finite_mean
+from hdet.steer.report import ControllerReport, HyperparameterReport
 
+__all__ = ["Converged", "HyperparameterReport", "Moment", "Report", "assemble"]
 
-@dataclass(frozen=True, kw_only=True)
-class HyperparameterReport:
-    """One hyperparameter beside the learning rate, in one converge."""
-
-    name: str
-    """As passed, or the default."""
-    centre: float
-    """Its centre in the round."""
-    values: tuple[float, ...]
-    """[r] each replica's value."""
-    effect: float
-    """By how much the probe's loss rises from the centre to one spread above it; NaN where nothing was said."""
-    error: float
-    """Standard error of ``effect``; NaN with no more replicas than factors."""
-    next_centre: float
-    """The centre from here on."""
+Value = TypeVar("Value")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,3 +69,86 @@ class Report:
     """Bytes this rank handed to the collectives in this converge."""
     writer: bool
     """True on exactly one rank: the one that writes files."""
+
+    def with_converged(self, converged: Converged) -> Report:
+        """The same report with what the average did, once it is known."""
+        return replace(
+            self,
+            distance=converged.distance or self.distance,
+            excluded=converged.excluded,
+            converge_ms=converged.seconds * 1e3,
+            converge_bytes=converged.bytes,
+        )
+
+
+class Moment(NamedTuple):
+    """When a converge takes place, and who takes part."""
+
+    step: int
+    round: int
+    complete: bool
+    groups: tuple[str, ...]
+    """[g] names of the parameter groups."""
+    schedule: tuple[float, ...]
+    """[g] the base schedule's learning rates."""
+    distances: int
+    """Number of distances from the mean: the replicas without the virtual ones."""
+    writer: bool
+
+
+class Converged(NamedTuple):
+    """What the average did."""
+
+    distance: tuple[float, ...]
+    """[r] as in :class:`Report`; empty if it was not measured."""
+    excluded: tuple[int, ...]
+    bytes: int
+    """Sent by this rank."""
+    seconds: float
+    """On this rank."""
+
+
+def assemble(
+    moment: Moment, losses: tuple[float, ...], controllers: ControllerReport, *, rolled_back: bool = False
+) -> Report:
+    """The report of a converge, but for what the average did; see :meth:`Report.with_converged`.
+
+    Args:
+        moment: when it takes place.
+        losses: [r] mean training loss of every replica, virtual ones included.
+        controllers: what they did.
+        rolled_back: whether the round was undone.
+    """
+    count = len(moment.groups)
+    gain = _by_group(controllers.gain, count)
+    base = tuple(lr * factor for lr, factor in zip(moment.schedule, gain, strict=True))
+    multipliers = _by_group(controllers.multipliers, count)
+    return Report(
+        step=moment.step,
+        round=moment.round,
+        complete=moment.complete,
+        replicas=len(losses),
+        groups=moment.groups,
+        schedule_lr=moment.schedule,
+        gain=gain,
+        base_lr=base,
+        replica_lr=tuple(tuple(lr * rho for rho in rhos) for lr, rhos in zip(base, multipliers, strict=True)),
+        losses=losses,
+        mean_loss=finite_mean(losses),
+        hypergradient=_by_group(controllers.hypergradient, count),
+        velocity=_by_group(controllers.velocity, count),
+        next_gain=_by_group(controllers.next_gain, count),
+        hyperparameters=controllers.hyperparameters,
+        distance=(math.nan,) * moment.distances,
+        excluded=(),
+        probe=controllers.slopes,
+        rolled_back=rolled_back,
+        converge_ms=0.0,
+        converge_bytes=0,
+        writer=moment.writer,
+    )
+
+
+def _by_group(values: Sequence[Value], groups: int) -> tuple[Value, ...]:
+    """[g] values by learning rate: one for each parameter group, or one for all."""
+    return tuple(values) if len(values) == groups else tuple(values) * groups

@@ -38,7 +38,7 @@ from hdet.observe.slopes import ProbeLosses
 FORGOTTEN = 32
 """Steps after which an optimizer has forgotten a batch: ``0.9**32`` is 3%."""
 
-LossFunction = Callable[[Any, Any], "Tensor | float"]
+LossFunction = Callable[[Any, Any], Tensor | float]
 """``loss_fn(model, batch)``: the mean loss of a batch, as a scalar. ``model`` is what was passed as ``model=``, without
 DDP around it."""
 

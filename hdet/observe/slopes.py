@@ -35,6 +35,9 @@ class Slopes(NamedTuple):
     too low. NaN if the far point's loss is not finite."""
 
 
+UNKNOWN_SLOPES = Slopes(math.nan, math.nan, math.nan, math.nan)
+
+
 def slopes_of(probe: ProbeLosses, multipliers: tuple[float, ...], lag: float) -> Slopes | None:
     """The slopes that :class:`hdet.steer.TwoSlope` weighs, from the replicas whose losses are finite, ``far`` aside.
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import numbers
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -84,6 +85,12 @@ def check_loss(loss: object) -> float | Tensor:
 def mean_losses(totals: list[tuple[float, int]]) -> tuple[float, ...]:
     """Each replica's mean loss; NaN for a replica that reported none."""
     return tuple(total / count if count else math.nan for total, count in totals)
+
+
+def finite_mean(losses: Sequence[float]) -> float:
+    """Mean of the finite ``losses``; NaN if there are none."""
+    finite = [loss for loss in losses if math.isfinite(loss)]
+    return math.fsum(finite) / len(finite) if finite else math.nan
 
 
 def _zero_on(device: torch.device) -> Tensor:

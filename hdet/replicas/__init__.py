@@ -5,7 +5,7 @@ and reduces; and :func:`gather_agreed`, which gathers numbers and raises on all 
 or have different settings or models.
 """
 
-from hdet.replicas.agreement import digest, gather_agreed
+from hdet.replicas.agreement import Term, digest, gather_agreed, same
 from hdet.replicas.topology import Replicas, ReplicasLike
 
-__all__ = ["Replicas", "ReplicasLike", "digest", "gather_agreed"]
+__all__ = ["Replicas", "ReplicasLike", "Term", "digest", "gather_agreed", "same"]

@@ -4,9 +4,18 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import NamedTuple
 
 from hdet.errors import ReplicaMismatchError
 from hdet.replicas.topology import Replicas
+
+
+class Term(NamedTuple):
+    """One number that a rank tells the others."""
+
+    value: float
+    merge: Callable[[list[float]], float]
+    """What a replica of several members tells, given theirs."""
 
 
 def gather_agreed(
@@ -14,36 +23,40 @@ def gather_agreed(
     steps: int,
     layout: int,
     facts: Mapping[str, object],
-    payload: Sequence[float],
-    merge: Sequence[Callable[[list[float]], float]],
+    terms: Mapping[str, Term],
     gather: Callable[[Sequence[float]], list[list[float]]] | None = None,
-) -> list[list[float]]:
-    """Gather ``payload`` from every rank in one small message that also proves that they agree. Collective.
+) -> list[dict[str, float]]:
+    """Gather ``terms`` from every rank in one small message that also proves that they agree. Collective.
 
     Args:
         replicas: the group.
         steps: scheduler steps taken.
         layout: hash of the model, below ``2**53``: of what this member holds of it.
         facts: settings and state by name, all of which must be the same on every rank.
-        payload: what to gather.
-        merge: for each value of the payload, what a replica's value is, given its members' values.
+        terms: what to gather, by name; the same names in the same order on every rank.
         gather: how; default ``replicas.all_gather``.
 
     Returns:
-        Every replica's payload, by replica.
+        Every replica's terms, by replica.
 
     Raises:
         ReplicaMismatchError: on every rank alike, naming what differs, the values and the replicas or ranks.
     """
-    rows = (gather or replicas.all_gather)([steps, digest(facts), layout, *payload])
+    rows = (gather or replicas.all_gather)([steps, digest(facts), layout, *(term.value for term in terms.values())])
     members = replicas.members
     if any(row[:2] != rows[0][:2] or row[2] != rows[i % members][2] for i, row in enumerate(rows)):
         raise ReplicaMismatchError(_explain(replicas, rows, replicas.all_gather_object(dict(facts))))
     if members == 1:
-        return [row[3:] for row in rows]
+        return [dict(zip(terms, row[3:], strict=True)) for row in rows]
     return [
-        [how([row[3 + i] for row in replica]) for i, how in enumerate(merge)] for replica in replicas.by_replica(rows)
+        {name: term.merge([row[3 + i] for row in replica]) for i, (name, term) in enumerate(terms.items())}
+        for replica in replicas.by_replica(rows)
     ]
+
+
+def same(values: list[float]) -> float:
+    """A hash of the members' values: for a :class:`Term` that replicas compare."""
+    return float(digest(values))
 
 
 def digest(facts: object) -> int:

@@ -6,21 +6,24 @@ floats.
 """
 
 from hdet.observe.slopes import ProbeLosses, Slopes, slopes_of
-from hdet.steer.centres import Centres, RoundObservation, RoundSignal
-from hdet.steer.controllers import Controller
+from hdet.steer.controllers import Controller, Controllers, RoundObservation, RoundSignal
 from hdet.steer.lr_finder import LRFinding, find_lr
 from hdet.steer.observation import ControllerState, Observation
 from hdet.steer.one_slope import CentreState, OneSlope
+from hdet.steer.phase import SteerPhase
 from hdet.steer.published import Published, hypergradient
 from hdet.steer.recovery import CUT, Recovery
+from hdet.steer.report import ControllerReport, HyperparameterReport
 from hdet.steer.two_slope import TwoSlope
 
 __all__ = [
     "CUT",
     "CentreState",
-    "Centres",
     "Controller",
+    "ControllerReport",
     "ControllerState",
+    "Controllers",
+    "HyperparameterReport",
     "LRFinding",
     "Observation",
     "OneSlope",
@@ -30,6 +33,7 @@ __all__ = [
     "RoundObservation",
     "RoundSignal",
     "Slopes",
+    "SteerPhase",
     "TwoSlope",
     "find_lr",
     "hypergradient",

@@ -1,6 +1,344 @@
-"""The controllers of learning rates that there are."""
+"""The controllers of all factors: their states, and how a round changes them. No torch here.
 
+A factor is the learning rate (one for all parameter groups, or one for each) or another hyperparameter. In every round
+each has a level on every replica (:mod:`hdet.explore.design`). One least-squares fit explains the losses by the levels
+of all factors, so that the effect of one is not taken for that of another.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple, Protocol
+
+from hdet.explore.design import Design, Effect, effects, levels, multipliers_of
+from hdet.observe.slopes import UNKNOWN_SLOPES, ProbeLosses, Slopes, level_of, slopes_of
+from hdet.steer.observation import ControllerState, Observation
+from hdet.steer.one_slope import CentreState, OneSlope
 from hdet.steer.published import Published
+from hdet.steer.report import ControllerReport, HyperparameterReport
 from hdet.steer.two_slope import TwoSlope
 
 Controller = Published | TwoSlope
+"""A controller of learning rates."""
+
+
+class Explored(Protocol):
+    """What is needed of a :class:`hdet.Hyperparameter`. Positions and spreads are in its space, from its start."""
+
+    name: str
+    move: bool
+    """Whether its centre moves."""
+
+    def value(self, position: float, level: float = 0.0) -> float:
+        """Its value on a replica at ``level``, with the centre at ``position``."""
+
+    def spread_at(self, position: float) -> float:
+        """The spread in force with the centre at ``position``."""
+
+    def clamped(self, position: float) -> float:
+        """The nearest position whose replicas lie inside the bounds."""
+
+
+class RoundObservation(NamedTuple):
+    """Everything that is known of a round when it ends, but for the levels."""
+
+    losses: tuple[float, ...]
+    """[replica] mean training loss."""
+    schedule: tuple[float, ...]
+    """[group] the schedule's learning rate."""
+    progress: float
+    share: float
+    height: float
+    until: float
+    final: float
+    lag: float
+    """As in :class:`hdet.steer.observation.Observation`."""
+    probe: ProbeLosses | None
+    """What the paired probe measured, if there was one."""
+
+
+class RoundSignal(NamedTuple):
+    """What the losses of a round tell about the factors."""
+
+    hypergradient: tuple[float, ...]
+    """[learning rate] NaN where the losses do not tell."""
+    effects: tuple[Effect, ...]
+    """[other hyperparameter]"""
+    slopes: Slopes | None
+    """The probe's, of all learning rates together; ``None`` without a probe, or where its losses were not finite."""
+
+
+class Controllers:
+    """The states of all factors' controllers.
+
+    Args:
+        controller: of the learning rates.
+        hyperparameter_controller: of the other hyperparameters.
+        auto_lr: whether learning rates move.
+        rates: number of learning rates explored: 0 without a spread, else 1 or one for each group.
+        names: of the other hyperparameters.
+        replicas: number of replicas.
+        spread: ``alpha`` of the learning rates.
+        design, seed: of :func:`hdet.explore.design.levels`.
+    """
+
+    def __init__(
+        self,
+        controller: Controller,
+        hyperparameter_controller: OneSlope,
+        *,
+        auto_lr: bool,
+        rates: int,
+        names: Sequence[str],
+        replicas: int,
+        spread: float,
+        design: Design,
+        seed: int,
+    ) -> None:
+        self._controller, self._hyperparameter_controller = controller, hyperparameter_controller
+        self._auto_lr = auto_lr
+        self._names = tuple(names)
+        self._replicas, self._spread, self._seed = replicas, spread, seed
+        # A learning rate alone spreads evenly, as in the paper: there is nothing to be orthogonal to.
+        self._design: Design = design if names or rates > 1 else "independent"
+        self._factors = [f"lr/{i}" for i in range(rates if spread else 0)] + [f"hyperparameter/{n}" for n in names]
+        self._latest: tuple[int, tuple[tuple[float, ...], ...]] | None = None  # a round and its levels
+        self.lr_states = [ControllerState()] * rates
+        """[learning rate]"""
+        self.centre_states = [CentreState()] * len(self._names)
+        """[other hyperparameter]"""
+
+    def levels(self, round: int) -> tuple[tuple[float, ...], ...]:
+        """[factor][replica]; learning rates first, if they are spread."""
+        if self._latest is None or self._latest[0] != round:
+            of_round = levels(self._replicas, self._factors, design=self._design, seed=self._seed, round=round)
+            self._latest = round, of_round
+        return self._latest[1]
+
+    def multipliers(self, rate: int, round: int) -> tuple[float, ...]:
+        """[replica] ``rho`` of one learning rate."""
+        if not self._spread:
+            return (1.0,) * self._replicas
+        return multipliers_of(self.levels(round)[rate], self._spread)
+
+    def hyperparameter_levels(self, round: int) -> tuple[tuple[float, ...], ...]:
+        """[other hyperparameter][replica]"""
+        return self.levels(round)[len(self._factors) - len(self._names) :]
+
+    def probe_directions(self, round: int) -> tuple[tuple[float, ...], ...]:
+        """[learning rate][replica] by how much the probe takes a replica along the slow average's progress in the
+        parameters of each. With one learning rate, all the way. With several, some forward and some back: then the
+        progress of each can be told from that of the others, with not one forward pass more."""
+        count = len(self.lr_states)
+        if count == 1:
+            return ((1.0,) * self._replicas,)
+        names = [f"slow/{i}" for i in range(count)]
+        return levels(self._replicas, names, design=self._design, seed=self._seed, round=round)
+
+    @property
+    def gains(self) -> tuple[float, ...]:
+        """[learning rate]"""
+        return tuple(state.gain for state in self.lr_states)
+
+    def move(
+        self, round: int, observation: RoundObservation, hyperparameters: Sequence[Explored] = ()
+    ) -> ControllerReport:
+        """End a round: update all states by what was observed in it.
+
+        Args:
+            round: its index.
+            observation: what was measured.
+            hyperparameters: the other hyperparameters, in the order of their names.
+        """
+        before = self.gains, self.centre_states
+        spreads = [(h.spread_at(c.position), h.move) for h, c in zip(hyperparameters, self.centre_states, strict=True)]
+        signal = self.update(round, observation, spreads)
+        self.centre_states = [
+            c._replace(position=h.clamped(c.position)) for h, c in zip(hyperparameters, self.centre_states, strict=True)
+        ]
+        return self._report(round, hyperparameters, *before, signal)
+
+    def rest(self, round: int, hyperparameters: Sequence[Explored] = ()) -> ControllerReport:
+        """The report of a converge that changes no state: one inside a round."""
+        unknown = RoundSignal(
+            (math.nan,) * len(self.lr_states), (Effect(math.nan, math.nan),) * len(self.centre_states), None
+        )
+        return self._report(round, hyperparameters, self.gains, self.centre_states, unknown)
+
+    def roll_back(self, round: int, hyperparameters: Sequence[Explored] = (), *, divisor: float) -> ControllerReport:
+        """The report of a round that is undone: its states are not updated, and all gains are divided."""
+        report = self.rest(round, hyperparameters)
+        self.divide_gains(divisor)
+        return report._replace(next_gain=self.gains)
+
+    def _report(
+        self,
+        round: int,
+        hyperparameters: Sequence[Explored],
+        gains: tuple[float, ...],
+        centres: Sequence[CentreState],
+        signal: RoundSignal,
+    ) -> ControllerReport:
+        return ControllerReport(
+            multipliers=tuple(self.multipliers(i, round) for i in range(len(gains))),
+            gain=gains,
+            next_gain=self.gains,
+            velocity=tuple(state.velocity for state in self.lr_states),
+            hypergradient=signal.hypergradient,
+            slopes=UNKNOWN_SLOPES if signal.slopes is None else signal.slopes,
+            hyperparameters=tuple(
+                HyperparameterReport(
+                    name=h.name,
+                    centre=h.value(before.position),
+                    values=tuple(h.value(before.position, level) for level in of_replicas),
+                    effect=effect.value,
+                    error=effect.error,
+                    next_centre=h.value(after.position),
+                )
+                for h, before, after, of_replicas, effect in zip(
+                    hyperparameters,
+                    centres,
+                    self.centre_states,
+                    self.hyperparameter_levels(round),
+                    signal.effects,
+                    strict=True,
+                )
+            ),
+        )
+
+    def update(self, round: int, seen: RoundObservation, spreads: Sequence[tuple[float, bool]] = ()) -> RoundSignal:
+        """Update every controller's state by one round.
+
+        Args:
+            round: its index.
+            seen: what was measured.
+            spreads: [other hyperparameter] its spread in force, and whether it may move.
+        """
+        drawn = self.levels(round)
+        spread_rates = len(drawn) - len(self._names)
+        found = [Effect(math.nan, math.nan)] * len(drawn)
+        if seen.probe is not None:
+            odd = [(above - below) / 2 for above, below in zip(seen.probe.above, seen.probe.below, strict=True)]
+            found = effects(drawn, odd)
+        probes = [_without_others(seen.probe, drawn, found, i) for i in range(len(self.lr_states))]
+        together = None
+        if seen.probe is not None:
+            together = slopes_of(seen.probe, self.multipliers(0, round), seen.lag)
+        if together is not None and len(self.lr_states) > 1:
+            together = self._divide(round, seen, probes, together)
+        slopes = []
+        self.lr_states, self.centre_states = list(self.lr_states), list(self.centre_states)
+        for i, state in enumerate(self.lr_states):
+            observation = Observation(
+                losses=seen.losses,
+                multipliers=self.multipliers(i, round),
+                schedule=seen.schedule[i],
+                progress=seen.progress,
+                share=seen.share,
+                height=seen.height,
+                until=seen.until,
+                final=seen.final,
+                probe=probes[i],
+                lag=seen.lag,
+            )
+            moved, slope = self._controller.update(state, observation)
+            slopes.append(math.nan if slope is None else slope)
+            if self._auto_lr:
+                self.lr_states[i] = moved
+        for i, (effect, (spread, moves)) in enumerate(zip(found[spread_rates:], spreads, strict=True)):
+            if moves:
+                self.centre_states[i] = self._hyperparameter_controller.update(
+                    self.centre_states[i], effect.value, spread=spread, height=seen.height, share=seen.share
+                )
+        return RoundSignal(tuple(slopes), tuple(found[spread_rates:]), together)
+
+    def _divide(
+        self, round: int, seen: RoundObservation, probes: list[ProbeLosses | None], first: Slopes
+    ) -> Slopes | None:
+        """With several learning rates: put into ``probes`` each one's own share of the lasting progress, by
+        :meth:`probe_directions`, and an equal share of the noise, which nothing divides; the far point, where all have
+        gone forward, is compared with all of one step forward. Returns the sums."""
+        probe, lag, count = seen.probe, seen.lag, len(self.lr_states)
+        assert probe is not None
+        odd = [(above - below) / 2 for above, below in zip(probe.slow_above, probe.slow_below, strict=True)]
+        progress = [-effect.value / lag for effect in effects(self.probe_directions(round), odd)]
+        known = [a for a in progress if math.isfinite(a)]
+        debiased = math.fsum(known) * count / max(1, len(known))
+        further = first.further
+        if math.isfinite(further):
+            further = math.fsum(probe.far) / len(odd) - (level_of(probe) - first.noise - lag * debiased)
+        raws = []
+        for i, own in enumerate(probes):
+            if own is None or not math.isfinite(progress[i]):
+                probes[i] = None  # this round does not say
+                continue
+            # The mean of m and its mirror image, less an equal share of what lies between that and the slow average.
+            there = level_of(own) - first.noise / count
+            above, below = there - lag * progress[i], there + lag * progress[i]
+            probes[i] = own._replace(
+                slow_above=(above,) * len(odd), slow_below=(below,) * len(odd), far=(above + further,) * len(odd)
+            )
+            slopes = slopes_of(probes[i], self.multipliers(i, round), lag)  # type: ignore[arg-type]
+            raws.append(math.nan if slopes is None else slopes.raw)
+        if not known:
+            return None
+        return Slopes(math.fsum(raws) if raws else math.nan, debiased, first.noise, further)
+
+    def begin_at(self, gains: Sequence[float], positions: Sequence[float]) -> None:
+        """Start from what another run has found.
+
+        Args:
+            gains: [learning rate]
+            positions: [other hyperparameter] of its centre, in its space.
+        """
+        self.lr_states = [state._replace(gain=gain) for state, gain in zip(self.lr_states, gains, strict=False)]
+        self.centre_states = [
+            state._replace(position=position) for state, position in zip(self.centre_states, positions, strict=True)
+        ]
+
+    def divide_gains(self, divisor: float) -> None:
+        """Divide all gains, and clear everything else but the centres: the rounds since are undone."""
+        self.lr_states = [ControllerState(gain=state.gain / divisor) for state in self.lr_states]
+        self.centre_states = [CentreState(state.position) for state in self.centre_states]
+
+    def state(self) -> dict[str, Any]:
+        """What must be saved, as plain values."""
+        return {
+            "controller": [list(state) for state in self.lr_states],
+            "hyperparameters": {name: list(state) for name, state in zip(self._names, self.centre_states, strict=True)},
+        }
+
+    def check_state(self, state: Mapping[str, Any]) -> None:
+        """Raise ``ValueError`` if :meth:`load` cannot."""
+        if len(state["controller"]) != len(self.lr_states):
+            raise ValueError(
+                f"The saved state has {len(state['controller'])} gains, this run {len(self.lr_states)}: another "
+                "number of parameter groups, or another per_group=."
+            )
+        if sorted(state["hyperparameters"]) != sorted(self._names):
+            raise ValueError(
+                f"The saved state has the hyperparameters {sorted(state['hyperparameters'])}, this run "
+                f"{sorted(self._names)}. Resume with the same hyperparameters=."
+            )
+
+    def load(self, state: Mapping[str, Any]) -> None:
+        """Continue from a saved :meth:`state`."""
+        self.lr_states = [ControllerState(*values) for values in state["controller"]]
+        self.centre_states = [CentreState(*state["hyperparameters"][name]) for name in self._names]
+
+
+def _without_others(
+    probe: ProbeLosses | None, drawn: Sequence[Sequence[float]], found: Sequence[Effect], own: int
+) -> ProbeLosses | None:
+    """The probe's losses as they would be if only one factor had differed between the replicas."""
+    if probe is None or len(drawn) == 1:
+        return probe
+    others = [
+        math.fsum(drawn[h][r] * found[h].value for h in range(len(drawn)) if h != own and math.isfinite(found[h].value))
+        for r in range(len(probe.above))
+    ]
+    return probe._replace(
+        above=tuple(loss - other for loss, other in zip(probe.above, others, strict=True)),
+        below=tuple(loss + other for loss, other in zip(probe.below, others, strict=True)),
+    )

@@ -15,7 +15,9 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import ClassVar
 
+from hdet.schedules.course import Course
 from hdet.steer.checks import check_bounds, clamped, require
 from hdet.steer.observation import ControllerState, Observation
 
@@ -27,6 +29,8 @@ class Published:
     Raises:
         ValueError: for a value outside the range its field names.
     """
+
+    needs_probe: ClassVar[bool] = False
 
     meta_lr: float = 1.0
     """``lambda`` >= 0: how far the log gain moves per unit of velocity and round."""
@@ -57,6 +61,10 @@ class Published:
     def wants_probe(self, progress: float, until: float) -> bool:
         """It has no use for one."""
         return False
+
+    def rests_after(self, course: Course) -> float:
+        """It never rests."""
+        return 1.0
 
     def reach(self, height: float) -> float:
         """Nor for a far point."""

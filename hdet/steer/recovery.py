@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 from weakref import WeakMethod
 
 import torch
@@ -121,6 +122,14 @@ class Recovery:
         """The state as it was last kept."""
         self._snapshot.restore()
         self.count += 1
+
+    def state(self) -> dict[str, Any]:
+        """What must be saved."""
+        return {"first_loss": self.first_loss, "rollbacks": self.count}
+
+    def load(self, state: Mapping[str, Any]) -> None:
+        """Continue from a saved :meth:`state`."""
+        self.first_loss, self.count = state["first_loss"], state["rollbacks"]
 
     def tell(self, step: int, mean_loss: float) -> None:
         """Log the rollback."""

@@ -5,8 +5,10 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 from hdet.observe.slopes import TOO_LARGE, Slopes, loss_near, mean_of, slopes_of
+from hdet.schedules.course import Course
 from hdet.steer.checks import check_bounds, clamped, require
 from hdet.steer.observation import ControllerState, Observation
 from hdet.steer.running import FEWEST, HUNDREDTH, Memory, in_errors, recall, remember, significance, weighted_sum
@@ -69,6 +71,8 @@ class TwoSlope:
         ValueError: for a value outside the range its field names.
     """
 
+    needs_probe: ClassVar[bool] = True
+
     step: float = 0.2
     """> 0: how far the log gain rises in a round, and in a hundredth of the run, at most, unless it climbs."""
     ramp: float = 0.2
@@ -118,6 +122,10 @@ class TwoSlope:
     def wants_probe(self, progress: float, until: float) -> bool:
         """Whether a round that ends at ``progress`` may still move the gain."""
         return progress <= until
+
+    def rests_after(self, course: Course) -> float:
+        """Share of the run after which the gain rests."""
+        return course.high_until(self.rest_below)
 
     def reach(self, height: float) -> float:
         """How far the far point is to be from the slow average, in units of ``e - f``."""

@@ -24,7 +24,7 @@ _FREE = {
         "resume",
         "total_steps",
     },
-    "hdet": {"bucket_mib", "rollback", "wire_dtype"},
+    "hdet": {"averaging.bucket_mib", "averaging.wire_dtype", "rollback"},
     "task": {"path", "val_path"},
 }
 
@@ -58,11 +58,20 @@ def load(path: Path, config: dict[str, dict[str, Any]]) -> dict[str, Any]:
             "many."
         )
     for section, settings in config.items():
-        for name, value in settings.items():
-            before = state["config"].get(section, {}).get(name)
+        saved = _flat(state["config"].get(section, {}))
+        for name, value in _flat(settings).items():
+            before = saved.get(name)
             if value != before and name not in _FREE.get(section, ()):
                 raise ConfigError(
                     f"{path} was written under {section}.{name}={before}, and this run has {value}. Resume under the "
                     "same setting, or start a new run in another train.log_dir."
                 )
     return state
+
+
+def _flat(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Settings in groups, such as ``averaging``, by their dotted names."""
+    found: dict[str, Any] = {}
+    for name, value in settings.items():
+        found |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
+    return found

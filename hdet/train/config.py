@@ -8,9 +8,10 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from typing import Any, Literal
+from dataclasses import dataclass, field, make_dataclass
+from typing import Any, Literal, get_type_hints
 
+from hdet.settings import DECLARED, Settings, documentation
 from hdet.steer.published import Published
 from hdet.steer.two_slope import TwoSlope
 
@@ -147,16 +148,35 @@ class ScheduleConfig:
     """Highest momentum of ``cycle_momentum``."""
 
 
+SHARED = ("converge_every", "per_group", "gradients", "averaging", "outer", "exploration", "seed")
+"""Settings that are the same here as in hdet."""
+
+
+def _shared_settings() -> Any:
+    """A dataclass of :data:`SHARED`: types, defaults and texts are hdet's."""
+    hints, texts = get_type_hints(Settings), documentation(Settings)
+    shared = make_dataclass(
+        "_Shared",
+        [(name, hints[name], field(default=DECLARED[name].default)) for name in SHARED],
+        frozen=True,
+        kw_only=True,
+    )
+    shared.__doc__ = "Settings that are hdet's.\n\nArgs:\n" + "\n".join(f"    {name}: {texts[name]}" for name in SHARED)
+    shared.__module__ = __name__
+    return shared
+
+
+_Shared: Any = _shared_settings()
+
+
 @dataclass(frozen=True, kw_only=True)
-class HdetConfig:
-    """The ensemble. ``hdet.Ensemble`` documents the arguments."""
+class HdetConfig(_Shared):
+    """The ensemble. ``hdet.Settings`` documents each setting."""
 
     spread: float = 1 / 9
     """Replicas train under ``[1 - spread, 1 + spread]`` times the base learning rate, in [0, 1). 0, without
     ``hyperparameters``, is the baseline: the plain schedule and DistributedDataParallel; nothing else in this section
     has an effect then."""
-    converge_every: int | None = None
-    """Steps from one average of the replicas to the next; default as in ``hdet.OneCycleLR``."""
     auto_lr: bool = True
     """Whether a controller moves the learning rate."""
     probe: bool | Literal["held_out"] = False
@@ -172,34 +192,12 @@ class HdetConfig:
     """The controller with a probe."""
     published: Published = field(default_factory=Published)
     """The controller without one."""
-    per_group: bool = False
-    """Whether matrices and vectors, the optimizer's two parameter groups, have a gain each."""
     virtual_replicas: bool = False
     """Whether each of the ``train.accumulate`` micro-batches of a step is a replica of its own, so that one process
     makes as many replicas."""
     rollback: bool | Literal["cpu"] = True
     """With ``auto_lr``, whether a round that blew up is undone; ``cpu`` keeps the copy that this takes in the CPU's
-    memory. Not with ``overlap_steps``."""
-    seed: int = 0
-    """Seeds the assignment of multipliers to replicas."""
-    bucket_mib: float = 64.0
-    """Size of a communication bucket in MiB."""
-    wire_dtype: Literal["float32", "bfloat16"] = "float32"
-    """In what parameters travel to be averaged; ``bfloat16``: as differences from the last mean, in half the bytes. Not
-    with ``overlap_steps``."""
-    overlap_steps: int = 0
-    """Steps of the next round behind which a round's average is computed, in [0, ``converge_every``)."""
-    gradients: Literal["shared", "local", "grouped"] = "shared"
-    """Over whom gradients are averaged: ``shared``, all processes; ``grouped``, those of a replica; ``local``, nobody
-    beyond a replica: Local SGD."""
-    outer_momentum: float = 0.0
-    """With local gradients, Nesterov momentum on what a whole round has done, in [0, 1)."""
-    outer_lr: float = 1.0
-    """With local gradients, the share of the way to the replicas' average that is gone, > 0."""
-    optimizer_state: Literal["auto", "verify", "average", "keep", "reset"] = "auto"
-    """What a converge does with the optimizer's state; ``auto``: what is right for gradients and optimizer. With
-    ``keep``, and with ``auto`` under ``overlap_steps`` or DeepSpeed, replicas have state of their own: a checkpoint of
-    ``ddp`` or ``fsdp`` has replica 0's, and all of them resume from it."""
+    memory. Not with ``averaging.overlap_steps``."""
 
     def __post_init__(self) -> None:
         for name in self.hyperparameters:
@@ -208,13 +206,13 @@ class HdetConfig:
             return
         if self.probe and not self.auto_lr and not self.hyperparameters:
             raise ConfigError("hdet.probe=true has no use with hdet.auto_lr=false. Leave one of them out.")
-        if self.probe and self.overlap_steps:
+        if self.probe and (steps := self.averaging.overlap_steps):
             raise ConfigError(
-                f"hdet.probe=true and hdet.overlap_steps={self.overlap_steps} exclude one another: the probe needs the "
+                f"hdet.probe=true and hdet.averaging.overlap_steps={steps} exclude one another: the probe needs the "
                 "mean at the round's end. Leave one of them out."
             )
-        if self.rollback == "cpu" and (not self.auto_lr or self.overlap_steps):
-            raise ConfigError("hdet.rollback=cpu needs hdet.auto_lr=true and hdet.overlap_steps=0.")
+        if self.rollback == "cpu" and (not self.auto_lr or self.averaging.overlap_steps):
+            raise ConfigError("hdet.rollback=cpu needs hdet.auto_lr=true and hdet.averaging.overlap_steps=0.")
         if self.probe and self.published != Published():
             raise ConfigError("hdet.published has no effect with hdet.probe=true: set hdet.two_slope instead.")
         if not self.probe and self.two_slope != TwoSlope():

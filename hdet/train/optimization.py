@@ -20,7 +20,7 @@ from hdet.lr_scheduler import length_of, recompute
 from hdet.monitor.base import Monitor
 from hdet.observe.probe import LossFunction
 from hdet.replicas.topology import ReplicasLike
-from hdet.train.config import Config, ConfigError, OptimizerConfig
+from hdet.train.config import SHARED, Config, ConfigError, OptimizerConfig
 
 
 def build_optimizer(config: OptimizerConfig, model: nn.Module, device: torch.device) -> Optimizer:
@@ -179,23 +179,14 @@ def _build(
     if not ours.is_baseline:
         settings = {
             "spread": ours.spread,
-            "converge_every": ours.converge_every,
             "auto_lr": ours.auto_lr and ours.spread > 0,
             "hyperparameters": explored,
             "probe": probe if ours.probe else None,
             "controller": ours.two_slope if ours.probe else ours.published,
-            "per_group": ours.per_group,
             "virtual_replicas": config.train.accumulate if ours.virtual_replicas else 1,
             "rollback": ours.rollback,
-            "seed": ours.seed,
-            "bucket_mib": ours.bucket_mib,
-            "wire_dtype": torch.bfloat16 if ours.wire_dtype == "bfloat16" else None,
-            "overlap_steps": ours.overlap_steps,
-            "gradients": ours.gradients,
-            "outer_momentum": ours.outer_momentum,
-            "outer_lr": ours.outer_lr,
-            "optimizer_state": ours.optimizer_state,
             "monitor": monitors,
+            **{name: getattr(ours, name) for name in SHARED},
         }
     if build is None:
         build = partial(_build_on, optimizer, {"model": model, "replicas": replicas} if settings else {})

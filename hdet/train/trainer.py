@@ -282,7 +282,7 @@ class Trainer:
         count = self.replicas.size if ensemble is None else ensemble.size
         how = "spread 0: the plain schedule"
         if ensemble is not None:
-            how = f"spread {config.hdet.spread:.3g}, converging every {ensemble.config.converge_every} steps"
+            how = f"spread {config.hdet.spread:.3g}, converging every {ensemble.settings.converge_every} steps"
             how += ", learning rate by the paired probe" if config.hdet.probe and config.hdet.auto_lr else ""
             names = ", ".join(config.hdet.hyperparameters)
             how += f", exploring {names}" if names else ""
@@ -332,7 +332,7 @@ class Trainer:
                 "steps": self.step,
                 "replicas": self.replicas.size if ensemble is None else ensemble.size,
                 "spread": 0.0 if ensemble is None else config.hdet.spread,
-                "converge_every": None if ensemble is None else ensemble.config.converge_every,
+                "converge_every": None if ensemble is None else ensemble.settings.converge_every,
                 "parameters": self._parameters,
             }
         )

@@ -193,7 +193,7 @@ def guards(rank, world):
     results["whole_world"] = message(attach, engine, hdet.OneCycleLR, max_lr=0.1, total_steps=9, spread=0.3)
     plain = attach(engine, hdet.OneCycleLR, max_lr=0.1, total_steps=9)
     train(engine, rank, range(3))
-    results["spread_0"] = (plain.ensemble is None, plain.get_last_lr())
+    results["spread_0"] = (not hasattr(plain, "ensemble"), plain.get_last_lr())
     results["twice"] = message(attach, engine, hdet.OneCycleLR, max_lr=0.1, total_steps=9)
     engine.destroy()
 
@@ -216,7 +216,12 @@ def guards(rank, world):
     results["auto"] = message(attach, engine, hdet.OneCycleLR, "auto", total_steps=9, spread=0.3)
     results["model"] = message(attach, engine, hdet.OneCycleLR, max_lr=1, total_steps=9, model=engine.module)
     for value in ("average", "verify", "reset"):
-        settings = {"total_steps": 9, "spread": 0.3, "converge_every": 3, "optimizer_state": value}
+        settings = {
+            "total_steps": 9,
+            "spread": 0.3,
+            "converge_every": 3,
+            "averaging": hdet.Averaging(optimizer_state=value),
+        }
         results[f"optimizer_state={value}"] = message(attach, engine, hdet.OneCycleLR, max_lr=1, **settings)
     for name, value in {"gradients": "shared", "virtual_replicas": 2}.items():
         results[name] = message(attach, engine, hdet.OneCycleLR, max_lr=1, total_steps=9, spread=0.3, **{name: value})
@@ -440,7 +445,7 @@ def overlap(rank, world):
     results = {}
     groups = ReplicaGroups(2)
     for stage, precision in FEATURES:
-        engine, scheduler = attached(stage, precision, groups, overlap_steps=1)
+        engine, scheduler = attached(stage, precision, groups, averaging=hdet.Averaging(overlap_steps=1))
         stepped = before_each_step(engine)
         train(engine, rank, range(3))
         sent = masters(engine)
@@ -508,7 +513,7 @@ def outer_momentum(rank, world):
     groups = ReplicaGroups(2)
     mu, nu = 0.5, 0.8
     for stage, precision in FEATURES:
-        settings = {"gradients": "local", "optimizer_state": "auto"}
+        settings = {"gradients": "local", "averaging": hdet.Averaging()}
         engine, _ = attached(stage, precision, groups, **settings, spread=0)  # Local SGD, with nothing explored
         train(engine, rank, range(2))
         local = [are_equal(engine, rank)]
@@ -521,7 +526,7 @@ def outer_momentum(rank, world):
         plain, state = masters(engine), gather(moments(engine))
         engine.destroy()
 
-        engine, _ = attached(stage, precision, groups, **settings, outer_momentum=mu, outer_lr=nu)
+        engine, _ = attached(stage, precision, groups, **settings, outer=hdet.Outer(momentum=mu, lr=nu))
         stepped = before_each_step(engine)
         errors, equal = [], []
         for end in (3, 6, 9):

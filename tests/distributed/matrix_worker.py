@@ -233,7 +233,7 @@ def rollback(rank, world):
 
 @scenario
 def overlap(rank, world):
-    run = Run("grouped", rank, probe=False, overlap_steps=2)
+    run = Run("grouped", rank, probe=False, averaging=hdet.Averaging(overlap_steps=2))
 
     def parameters():
         return torch.cat([p.detach().double().flatten() for p in run.model.parameters()])
@@ -274,13 +274,13 @@ def optimizer_state(rank, world):
     after = [state["exp_avg"].double() for state in run.optimizer.state.values()]
     expected = [torch.stack([before[r][i] for r in (0, 2)]).mean(0) for i in range(len(after))]
     results["grouped"] = {
-        "policy": run.ensemble._settings()["optimizer_state"],
+        "policy": run.ensemble._rounds._plain_settings()["averaging.optimizer_state"],
         "members_equal": bits(before[0]) == bits(before[1]) and bits(before[2]) == bits(before[3]),
         "apart": max(float((a - b).abs().max()) for a, b in zip(before[0], before[2], strict=True)),
         "error": max(float((a - e).abs().max()) for a, e in zip(after, expected, strict=True)),
         "equal": all(other == state_bits(run.optimizer) for other in gather(state_bits(run.optimizer))),
     }
-    run = Run("virtual", rank, optimizer_state="verify")
+    run = Run("virtual", rank, averaging=hdet.Averaging(optimizer_state="verify"))
     run.train(2 * T)
     equal = all(other == state_bits(run.optimizer) for other in gather(state_bits(run.optimizer)))
     if rank == 3:

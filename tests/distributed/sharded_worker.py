@@ -125,7 +125,7 @@ def converged_mean(rank, world):
         reports = []
         scheduler = hdet.OneCycleLR(
             optimizer, 0.1, total_steps=20, cycle_momentum=False, model=model, spread=0.25, converge_every=4,
-            replicas=MESH["replicate"], bucket_mib=1e-4, monitor=reports.append,
+            replicas=MESH["replicate"], averaging=hdet.Averaging(bucket_mib=1e-4), monitor=reports.append,
         )  # fmt: skip
         replicas = scheduler.ensemble.replicas
         lrs = [scheduler.get_last_lr()[0]]
@@ -288,7 +288,7 @@ def gradient_modes(rank, world):
             warnings.simplefilter("always")
             ensemble = hdet.Ensemble(
                 optimizer, model=model, spread=0.3, converge_every=3, replicas=replicas, gradients=gradients,
-                optimizer_state="keep",  # as the simulation does
+                averaging=hdet.Averaging(optimizer_state="keep"),  # as the simulation does
             )  # fmt: skip
             train(model, optimizer, ensemble, rank, 8, gradients=seen)
             ensemble.converge()
@@ -415,7 +415,12 @@ def overlap(rank, world):
     model = shard(plain())
     optimizer = sgd(model.parameters())
     ensemble = hdet.Ensemble(
-        optimizer, model=model, spread=0.3, converge_every=4, overlap_steps=2, replicas=MESH["replicate"]
+        optimizer,
+        model=model,
+        spread=0.3,
+        converge_every=4,
+        averaging=hdet.Averaging(overlap_steps=2),
+        replicas=MESH["replicate"],
     )
     train(model, optimizer, ensemble, rank, 11)
     before = gather(full(model))
@@ -459,7 +464,7 @@ def optimizer_state(rank, world):
                 "error": max(float((a - e).abs().max()) for a, e in zip(after, expected, strict=True) if a.numel()),
                 "equal": peers[rank % 2] == peers[rank % 2 + 2],
                 "excluded": reports[0].excluded,
-                "policy": ensemble._settings()["optimizer_state"],
+                "policy": ensemble._rounds._plain_settings()["averaging.optimizer_state"],
             }
     return results
 

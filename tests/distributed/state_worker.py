@@ -162,8 +162,8 @@ def every_optimizer(rank, world):
             everyone = gather(bits_of(after))
             unequal = sorted({str(key[1]) for key in after if any(e.get(key) != everyone[0][key] for e in everyone)})
             results[name, gradients] = {
-                "policy": scheduler.config.optimizer_state,
-                "resolved": scheduler._settings()["optimizer_state"],
+                "policy": scheduler.settings.given["averaging"].optimizer_state,
+                "resolved": scheduler._rounds._plain_settings()["averaging.optimizer_state"],
                 "unequal": unequal,
                 "keys": sorted({str(key[1]) for key in before}),
                 "empty": not after,
@@ -180,7 +180,12 @@ def averaged_state(rank, world):
         model = net().to(dtype)
         optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
         ensemble = hdet.Ensemble(
-            optimizer, model=model, spread=0.1, converge_every=100, gradients="local", bucket_mib=1e-3
+            optimizer,
+            model=model,
+            spread=0.1,
+            converge_every=100,
+            gradients="local",
+            averaging=hdet.Averaging(bucket_mib=1e-3),
         )
         for p in model.parameters():
             p.grad = torch.full_like(p, float(rank))
@@ -220,7 +225,9 @@ def policies(rank, world):
     for policy in ("verify", "auto", "keep", "reset", "average"):
         model = net()
         optimizer = torch.optim.Adam(model.parameters(), lr=0.05)
-        scheduler = hdet.Ensemble(optimizer, model=model, spread=0.2, converge_every=3, optimizer_state=policy)
+        scheduler = hdet.Ensemble(
+            optimizer, model=model, spread=0.2, converge_every=3, averaging=hdet.Averaging(optimizer_state=policy)
+        )
         with Lines() as lines, warnings.catch_warnings():
             warnings.simplefilter("ignore")  # gradients are local, and nobody said so
             try:
@@ -234,7 +241,7 @@ def policies(rank, world):
             "lines": lines,
             "equal": all(e == everyone[0] for e in everyone),
             "empty": not states(optimizer),
-            "resolved": scheduler._settings()["optimizer_state"],
+            "resolved": scheduler._rounds._plain_settings()["averaging.optimizer_state"],
         }
         if error is None:
             train(model, optimizer, scheduler, rank, 3, first=3)
@@ -505,7 +512,7 @@ def precision(rank, world):
         loss.backward()
         optimizer.step()
         scheduler.step(loss)
-    finish("autocast", model, scheduler, policy=scheduler._settings()["optimizer_state"])
+    finish("autocast", model, scheduler, policy=scheduler._rounds._plain_settings()["averaging.optimizer_state"])
 
     # A GradScaler that skips steps on one rank only
     model = net()

@@ -13,7 +13,7 @@ RUN = ["--model.n_layer=1", "--model.n_embd=16", "--model.block_size=16", "--mod
        "--train.total_steps=12", "--train.eval_every=6", "--train.eval_batches=5", "--train.log_every=2",
        "--hdet.converge_every=2", "--hdet.spread=0.3", "--train.replicas=2", "--train.accumulate=2"]  # fmt: skip
 FSDP = [*RUN, "--train.strategy=fsdp", "--hdet.probe=true"]
-LOCAL = [*RUN, "--train.strategy=fsdp", "--hdet.gradients=local", "--hdet.outer_momentum=0.5", "--hdet.auto_lr=false"]
+LOCAL = [*RUN, "--train.strategy=fsdp", "--hdet.gradients=local", "--hdet.outer.momentum=0.5", "--hdet.auto_lr=false"]
 BF16 = [*RUN, "--train.strategy=fsdp", "--train.dtype=bfloat16", "--optimizer.max_lr=auto"]
 DDP = [*RUN, "--hdet.gradients=grouped", "--hdet.probe=held_out", "--optimizer.label_smoothing=0.1",
        "--hdet.hyperparameters={weight_decay: 0.5, dropout: 0.05, label_smoothing: 0.05}"]  # fmt: skip

@@ -112,7 +112,7 @@ def converge_mean(rank, world):
             model=zoo,
             spread=0.1,
             converge_every=100,
-            bucket_mib=bucket_mib,
+            averaging=hdet.Averaging(bucket_mib=bucket_mib),
             monitor=lambda report: None,
         )
         diverge(zoo, rank)
@@ -193,7 +193,7 @@ def learning_rates(rank, world):
         spread=0.25,
         converge_every=5,
         per_group=True,
-        design="independent",
+        exploration=hdet.Exploration(design="independent"),
         seed=7,
         monitor=reports.append,
     )
@@ -330,7 +330,7 @@ def simulation(rank, world):
             converge_every=every,
             auto_lr=True,
             controller=hdet.controller.Published(warmup_rounds=0),
-            optimizer_state="keep",  # as the simulation does
+            averaging=hdet.Averaging(optimizer_state="keep"),  # as the simulation does
         )
         real = train(wrapped, optimizer, scheduler.step, rank, steps)
         scheduler.converge()
@@ -437,7 +437,9 @@ def _agreed_before(rank, world, bucket_mib):
     model.register_buffer("constant", torch.randn(6))
     model.register_buffer("count", torch.zeros((), dtype=torch.int64))
     optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
-    ensemble = hdet.Ensemble(optimizer, model=model, spread=0.1, converge_every=1000, bucket_mib=bucket_mib)
+    ensemble = hdet.Ensemble(
+        optimizer, model=model, spread=0.1, converge_every=1000, averaging=hdet.Averaging(bucket_mib=bucket_mib)
+    )
     before, bad = model.constant.clone(), world - 1
 
     @torch.no_grad()
@@ -493,9 +495,9 @@ def bfloat16_wire(rank, world):
     results = {}
     cases = {
         "one bucket": {},
-        "two buckets": {"bucket_mib": 6e-3},
+        "two buckets": {"mib": 6e-3},
         "probe": {"probe": lambda model, batch: model.weight.square().sum() * batch},
-        "outer momentum": {"gradients": "local", "outer_momentum": 0.5},
+        "outer momentum": {"gradients": "local", "outer": hdet.Outer(momentum=0.5)},
         "rollback": {"blows_up_at": 3},
         "resume": {"resumes_at": 3},
         "bad replica": {"bad_at": 2},
@@ -503,6 +505,7 @@ def bfloat16_wire(rank, world):
     for case, settings in cases.items():
         settings = dict(settings)
         blows_up, resumes, bad = (settings.pop(key, None) for key in ("blows_up_at", "resumes_at", "bad_at"))
+        averaging = hdet.Averaging(wire_dtype="bfloat16", bucket_mib=settings.pop("mib", 64))
         torch.manual_seed(0)
         model = nn.Module()
         model.weight, model.big = nn.Parameter(torch.randn(7, 3)), nn.Parameter(torch.randn(2000))
@@ -511,7 +514,7 @@ def bfloat16_wire(rank, world):
         optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
         ensemble = hdet.Ensemble(
             optimizer, model=model, spread=0.1, converge_every=1, total_steps=100,
-            auto_lr=case in ("probe", "rollback"), wire_dtype=torch.bfloat16, seed=1, **settings,
+            auto_lr=case in ("probe", "rollback"), averaging=averaging, seed=1, **settings,
         )  # fmt: skip
         rows = []
         generator = torch.Generator().manual_seed(rank)
@@ -558,7 +561,7 @@ def overlap(rank, world):
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     scheduler = hdet.OneCycleLR(
         optimizer, 0.1, total_steps=20, cycle_momentum=False, model=model, spread=0.3, converge_every=every,
-        overlap_steps=late, monitor=reports.append,
+        averaging=hdet.Averaging(overlap_steps=late), monitor=reports.append,
     )  # fmt: skip
     value, snapshot, path, reported = 1.0, None, [], []
     for step in range(steps):
@@ -927,7 +930,7 @@ def paired_probe(rank, world):
     resumed.module.load_state_dict(states[0])
     other.load_state_dict(states[1])
     again.load_state_dict(states[2])
-    parts = [part for pair in again.ensemble._slow.state() for part in pair]
+    parts = [part for pair in again.ensemble._phases.converge.slow.state() for part in pair]
     return {
         "gains": [report.next_gain[0] for report in reports],
         "slopes": [tuple(report.probe) for report in reports],
@@ -942,7 +945,7 @@ def paired_probe(rank, world):
             torch.equal(a, b)
             for a, b in zip(parts, [x for y in states[2]["hdet"]["slow_average"] for x in y], strict=True)
         ),
-        "resumed_rounds": again.ensemble._slow.rounds,
+        "resumed_rounds": again.ensemble._phases.converge.slow.rounds,
     }
 
 
@@ -1152,7 +1155,7 @@ def hyperparameters(rank, world):
                 hdet.module_attribute(model, nn.Dropout, "p", spread=0.1),
                 smoothing,
             ],
-            hyperparameter_controller=hdet.controller.OneSlope(threshold=0.0),  # anything moves them
+            exploration=hdet.Exploration(controller=hdet.controller.OneSlope(threshold=0.0)),  # anything moves them
             monitor=reports.append,
         )
 

@@ -21,7 +21,7 @@ from hdet.observe.probe import FORGOTTEN, Batches, evaluate, evaluation
 from hdet.observe.slopes import ProbeLosses, Slopes, slopes_of
 from hdet.schedules.forecast import forecast
 from hdet.schedules.found import Recorder
-from hdet.steer.centres import Centres, RoundObservation
+from hdet.steer.controllers import Controllers, RoundObservation
 from hdet.steer.observation import ControllerState, Observation
 from hdet.steer.one_slope import OneSlope
 from hdet.steer.recovery import Recovery
@@ -298,15 +298,15 @@ def test_non_finite_losses_lower_the_gain_and_no_probe_moves_nothing():
 def test_several_learning_rates_share_what_one_probe_says():
     """Two groups whose progress along the slow average is 0.3 and -0.1 a round, with a noise of 0.2: some replicas go
     forward in one and back in the other, and the far point is judged by all going forward."""
-    centres = Centres(
+    controllers = Controllers(
         TwoSlope(), OneSlope(), auto_lr=True, rates=2, names=(), replicas=4, spread=0.1, design="orthogonal", seed=0
     )
     lag, level, progress, noise = 4.0, 5.0, (0.3, -0.1), 0.2
-    columns = zip(*centres.directions(0), strict=True)
+    columns = zip(*controllers.probe_directions(0), strict=True)
     odd = [-lag * sum(p * z for p, z in zip(progress, column, strict=True)) for column in columns]
     there = (level + noise,) * 4
     probe = ProbeLosses(there, there, tuple(level + x for x in odd), tuple(level - x for x in odd), there, (4.0,) * 4)
-    told = centres.observe(0, RoundObservation((), (0.1, 0.1), 0.3, 0.01, 1.0, 0.55, 0.0, lag, probe))
+    told = controllers.update(0, RoundObservation((), (0.1, 0.1), 0.3, 0.01, 1.0, 0.55, 0.0, lag, probe))
     assert told.slopes == pytest.approx((0.0, 0.2, 0.2, 4.0 - (level - lag * 0.2)), abs=1e-9)
     k = TwoSlope().evidence(Slopes(0.0, 0.0, -1.0, 0.0), 0.3, 0.55, 0.0)
     assert told.hypergradient == pytest.approx([p - k * noise / 2 for p in progress])
@@ -520,7 +520,7 @@ def test_batches_are_used_again_when_they_are_forgotten():
     [
         ({"controller": TwoSlope()}, "needs the paired probe"),
         ({"probe": print, "total_steps": None}, "must know how long"),
-        ({"probe": print, "total_steps": 100, "overlap_steps": 2}, "exclude one another"),
+        ({"probe": print, "total_steps": 100, "averaging": hdet.Averaging(overlap_steps=2)}, "exclude one another"),
         ({"probe": 3, "total_steps": 100}, "Must be a function"),
         ({"total_steps": 0}, "total_steps"),
         ({"auto_lr": False, "probe": print, "total_steps": 100}, "without auto_lr"),
@@ -549,9 +549,11 @@ def test_the_peak_of_a_schedule_is_found_by_running_a_copy_ahead():
     ensemble = hdet.Ensemble(
         optimizer, schedule, model=model, spread=0.1, converge_every=5, auto_lr=True, probe=print, total_steps=100
     )
-    assert ensemble._forecast.peak == pytest.approx(0.1)
-    assert ensemble._forecast.heights[0] == pytest.approx(0.1)
-    assert ensemble._until == pytest.approx(0.1 + 0.9 * math.acos(0.4) / math.pi, abs=0.02)
+    assert ensemble._phases.course.forecast.peak == pytest.approx(0.1)
+    assert ensemble._phases.course.forecast.heights[0] == pytest.approx(0.1)
+    assert ensemble.settings.controller.rests_after(ensemble._phases.course) == pytest.approx(
+        0.1 + 0.9 * math.acos(0.4) / math.pi, abs=0.02
+    )
     assert schedule.last_epoch == 0
     assert optimizer.param_groups[0]["lr"] == pytest.approx(0.01)
 
@@ -741,7 +743,9 @@ def test_find_lr_for_auto_lr_is_coarse_and_begins_above_what_is_conclusive(monke
         lambda self, lr: hdet.steer.lr_finder._Trial(change[min(change, key=lambda x: abs(math.log(x / lr)))], error),
     )
     for_replicas = hdet.steer.lr_finder.head_start
-    monkeypatch.setattr(hdet.steer.lr_finder, "head_start", lambda _, conclusive: for_replicas(4, conclusive=conclusive))
+    monkeypatch.setattr(
+        hdet.steer.lr_finder, "head_start", lambda _, conclusive: for_replicas(4, conclusive=conclusive)
+    )
     model, batches, loss_fn = regression()
     optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
     found = hdet.find_lr(model, optimizer, loss_fn, batches, low=1e-3, high=10.0, auto_lr=True)
@@ -879,9 +883,10 @@ def test_a_found_schedule_replays_what_the_run_did(tmp_path):
     rates = []
     for step in range(60):
         if step in (18, 30):  # as a controller would, at the beginning of a round
-            ensemble._centres.learning_rates = [ControllerState(gain=ensemble.gains[0] * (2.0 if step == 18 else 0.3))]
-            ensemble._draw()
-            ensemble._fan_out.undo()
+            gain = ensemble.gains[0] * (2.0 if step == 18 else 0.3)
+            ensemble._phases.steer._controllers.lr_states = [ControllerState(gain=gain)]
+            ensemble._rounds.draw()
+            ensemble._phases.explore.undo()
             ensemble.fan_out()
         rates.append([lr * gain for lr, gain in zip(ensemble.get_base_lr(), ensemble.gains, strict=True)])
         optimizer.step()

@@ -13,7 +13,6 @@ import torch
 from torch import nn
 
 import hdet
-from hdet.config import EnsembleConfig
 from hdet.steer.published import Published
 
 
@@ -42,13 +41,15 @@ BAD = [
     ({"model": [nn.Linear(1, 1), "x"]}, TypeError, "got str"),
     ({"controller": "paper"}, TypeError, r"controller='paper'.*Published"),
     ({"seed": 1.5}, TypeError, "Invalid seed=1.5"),
-    ({"bucket_mib": 0}, ValueError, "Invalid bucket_mib=0"),
-    ({"overlap_steps": 2}, ValueError, r"Invalid overlap_steps=2.*\[0, converge_every=2\)"),
-    ({"overlap_steps": -1}, ValueError, "Invalid overlap_steps=-1"),
-    ({"overlap_steps": 0.5}, TypeError, "Invalid overlap_steps=0.5"),
-    ({"wire_dtype": torch.float16}, ValueError, "Invalid wire_dtype=torch.float16"),
-    ({"wire_dtype": "bfloat16"}, ValueError, "Invalid wire_dtype='bfloat16'"),
-    ({"wire_dtype": torch.bfloat16, "overlap_steps": 1}, ValueError, "exclude one another: replicas send how far"),
+    (
+        {"averaging": hdet.Averaging(overlap_steps=2)},
+        ValueError,
+        r"Invalid overlap_steps=2.*\[0, converge_every=2\)",
+    ),
+    ({"averaging": 64}, TypeError, "Invalid averaging=64. Must be an instance of hdet.Averaging"),
+    ({"overlap_steps": 1}, TypeError, r"Unknown setting overlap_steps=. Pass averaging=hdet.Averaging\(overlap_steps="),
+    ({"outer_lr": 1.0}, TypeError, r"Unknown setting outer_lr=. Pass outer=hdet.Outer\(lr="),
+    ({"sprad": 0.1}, TypeError, "Unknown setting sprad=. Did you mean spread="),
     ({"monitor": 3}, TypeError, "monitor=3"),
     ({"replicas": "world"}, TypeError, "ProcessGroup, a 1-D DeviceMesh or None, got str"),
 ]
@@ -63,6 +64,22 @@ def test_bad_arguments_name_the_value_before_anything_changes(settings, error, m
     with pytest.raises(error, match=message):
         hdet.Ensemble(optimizer, **settings)
     assert [{k: v for k, v in g.items() if k != "params"} for g in optimizer.param_groups] == before
+
+
+BAD_AVERAGING = [
+    ({"bucket_mib": 0}, ValueError, "Invalid bucket_mib=0"),
+    ({"overlap_steps": -1}, ValueError, "Invalid overlap_steps=-1"),
+    ({"overlap_steps": 0.5}, TypeError, "Invalid overlap_steps=0.5"),
+    ({"wire_dtype": torch.bfloat16}, TypeError, "Invalid wire_dtype=torch.bfloat16. Must be one of float32, bfloat16"),
+    ({"wire_dtype": "float16"}, ValueError, "Invalid wire_dtype='float16'"),
+    ({"wire_dtype": "bfloat16", "overlap_steps": 1}, ValueError, "exclude one another: replicas send how far"),
+]
+
+
+@pytest.mark.parametrize(("settings", "error", "message"), BAD_AVERAGING)
+def test_a_bad_way_to_average_is_refused(settings, error, message):
+    with pytest.raises(error, match=message):
+        hdet.Averaging(**settings)
 
 
 def test_ensemble_needs_a_round_length_and_its_own_schedule():
@@ -173,9 +190,9 @@ def test_one_replica_trains_at_the_base_rate():
 def test_a_hundred_rounds_by_default_and_in_long_runs_up_to_four_hundred(total, expected):
     model, optimizer, _ = setting()
     schedule = hdet.OneCycleLR(optimizer, 0.1, total_steps=total, model=model, spread=0.1)
-    assert schedule.ensemble.config.converge_every == expected
+    assert schedule.ensemble.settings.converge_every == expected
     ensemble = hdet.Ensemble(setting()[1], model=model, spread=0.1, total_steps=total)
-    assert ensemble.config.converge_every == expected
+    assert ensemble.settings.converge_every == expected
 
 
 def test_converge_inside_a_round_does_not_end_it():
@@ -212,7 +229,7 @@ def test_ensemble_state_round_trip_with_a_schedule():
     for _ in range(7):
         optimizer.step()
         ensemble.step(1.0)
-    ensemble._centres.learning_rates = [hdet.controller.ControllerState(2.0, 0.1, 3)]
+    ensemble._phases.steer._controllers.lr_states = [hdet.controller.ControllerState(2.0, 0.1, 3)]
     new_optimizer, new = build()
     new.load_state_dict(copy.deepcopy(ensemble.state_dict()))
     assert new.gains == (2.0,)
@@ -262,7 +279,7 @@ def test_the_optimizers_parameters_outside_the_model_are_averaged_too():
     outside = nn.Parameter(torch.ones(3))
     optimizer = torch.optim.SGD([*model.parameters(), outside], lr=0.1)
     ensemble = hdet.Ensemble(optimizer, **settings)
-    plan = ensemble._averager._current_plan()
+    plan = ensemble._phases.converge._averager._current_plan()
     assert sum(bucket.numel for bucket in plan.buckets) == sum(p.numel() for p in model.parameters()) + 3
     assert any(t is outside for t in plan.tensors)
     assert len(plan.untrained) == 3
@@ -281,7 +298,7 @@ def test_schedule_every_counts_epochs():
 
 def test_dropping_everything_frees_the_model():
     optimizer, schedule = scheduler()
-    model = weakref.ref(schedule.ensemble._models[0])
+    model = weakref.ref(schedule.ensemble.settings.modules[0])
     del optimizer, schedule
     gc.collect()
     assert model() is None
@@ -289,8 +306,8 @@ def test_dropping_everything_frees_the_model():
 
 def test_config_is_frozen_and_keyword_only():
     with pytest.raises(TypeError):
-        EnsembleConfig(0.1)
+        hdet.Averaging(64.0)
     with pytest.raises(AttributeError):
-        EnsembleConfig().spread = 0.5
+        hdet.Averaging().bucket_mib = 1.0
     with pytest.raises(TypeError):
         Published(1.0)

@@ -18,13 +18,26 @@ def build(**settings):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"gradients": "lokal"}, "Invalid gradients='lokal'. Must be one of shared, local, grouped"),
-        ({"outer_momentum": 1.0, "gradients": "local"}, r"Invalid outer_momentum=1.0. Must be in \[0, 1\)"),
-        ({"outer_lr": 0.0, "gradients": "local"}, "Invalid outer_lr=0.0. Must be > 0"),
-        ({"outer_momentum": 0.5}, 'outer_momentum=0.5, outer_lr=1.0 need gradients="local"'),
-        ({"outer_lr": 0.5, "gradients": "grouped"}, 'outer_lr=0.5 need gradients="local"'),
-        ({"outer_momentum": 0.5, "gradients": "local", "overlap_steps": 1}, "exclude overlap_steps=1"),
-        ({"outer_momentum": 0.5, "gradients": "local", "spread": 0.0, "model": None}, "need model="),
+        ({"momentum": 1.0}, r"Invalid outer.momentum=1.0. Must be in \[0, 1\)"),
+        ({"lr": 0.0}, "Invalid outer.lr=0.0. Must be > 0"),
+    ],
+)
+def test_a_bad_outer_optimizer_is_refused(settings, message):
+    with pytest.raises(ValueError, match=message):
+        hdet.Outer(**settings)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"gradients": "lokal"}, "Invalid gradients='lokal'. Must be one of shared, grouped, local"),
+        ({"outer": hdet.Outer(momentum=0.5)}, r'outer=Outer\(momentum=0.5, lr=1.0\) needs gradients="local"'),
+        ({"outer": hdet.Outer(lr=0.5), "gradients": "grouped"}, r'lr=0.5\) needs gradients="local"'),
+        (
+            {"outer": hdet.Outer(momentum=0.5), "gradients": "local", "averaging": hdet.Averaging(overlap_steps=1)},
+            "excludes overlap_steps=1",
+        ),
+        ({"outer": hdet.Outer(momentum=0.5), "gradients": "local", "spread": 0.0, "model": None}, "needs model="),
         ({"replicas": 2}, "Invalid replicas=2. Must divide the number of ranks, 1"),
     ],
 )

@@ -15,7 +15,7 @@ from hdet.explore.identification import check_identified
 from hdet.explore.prior import Prior
 from hdet.explore.spread import assignment
 from hdet.observe.slopes import ProbeLosses
-from hdet.steer.centres import Centres, RoundObservation
+from hdet.steer.controllers import Controllers, RoundObservation
 from hdet.steer.one_slope import CentreState, OneSlope
 from hdet.steer.published import Published
 from hdet.steer.two_slope import TwoSlope
@@ -334,13 +334,15 @@ def test_one_slope_counts_in_shares_of_the_run(length):
 def test_steering_tells_how_long_a_round_is():
     def position(share):
         settings = {"auto_lr": False, "rates": 1, "names": ("h",), "replicas": 4, "spread": 0.1, "seed": 0}
-        centres = Centres(TwoSlope(), OneSlope(), design="orthogonal", **settings)
+        controllers = Controllers(TwoSlope(), OneSlope(), design="orthogonal", **settings)
         for round in range(6):
-            (held,) = centres.held(round)
+            (held,) = controllers.hyperparameter_levels(round)
             above, below, one = tuple(1 + 0.1 * z for z in held), tuple(1 - 0.1 * z for z in held), (1.0,) * 4
             probe = ProbeLosses(above, below, one, one, one, one)
-            centres.observe(round, RoundObservation((), (0.1,), 0.3, share, 1.0, 0.55, 0.0, 4.0, probe), [(0.5, True)])
-        return centres.hyperparameters[0].position
+            controllers.update(
+                round, RoundObservation((), (0.1,), 0.3, share, 1.0, 0.55, 0.0, 4.0, probe), [(0.5, True)]
+            )
+        return controllers.centre_states[0].position
 
     assert position(0.01) < 0
     assert position(0.0025) == pytest.approx(position(0.01) / 4)
@@ -367,14 +369,14 @@ def test_bad_combinations_leave_the_optimizer_alone():
     before = dict(optimizer.param_groups[0])
     with pytest.raises(ValueError, match="held_out=True"):
         hdet.OneCycleLR(optimizer, 0.1, 100, model=model, hyperparameters=[hdet.param_group("weight_decay", spread=1)])
-    with pytest.raises(TypeError, match=r"Must be made by hdet\.param_group"):
+    with pytest.raises(TypeError, match=r"Must be a list of what hdet\.param_group"):
         hdet.OneCycleLR(optimizer, 0.1, 100, model=model, hyperparameters=["weight_decay"])
     with pytest.raises(ValueError, match="cycle_momentum=True"):
         hdet.OneCycleLR(
             optimizer, 0.1, 100, model=model, hyperparameters=[hdet.param_group("betas[0]", spread=1, move=False)]
         )
-    with pytest.raises(ValueError, match="Invalid design"):
-        hdet.OneCycleLR(optimizer, 0.1, 100, model=model, spread=0.1, design="greedy")
+    with pytest.raises(ValueError, match=r"Invalid exploration\.design"):
+        hdet.Exploration(design="greedy")
     assert optimizer.param_groups[0] == before
 
 
@@ -391,7 +393,8 @@ def test_a_prior_is_a_small_file(tmp_path):
     model = net()
     h = hdet.param_group("weight_decay", spread=0.5, move=False)
     _, scheduler = scheduler_of(model, [h], spread=0.1)
-    scheduler.ensemble._centres.learning_rates[0] = scheduler.ensemble._centres.learning_rates[0]._replace(gain=2.5)
+    states = scheduler.ensemble._phases.steer._controllers.lr_states
+    states[0] = states[0]._replace(gain=2.5)
     path = tmp_path / "prior.yaml"
     scheduler.ensemble.save_prior(path)
     assert path.read_text() == (
@@ -467,7 +470,10 @@ def test_without_virtual_replicas_each_passes_on():
         ({"virtual_replicas": 0}, "Must be >= 1"),
         ({"virtual_replicas": 2, "spread": 0.0}, "needs spread > 0"),
         ({"virtual_replicas": 2, "gradients": "local"}, "needs gradients='shared'"),
-        ({"virtual_replicas": 2, "overlap_steps": 1, "converge_every": 5}, "exclude one another"),
+        (
+            {"virtual_replicas": 2, "averaging": hdet.Averaging(overlap_steps=1), "converge_every": 5},
+            "exclude one another",
+        ),
         ({"virtual_replicas": 2, "hyperparameters": [dropout(move=False)]}, "share one optimizer"),
     ],
 )

@@ -55,9 +55,9 @@ def run(monkeypatch, log_dir, *arguments):
         (["--hdet.probe=true", "--hdet.published.momentum=0.5"], r"set hdet\.two_slope instead"),
         (["--hdet.two_slope.step=0.1"], r"hdet\.two_slope needs hdet\.probe=true"),
         (["--hdet.probe=true", "--hdet.auto_lr=false"], r"hdet\.auto_lr=false"),
-        (["--hdet.probe=true", "--hdet.overlap_steps=2"], r"hdet\.overlap_steps=2"),
+        (["--hdet.probe=true", "--hdet.averaging.overlap_steps=2"], r"hdet\.averaging\.overlap_steps=2"),
         (["--hdet.rollback=cpu", "--hdet.auto_lr=false"], r"hdet\.rollback=cpu"),
-        (["--hdet.rollback=cpu", "--hdet.overlap_steps=2"], r"hdet\.rollback=cpu"),
+        (["--hdet.rollback=cpu", "--hdet.averaging.overlap_steps=2"], r"hdet\.rollback=cpu"),
         (["--hdet.rollback=gpu"], "hdet.rollback"),
         (["--hdet.probe=sometimes"], "hdet.probe"),
         (["--hdet.hyperparameters={eps: 0.1}"], "Invalid hdet.hyperparameters=eps"),
@@ -339,9 +339,10 @@ def test_the_ensemble_gets_what_the_section_says(schedule, arguments):
     optimizer = optimization.build_optimizer(config.optimizer, model, torch.device("cpu"))
     probe = hdet.Probe(loss_fn=nothing_to_probe) if config.hdet.probe else None
     ensemble = optimization.Schedule(config, optimizer, model, [], probe).ensemble
-    assert (ensemble.config.probe, ensemble.config.per_group) == (config.hdet.probe, True)
-    assert ensemble.config.controller == (config.hdet.two_slope if probe else hdet.controller.Published())
-    assert (ensemble.config.total_steps, ensemble.config.rollback) == (10, True)
+    resolved = ensemble.settings
+    assert (resolved.probe is not None, resolved.given["per_group"]) == (config.hdet.probe, True)
+    assert resolved.controller == (config.hdet.two_slope if probe else hdet.controller.Published())
+    assert (resolved.total_steps, resolved.rolls_back) == (10, True)
 
 
 def test_hyperparameters_are_explored_as_the_section_says():

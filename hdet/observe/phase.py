@@ -1,0 +1,86 @@
+"""Observe, the third phase of a round: the replicas' losses."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from typing import Any
+
+from hdet.converge.pending import Point
+from hdet.observe.paired_probe import PairedProbe
+from hdet.observe.round_losses import RoundLosses
+from hdet.observe.slopes import ProbeLosses
+from hdet.replicas.agreement import Term
+
+
+class ObservePhase:
+    """The training losses of a round, and the probe at its end.
+
+    Args:
+        losses: of all replicas.
+        probe: ``None`` for none.
+    """
+
+    def __init__(self, losses: RoundLosses, probe: PairedProbe | None) -> None:
+        self._losses, self._probe = losses, probe
+        # Bound once: they are called in every step.
+        self.check = losses.check
+        """What :attr:`add` takes, or the error that says what is wrong with a loss; changes nothing."""
+        self.add = losses.add
+        """Add a step's losses."""
+
+    def terms(self) -> dict[str, Term]:
+        """What this process tells the others. Waits for the device."""
+        can_probe = self._probe is not None and self._probe.batches.ready
+        return {**self._losses.terms(), "can probe": Term(float(can_probe), min)}
+
+    def collect(self, told: Sequence[Mapping[str, float]]) -> None:
+        """Take in what every replica has told."""
+        self._losses.collect(told)
+
+    @property
+    def means(self) -> tuple[float, ...]:
+        """[replica] mean training loss of the round so far; NaN for a replica that reported none."""
+        return self._losses.means
+
+    @property
+    def knows_losses(self) -> bool:
+        """Whether any replica has reported a loss in this round."""
+        return not self._losses.is_empty
+
+    def probe(
+        self,
+        points: Sequence[Point],
+        directions: Sequence[Sequence[float]],
+        reach: float,
+        settings: Iterable[AbstractContextManager[None]],
+    ) -> ProbeLosses:
+        """Every replica's losses at the points; see :meth:`PairedProbe.evaluate`. Collective."""
+        assert self._probe is not None
+        return self._probe.evaluate(points, directions, reach, settings)
+
+    def offer(self, batch: Any) -> None:
+        """Let a probe without batches of its own keep the batch of a step."""
+        if self._probe is not None:
+            self._probe.batches.offer(batch)
+
+    def begin_round(self) -> None:
+        """The round's losses have been used."""
+        self._losses.begin_round()
+
+    def restart(self) -> None:
+        """Forget all losses and batches."""
+        self._losses.restart()
+        if self._probe is not None:
+            self._probe.batches.forget()
+
+    def state(self) -> dict[str, Any]:
+        """What must be saved."""
+        return self._losses.state()
+
+    def check_state(self, state: Mapping[str, Any]) -> None:
+        """Losses of a round of another number of replicas are left aside: nothing can be wrong with them."""
+
+    def load(self, state: Mapping[str, Any]) -> None:
+        """Continue from a saved :meth:`state`."""
+        self._losses.load(state)

@@ -1,0 +1,257 @@
+"""From what a caller passes to complete and valid settings, before anything is changed."""
+
+from __future__ import annotations
+
+import difflib
+import functools
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, fields, is_dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+
+from hdet.converge.optimizer_policy import policy_of
+from hdet.errors import check_whole
+from hdet.explore.identification import check_identified
+from hdet.explore.prior import Prior
+from hdet.model.gradients import check_gradients
+from hdet.model.sharding import check_sharding
+from hdet.monitor.base import Monitor, as_monitors
+from hdet.observe.probe import Probe
+from hdet.replicas.topology import Replicas
+from hdet.settings.declared import DECLARED, GROUPS, Settings
+from hdet.settings.groups import Averaging, Outer
+from hdet.steer.controllers import Controller
+from hdet.steer.published import Published
+from hdet.steer.two_slope import TwoSlope
+
+
+def round_length(total_steps: int) -> int:
+    """The default of ``converge_every``: a hundred rounds; of 100 steps, as soon as that makes more; at most four
+    hundred. Every probe costs about as much as two steps."""
+    return int(max(1, total_steps // 400, min(100, total_steps // 100)))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Resolved:
+    """Complete and valid settings, and what follows from them."""
+
+    given: Settings
+    """Every one of :class:`Settings`, defaults filled in."""
+    total_steps: int | None
+    """Length of the run in scheduler steps."""
+    converge_every: int
+    """``T``; 1 where replicas do not differ and none was given."""
+    controller: Controller
+    probe: Probe | None
+    prior: Prior | None
+    modules: tuple[nn.Module, ...]
+    monitors: tuple[Monitor, ...]
+    replicas: Replicas
+    optimizer_state: str
+    """The policy that ``averaging.optimizer_state`` comes to with this optimizer."""
+
+    @property
+    def size(self) -> int:
+        """Number of replicas, real times virtual."""
+        return self.replicas.size * self.given["virtual_replicas"]
+
+    @property
+    def rolls_back(self) -> bool:
+        """Whether a round that blew up is undone."""
+        given = self.given
+        return given["auto_lr"] and given["rollback"] is not False and not given["averaging"].overlap_steps
+
+    @property
+    def snapshot_device(self) -> torch.device | None:
+        """Where the copy lies that a rollback needs; ``None`` for beside the original."""
+        rollback = self.given["rollback"]
+        return None if isinstance(rollback, bool) else torch.device(rollback)
+
+    @functools.cached_property
+    def plain(self) -> dict[str, Any]:
+        """As plain values by name, for comparing ranks, for error messages and for TensorBoard's hparams."""
+        given = self.given
+        values: dict[str, Any] = {}
+        for name, value in given.items():
+            if name in ("model", "monitor", "prior", "replicas"):
+                continue  # objects, and what may differ between ranks
+            if is_dataclass(value) and name in GROUPS:
+                for inner in fields(value):
+                    values[f"{name}.{inner.name}"] = getattr(value, inner.name)
+            else:
+                values[name] = value
+        values |= {
+            "converge_every": self.converge_every,
+            "controller": self.controller,
+            "hyperparameters": "; ".join(map(repr, given["hyperparameters"])),
+            "probe": self.probe is not None,
+            "rollback": self.rolls_back,
+            "total_steps": self.total_steps,
+        }
+        explores = bool(given["hyperparameters"])
+        for name in ("controller", "exploration.controller"):
+            controller = values.pop(name)
+            for inner in fields(controller) if explores or name == "controller" else ():
+                value = getattr(controller, inner.name)
+                values[f"{name}.{inner.name}"] = str(value) if isinstance(value, tuple) else value
+        return values
+
+
+def resolve(optimizer: Optimizer, total_steps: int | None, settings: Mapping[str, Any]) -> Resolved:
+    """Complete the settings and make sure that they can be had together. Changes nothing and sends nothing.
+
+    Raises:
+        TypeError, ValueError: naming the setting, its value, the rule and the way out.
+    """
+    if not isinstance(optimizer, Optimizer):
+        raise TypeError(f"{type(optimizer).__name__} is not an Optimizer")
+    _check_known(settings)
+    given = Settings(**{name: settings.get(name, setting.default) for name, setting in DECLARED.items()})  # type: ignore[typeddict-item]
+    for name, setting in DECLARED.items():
+        setting.check(name, given[name])
+    if total_steps is not None:
+        check_whole("total_steps", total_steps, ">= 1 step", lambda steps: steps >= 1)
+
+    spread, hyperparameters, converge_every = given["spread"], given["hyperparameters"], given["converge_every"]
+    if converge_every is None and total_steps is not None:
+        converge_every = round_length(total_steps)
+    if converge_every is None and (spread > 0 or hyperparameters):
+        raise ValueError("Pass converge_every, the round's length in steps, or total_steps, from which it follows.")
+    given_probe = given["probe"]
+    probe = given_probe if isinstance(given_probe, Probe) or given_probe is None else Probe(loss_fn=given_probe)
+    resolved = Resolved(
+        given=given,
+        total_steps=total_steps,
+        converge_every=1 if converge_every is None else converge_every,
+        controller=given["controller"] or (Published() if probe is None else TwoSlope()),
+        probe=probe,
+        prior=None if given["prior"] is None else Prior.load(given["prior"]),
+        modules=_modules(given["model"]),
+        monitors=as_monitors(given["monitor"]),
+        replicas=Replicas(given["replicas"]),
+        optimizer_state=policy_of(
+            given["averaging"].optimizer_state,
+            optimizer,
+            hyperparameters,
+            gradients=given["gradients"],
+            overlap_steps=given["averaging"].overlap_steps,
+        ),
+    )
+    _check_together(resolved)
+    check_sharding(resolved.modules, resolved.replicas)
+    check_gradients(given["gradients"], resolved.modules, resolved.replicas)
+    return resolved
+
+
+def _check_known(settings: Mapping[str, Any]) -> None:
+    """Raise TypeError for a name that is no setting, as Python does for an unknown argument."""
+    for name in settings:
+        if name in DECLARED:
+            continue
+        inside = {
+            **{f.name: (group, f.name) for group, kind in GROUPS.items() for f in fields(kind)},
+            **{f"outer_{f.name}": ("outer", f.name) for f in fields(Outer)},
+        }
+        if name in inside:
+            group, inner = inside[name]
+            hint = f" Pass {group}=hdet.{GROUPS[group].__name__}({inner}=...)."
+        else:
+            close = difflib.get_close_matches(name, DECLARED, n=1)
+            hint = f" Did you mean {close[0]}=?" if close else f" There are {', '.join(DECLARED)}."
+        raise TypeError(f"Unknown setting {name}=.{hint}")
+
+
+def _modules(model: object) -> tuple[nn.Module, ...]:
+    if not isinstance(model, (nn.Module, Iterable, type(None))):
+        raise TypeError(f"model= takes an nn.Module or several, got {type(model).__name__}.")
+    modules = () if model is None else (model,) if isinstance(model, nn.Module) else tuple(model)
+    for module in modules:
+        if not isinstance(module, nn.Module):
+            raise TypeError(f"model= takes an nn.Module or several, got {type(module).__name__}.")
+    return modules
+
+
+def _check_together(resolved: Resolved) -> None:
+    """Raise ValueError for settings that exclude one another."""
+    given, controller, probe = resolved.given, resolved.controller, resolved.probe
+    spread, auto_lr, hyperparameters = given["spread"], given["auto_lr"], given["hyperparameters"]
+    averaging, outer, gradients = given["averaging"], given["outer"], given["gradients"]
+    check_identified(
+        hyperparameters,
+        gradients=gradients,
+        probe=probe is not None,
+        held_out=probe is not None and probe.held_out,
+    )
+    if (spread > 0 or hyperparameters) and not resolved.modules:
+        raise ValueError(
+            "To let replicas differ hdet needs model=: its parameters and buffers are averaged every "
+            "converge_every steps."
+        )
+    if auto_lr and spread == 0:
+        raise ValueError(
+            "auto_lr=True needs spread > 0: with spread=0 all replicas train under the same learning rate and "
+            "their losses say nothing about it. Pass for example spread=1/9."
+        )
+    if controller.needs_probe and auto_lr:
+        if probe is None:
+            name = type(controller).__name__
+            raise ValueError(f"controller={name}() needs the paired probe: pass probe=loss_fn.")
+        if resolved.total_steps is None:
+            raise ValueError(
+                f"controller={type(controller).__name__}() must know how long the run is: pass total_steps."
+            )
+    if probe is not None and not (auto_lr or any(h.move for h in hyperparameters)):
+        raise ValueError("probe= does nothing without auto_lr=True or hyperparameters= that move.")
+    if averaging.overlap_steps >= resolved.converge_every:
+        raise ValueError(
+            f"Invalid overlap_steps={averaging.overlap_steps}. Must be in [0, converge_every="
+            f"{resolved.converge_every}): an average must land before the next is sent."
+        )
+    if probe is not None and averaging.overlap_steps:
+        raise ValueError(
+            "probe= and overlap_steps > 0 exclude one another: the probe needs the mean at the round's end."
+        )
+    if not outer.is_plain:
+        _check_outer(outer, gradients, averaging, resolved.modules)
+    if given["virtual_replicas"] > 1:
+        _check_virtual(given["virtual_replicas"], given)
+
+
+def _check_outer(outer: Outer, gradients: str, averaging: Averaging, modules: Sequence[nn.Module]) -> None:
+    if gradients != "local":
+        raise ValueError(
+            f'outer={outer} needs gradients="local": where gradients are shared, the optimizer\'s own momentum sees '
+            "all of them already."
+        )
+    if averaging.overlap_steps:
+        raise ValueError(
+            f"outer={outer} excludes overlap_steps={averaging.overlap_steps} > 0: the outer optimizer needs the mean "
+            "at the round's end."
+        )
+    if not modules:
+        raise ValueError(f"outer={outer} needs model=: it moves its averaged parameters.")
+
+
+def _check_virtual(count: int, given: Settings) -> None:
+    if given["spread"] == 0:
+        raise ValueError(
+            f"virtual_replicas={count} needs spread > 0: with spread=0 they are all at the same point. Pass for "
+            "example spread=1/9."
+        )
+    if given["hyperparameters"]:
+        raise ValueError(
+            f"virtual_replicas={count} and hyperparameters= exclude one another: virtual replicas share one "
+            "optimizer, which takes its step at one value. Start real replicas with torchrun."
+        )
+    if given["gradients"] != "shared":
+        raise ValueError(
+            f"virtual_replicas={count} needs gradients='shared', not {given['gradients']!r}: only under a shared "
+            "gradient do replicas lie on a line, on which they can be visited."
+        )
+    if given["averaging"].overlap_steps:
+        raise ValueError(
+            f"virtual_replicas={count} and overlap_steps={given['averaging'].overlap_steps} exclude one another."
+        )

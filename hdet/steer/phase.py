@@ -1,0 +1,181 @@
+"""Steer, the last phase of a round: gains and centres move by what was observed, or the round is undone."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from hdet.explore.hyperparameters import Hyperparameter
+from hdet.observe.slopes import ProbeLosses
+from hdet.schedules.course import Course
+from hdet.steer.controllers import Controller, Controllers, RoundObservation
+from hdet.steer.recovery import CUT, Recovery
+from hdet.steer.report import ControllerReport
+
+
+class SteerPhase:
+    """Controllers and recovery over a run.
+
+    Args:
+        controllers: of all factors.
+        controller: of the learning rates among them.
+        course: of the run.
+        hyperparameters: explored beside the learning rates.
+        auto_lr: whether learning rates move.
+        recovery: ``None`` where rounds are not undone.
+    """
+
+    def __init__(
+        self,
+        controllers: Controllers,
+        controller: Controller,
+        course: Course,
+        hyperparameters: Sequence[Hyperparameter],
+        *,
+        auto_lr: bool,
+        recovery: Recovery | None,
+    ) -> None:
+        self._controllers, self._controller, self._course = controllers, controller, course
+        self._hyperparameters, self._auto_lr, self._recovery = tuple(hyperparameters), auto_lr, recovery
+
+    @property
+    def gains(self) -> tuple[float, ...]:
+        """[learning rate] one for all parameter groups, or one for each."""
+        return self._controllers.gains
+
+    @property
+    def positions(self) -> tuple[float, ...]:
+        """[hyperparameter] of its centre, in its space."""
+        return tuple(state.position for state in self._controllers.centre_states)
+
+    def multipliers(self, rate: int, round: int) -> tuple[float, ...]:
+        """[replica] ``rho`` of one learning rate."""
+        return self._controllers.multipliers(rate, round)
+
+    def levels(self, round: int) -> tuple[tuple[float, ...], ...]:
+        """[hyperparameter][replica]"""
+        return self._controllers.hyperparameter_levels(round)
+
+    def begin_at(self, gains: Sequence[float], positions: Sequence[float]) -> None:
+        """Start from what another run has found: [learning rate] gains, [hyperparameter] positions."""
+        self._controllers.begin_at(gains, positions)
+
+    def wants_probe(self, steps: int) -> bool:
+        """Whether a probe after ``steps`` steps may move anything."""
+        controller, course = self._controller, self._course
+        moves = self._auto_lr and controller.wants_probe(course.progress(steps), controller.rests_after(course))
+        return moves or any(h.move for h in self._hyperparameters)
+
+    def directions(self, round: int) -> tuple[tuple[float, ...], ...]:
+        """How far the probe takes each replica; see :meth:`Controllers.probe_directions`."""
+        return self._controllers.probe_directions(round)
+
+    def reach(self, lr: float) -> float:
+        """How far the far point is to be, with the schedule at ``lr``."""
+        return self._controller.reach(self._course.height(lr))
+
+    def begin(self) -> None:
+        """The run begins."""
+        if self._recovery is not None:
+            self._recovery.begin()
+
+    def move(
+        self,
+        steps: int,
+        schedule: tuple[float, ...],
+        losses: tuple[float, ...],
+        probe: ProbeLosses | None,
+        lag: float,
+    ) -> ControllerReport:
+        """End a round.
+
+        Args:
+            steps: taken so far.
+            schedule: [parameter group] the base schedule's learning rate.
+            losses: [replica] mean training loss of the round.
+            probe: what the probe measured.
+            lag: rounds of progress between the slow average and its trail.
+        """
+        course = self._course
+        seen = RoundObservation(
+            losses=losses,
+            schedule=schedule,
+            progress=course.progress(steps),
+            share=course.share,
+            height=course.height(schedule[0]),
+            until=self._controller.rests_after(course),
+            final=course.final,
+            lag=lag,
+            probe=probe,
+        )
+        report = self._controllers.move(course.ended_round(steps), seen, self._hyperparameters)
+        if self._recovery is not None:
+            self._recovery.observe(losses)
+        return report
+
+    def rest(self, steps: int) -> ControllerReport:
+        """The report of a converge at which nothing moves."""
+        return self._controllers.rest(self._course.ended_round(steps), self._hyperparameters)
+
+    def keep(self, mean_loss: float) -> None:
+        """Keep the state that the round has led to, for a later rollback."""
+        if self._recovery is not None:
+            self._recovery.keep(mean_loss)
+
+    def has_blown_up(self, steps: int, finite: Sequence[bool], losses: tuple[float, ...], *, can_probe: bool) -> bool:
+        """Whether the round that just ended is to be undone.
+
+        Args:
+            steps: taken so far.
+            finite: [replica] whether its parameters are.
+            losses: [replica] mean loss of the round; empty if none was reported.
+            can_probe: whether there is a probe, and more than one replica.
+
+        Raises:
+            DivergedError: if it is, after too many rollbacks.
+        """
+        if self._recovery is None:
+            return False
+        # While the controller may still move the gain, it can also take it back.
+        may_move = not self._controller.needs_probe or (can_probe and self.wants_probe(steps))
+        return self._recovery.is_needed(finite, losses, watches_losses=may_move)
+
+    def roll_back(self, steps: int) -> ControllerReport:
+        """Put model and optimizer back to the last good state, and divide the gains."""
+        assert self._recovery is not None
+        self._recovery.go_back()
+        return self._controllers.roll_back(self._course.ended_round(steps), self._hyperparameters, divisor=CUT)
+
+    def tell_rollback(self, steps: int, mean_loss: float) -> None:
+        """Log it."""
+        assert self._recovery is not None
+        self._recovery.tell(steps, mean_loss)
+
+    def restart(self) -> None:
+        """The run goes on from a state that is being loaded."""
+        if self._recovery is not None:
+            self._recovery.watch()
+
+    def facts(self) -> dict[str, Any]:
+        """What must be the same on every rank."""
+        return {
+            "controller state": [
+                tuple(state) for state in (*self._controllers.lr_states, *self._controllers.centre_states)
+            ],
+            "hyperparameters at the start": [tuple(h.starts) for h in self._hyperparameters],
+        }
+
+    def state(self) -> dict[str, Any]:
+        """What must be saved."""
+        state = self._controllers.state()
+        return state if self._recovery is None else state | self._recovery.state()
+
+    def check_state(self, state: Mapping[str, Any]) -> None:
+        """Raise ValueError if :meth:`load` cannot."""
+        self._controllers.check_state(state)
+
+    def load(self, state: Mapping[str, Any]) -> None:
+        """Continue from a saved :meth:`state`."""
+        self._controllers.load(state)
+        if self._recovery is not None:
+            self._recovery.load(state)

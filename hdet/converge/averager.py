@@ -13,9 +13,9 @@ from hdet.converge.buckets import Bucket, fill_buckets
 from hdet.converge.comparison import compare_untrained
 from hdet.converge.delta import DeltaReference
 from hdet.converge.pending import Averaged, InFlight, Pending, Point, total
-from hdet.converge.piggyback import Piggyback
 from hdet.converge.plan import Plan, make_plan, signature_of
 from hdet.converge.slow_average import SlowAverage
+from hdet.converge.wire_memory import WireMemory
 from hdet.errors import DivergedError
 from hdet.model.fingerprint import fingerprint_all
 from hdet.model.weights import Weights
@@ -69,19 +69,18 @@ class Averager:
         has_virtual: bool = False,
     ) -> None:
         self._weights, self._replicas, self._bucket_bytes = weights, replicas, bucket_bytes
+        self._reference = DeltaReference(wire_dtype if replicas.size > 1 else None)
         # With several members the numbers go to all ranks, and a bucket to the peers alone: two groups, two messages.
-        self._may_piggyback = piggyback and replicas.size > 1 and replicas.members == 1
-        self._piggyback: Piggyback | None = None
+        may_piggyback = piggyback and replicas.size > 1 and replicas.members == 1
+        self._memory = WireMemory(replicas, bucket_bytes, self._reference, may_piggyback=may_piggyback)
         self._numbers = 0  # that each rank passes to gather()
         self._is_first_packed = False  # inspect() has packed the first bucket into the piggyback
         self._is_first_reduced = False  # gather() has reduced it
-        self._reference = DeltaReference(wire_dtype if replicas.size > 1 else None)
         self._is_idle = replicas.size == 1 and not has_virtual
         self._plan: Plan | None = None
         # Where the members of a replica hold copies, averages over all ranks keep these equal.
-        self.all_ranks = replicas.members > 1 and replicas.copies and weights.whole
+        self.all_ranks = replicas.members > 1 and replicas.members_are_copies and weights.whole
         """Whether averages are over all ranks, not only over those that hold the same part of each replica."""
-        self._wires: dict[tuple[torch.device, torch.dtype, int], Tensor] = {}
 
     @torch.no_grad()
     def inspect(self) -> Inspection:
@@ -91,9 +90,10 @@ class Averager:
         plan = self._current_plan()
         self._is_first_reduced = False
         buckets, finite = plan.buckets, True
-        self._is_first_packed = self._piggyback is not None and self._fits(self._piggyback, plan)
-        if self._piggyback is not None and self._is_first_packed:
-            finite = not buckets[0].pack_counted(self._piggyback.wire, self._reference.of(plan.layout, 0))[1]
+        piggyback = self._memory.piggyback
+        self._is_first_packed = self._memory.fits(plan)
+        if piggyback is not None and self._is_first_packed:
+            finite = not buckets[0].pack_counted(piggyback.wire, self._reference.of(plan.layout, 0))[1]
             buckets = buckets[1:]
         finite = finite and all(bucket.is_finite() for bucket in buckets)
         if not all(bucket.is_finite() for bucket in plan.differing_buckets):
@@ -104,7 +104,7 @@ class Averager:
     def gather(self, numbers: Sequence[float]) -> list[list[float]]:
         """Every rank's ``numbers``, replica by replica, as :meth:`Replicas.all_gather` returns them. Collective, after
         :meth:`inspect`. From the second average on it also reduces the first bucket."""
-        piggyback, self._numbers = self._piggyback, len(numbers)
+        piggyback, self._numbers = self._memory.piggyback, len(numbers)
         if piggyback is None:
             return self._replicas.all_gather(numbers)
         piggyback.write(numbers)
@@ -156,7 +156,7 @@ class Averager:
                 points.append(self._point_of(flight, excluded))
 
         is_first_reduced, self._is_first_reduced = self._is_first_reduced and not excluded, False
-        piggyback = self._current_piggyback(plan)
+        piggyback = self._memory.piggyback_for(plan, self._numbers)
         previous: InFlight | None = None
         for i, bucket in enumerate(plan.buckets + plan.differing_buckets):
             is_trained = i < len(plan.buckets)
@@ -170,10 +170,10 @@ class Averager:
                     bucket.pack(piggyback.wire, anchor)
                     flight = self._all_reduce(bucket, excluded, piggyback.wire, snapshot, piggyback.memory)
             elif anchor is not None:
-                wire = bucket.pack(self._wire(bucket, i % 2, self._reference.dtype), anchor)
+                wire = bucket.pack(self._memory.wire(bucket, i % 2, self._reference.dtype), anchor)
                 flight = self._all_reduce(bucket, excluded, wire, snapshot)
             else:  # a point keeps the wire
-                wire = bucket.pack(None if return_points else self._wire(bucket, i % 2))
+                wire = bucket.pack(None if return_points else self._memory.wire(bucket, i % 2))
                 flight = self._all_reduce(bucket, excluded, wire, snapshot)
             flight.index = i if is_trained and is_float else None
             flight.anchor = anchor
@@ -185,7 +185,7 @@ class Averager:
             finish(previous)
         self._weights.written()
         self._reference.keep(plan.layout, plan.buckets)
-        self._current_piggyback(plan)  # the layout may now be sent as differences, in another dtype
+        self._memory.piggyback_for(plan, self._numbers)  # from now on the dtype may be that of differences
         return Averaged(total(squares), excluded, sent, points)
 
     @torch.no_grad()
@@ -256,39 +256,6 @@ class Averager:
         if self._replicas.rank in excluded:
             displacement.zero_()
         return Point(flight.bucket, mean, displacement)
-
-    def _wire(self, bucket: Bucket, parity: int, dtype: torch.dtype | None = None) -> Tensor:
-        """Memory for the bucket's wire, kept between averages: allocating pages takes as long as packing."""
-        key = (bucket.device, dtype or bucket.dtype, parity)
-        wire = self._wires.get(key)
-        if wire is None or wire.numel() < bucket.numel:
-            wire = self._wires[key] = torch.empty(bucket.numel, dtype=key[1], device=bucket.device)
-        return wire
-
-    def _fits(self, piggyback: Piggyback, plan: Plan) -> bool:
-        """Whether the plan's first bucket can be sent in it."""
-        return piggyback.layout == plan.layout and piggyback.wire.dtype == self._first_dtype(plan)
-
-    def _first_dtype(self, plan: Plan) -> torch.dtype:
-        is_delta = self._reference.of(plan.layout, 0) is not None
-        return self._reference.dtype if is_delta and self._reference.dtype else plan.buckets[0].dtype
-
-    def _current_piggyback(self, plan: Plan) -> Piggyback | None:
-        """The message in which the plan's first bucket is sent; ``None`` where it is sent by itself.
-
-        It is used at the first average too, with zeros for numbers: a backend's order of summation may depend on the
-        size of a message, and a resumed run must equal the uninterrupted one bit for bit."""
-        if self._piggyback is None or not self._fits(self._piggyback, plan):
-            self._piggyback = None
-            self._wires.clear()
-            numbers, ranks = self._numbers, self._replicas.size
-            # With very many ranks an all-gather of the numbers sends less.
-            if self._may_piggyback and plan.buckets and 0 < 64 * ranks * numbers <= self._bucket_bytes:
-                first = plan.buckets[0]
-                wire = torch.empty(first.numel, dtype=self._first_dtype(plan), device=first.device)
-                self._piggyback = Piggyback(plan.layout, wire, ranks, self._replicas.rank, numbers)
-                self._wires[first.device, wire.dtype, 0] = self._piggyback.memory
-        return self._piggyback
 
     def _current_plan(self) -> Plan:
         """The plan, made anew if a tensor is another, lies elsewhere, or was frozen or unfrozen since."""

@@ -35,7 +35,7 @@ from torch.distributed.device_mesh import init_device_mesh
 import hdet
 from hdet.converge.buckets import fill_buckets
 from hdet.integrations.deepspeed_weights import weights_of
-from hdet.model.weights import keep_elsewhere
+from hdet.model.weights import register_weights
 from hdet.replicas.topology import Replicas
 
 Scheduler = TypeVar("Scheduler")
@@ -143,7 +143,7 @@ def attach(engine: Any, scheduler: Callable[..., Scheduler], *args: Any, **setti
         if groups is not None and averaging.optimizer_state == "auto":
             settings["averaging"] = replace(averaging, optimizer_state="keep")
         weights = weights_of(engine)
-        keep_elsewhere(engine.module, weights)
+        register_weights(engine.module, weights)
         if groups is not None:  # DeepSpeed makes parameters equal inside a replica, and not buffers
             _equalise(engine.module.buffers(), Replicas(groups.get_data_parallel_group()))
         _equalise((tensor for tensor, _ in weights.tensors()), Replicas(settings.get("replicas")))

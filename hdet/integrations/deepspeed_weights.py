@@ -52,7 +52,7 @@ def _obstacle(engine: Any) -> str:
 class _Masters(Weights):
     """Masters in the optimizer, of which the module holds copies; what is not trained is in the module alone.
 
-    The engine is referred to weakly, as :func:`hdet.model.weights.keep_elsewhere` asks.
+    The engine is referred to weakly, as :func:`hdet.model.weights.register_weights` asks.
     """
 
     masters: str

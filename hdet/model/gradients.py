@@ -1,21 +1,21 @@
-"""Gradient modes: over whom a step's gradients are averaged.
+"""Gradient modes: over which ranks a step's gradients are averaged.
 
 ::
 
-    shared    all ranks                    as DDP and HSDP do it; hdet touches nothing
-    grouped   the members of a replica     the rest of the ensemble is heard from at a converge only
-    local     nobody beyond a replica      Local SGD: each replica follows its own gradient between converges
+    shared    all ranks                    as DDP and HSDP do it; hdet changes nothing
+    grouped   the members of a replica     replicas exchange nothing between converges
+    local     no ranks of other replicas   Local SGD: each replica follows its own gradient between converges
 
-In ``local`` and ``grouped`` hdet switches the synchronisation off itself, without the model being unwrapped:
+In ``local`` and ``grouped`` hdet switches the synchronisation off; the user's model stays wrapped as it is:
 
 - ``DistributedDataParallel`` over ranks of several replicas: in ``local`` its ``require_backward_grad_sync`` is cleared
-  (the user's ``no_sync()`` leaves it so), and with it the broadcast of buffers; in ``grouped`` it gets a communication
-  hook that averages over the members.
+  (the user's ``no_sync()`` restores it as cleared), and with it the broadcast of buffers; in ``grouped`` it gets a
+  communication hook that averages over the members.
 - FSDP2 on a (replicate x shard) mesh (HSDP): the all-reduce over the replicas is left out; the reduce-scatter inside
-  the replica stays, and divides by its members.
-- DDP or FSDP2 over a replica's members only: that is what these modes are, and nothing is done.
+  the replica stays, and divides by the number of members.
+- DDP or FSDP2 over a replica's members only: nothing is done.
 
-The last ensemble built on a module decides: building one with ``gradients="shared"`` switches the module back on.
+The last ensemble built on a module decides: one with ``gradients="shared"`` switches the synchronisation on again.
 """
 
 from __future__ import annotations
@@ -36,16 +36,16 @@ from hdet.replicas.agreement import digest
 from hdet.replicas.topology import GradientScope, Replicas, average_gradients, ranks_of
 
 _undo: WeakKeyDictionary[nn.Module, Callable[[nn.Module], None]] = WeakKeyDictionary()
-"""How to undo what was done to a module."""
+"""By module: a function that undoes what a mode has changed."""
 _scopes: WeakKeyDictionary[nn.Module, GradientScope] = WeakKeyDictionary()
-"""The state of the communication hook of a DDP module: it can be registered once and never removed."""
+"""By DDP module: the state of its communication hook, which can be registered once and never removed."""
 
 
 def check_gradients(mode: str, modules: Sequence[nn.Module], replicas: Replicas) -> None:
-    """Make sure that a mode can be had on these modules. Changes nothing.
+    """Check that a mode is possible with these modules. Changes nothing.
 
     Raises:
-        ValueError: if not.
+        ValueError: if it is not, saying what would be.
     """
     if mode == "shared" or replicas.size == 1:
         return
@@ -87,11 +87,11 @@ def check_gradients(mode: str, modules: Sequence[nn.Module], replicas: Replicas)
                 )
     for module in sharded:
         for group in _parameter_groups(module):
-            _without_replicas(group, own)
+            _mesh_without_replicas(group, own)
 
 
 def set_gradients(mode: str, modules: Sequence[nn.Module], replicas: Replicas) -> None:
-    """Put the modules into a mode, once :func:`check_gradients` has passed it."""
+    """Put the modules into a mode, which :func:`check_gradients` has checked."""
     for module in (*_ddp_modules(modules), *_fsdp_modules(modules)):
         undo = _undo.pop(module, None)
         if undo is not None:
@@ -103,35 +103,41 @@ def set_gradients(mode: str, modules: Sequence[nn.Module], replicas: Replicas) -
         if set(ranks_of(ddp.process_group)) <= own:
             continue
         if mode == "local":
-            _switch_off(ddp)
+            _disable_sync(ddp)
         else:
-            _narrow(ddp, replicas)
+            _average_over_members(ddp, replicas)
     for module in _fsdp_modules(modules):
-        _keep_inside(module, own)
+        _skip_all_reduce(module, own)
 
 
 def fingerprint_gradients(parameters: Iterable[Tensor]) -> float:
-    """A hash of the gradients' bits, below ``2**53``; -1 where there are none to compare. Not collective."""
-    marks: list[tuple[int, int]] = []
+    """A hash of the gradients' bits, below ``2**53``; -1 if there are no gradients. Not collective."""
+    hashes: list[tuple[int, int]] = []
     for index, parameter in enumerate(parameters):
         gradient = None if parameter.grad is None else local(parameter.grad)
         if gradient is not None and gradient.layout == torch.strided and gradient.numel():
-            marks.append((index, fingerprint(gradient)))
-    return float(digest(marks)) if marks else -1.0
+            hashes.append((index, fingerprint(gradient)))
+    return float(digest(hashes)) if hashes else -1.0
 
 
-def warn_of_gradients(mode: str, seen: Sequence[float], replicas: Replicas) -> None:
-    """Warn if the replicas' gradients, by :func:`fingerprint_gradients`, are not what the mode says."""
-    if replicas.size == 1 or min(seen) < 0 or not replicas.writer:
+def warn_of_gradients(mode: str, fingerprints: Sequence[float], replicas: Replicas) -> None:
+    """Warn, on the writer, if the replicas' gradients are not what the mode says.
+
+    Args:
+        mode: ``"shared"``, ``"local"`` or ``"grouped"``.
+        fingerprints: every replica's :func:`fingerprint_gradients`, by replica.
+        replicas: the group.
+    """
+    if replicas.size == 1 or min(fingerprints) < 0 or not replicas.writer:
         return
-    if mode == "shared" and len(set(seen)) > 1:
+    if mode == "shared" and len(set(fingerprints)) > 1:
         warnings.warn(
             'The replicas have different gradients under gradients="shared". If that is meant (Local SGD), pass '
             'gradients="local"; if not, wrap the model in DistributedDataParallel, or shard it on a mesh with a '
             "replicate dimension.",
             stacklevel=2,
         )
-    elif mode == "local" and len(set(seen)) == 1:
+    elif mode == "local" and len(set(fingerprints)) == 1:
         warnings.warn(
             'All replicas have the same gradients under gradients="local": they are still synchronised. Pass the '
             "DistributedDataParallel or FSDP2 module itself as model=, not the model inside it.",
@@ -139,41 +145,41 @@ def warn_of_gradients(mode: str, seen: Sequence[float], replicas: Replicas) -> N
         )
 
 
-def _switch_off(ddp: DistributedDataParallel) -> None:
-    # The second is otherwise cleared by the first forward pass, which would still broadcast buffers.
+def _disable_sync(ddp: DistributedDataParallel) -> None:
+    # The first forward pass would clear the second too, but only after a broadcast of buffers.
     ddp.require_backward_grad_sync = ddp.require_forward_param_sync = False
-    _undo[ddp] = _switch_on
+    _undo[ddp] = _enable_sync
 
 
-def _switch_on(ddp: Any) -> None:
+def _enable_sync(ddp: Any) -> None:
     ddp.require_backward_grad_sync = ddp.require_forward_param_sync = True
 
 
-def _narrow(ddp: DistributedDataParallel, replicas: Replicas) -> None:
+def _average_over_members(ddp: DistributedDataParallel, replicas: Replicas) -> None:
     if ddp not in _scopes:
         _scopes[ddp] = GradientScope(ddp.process_group)
         ddp.register_comm_hook(_scopes[ddp], average_gradients)
     _scopes[ddp].replicas = replicas
-    _undo[ddp] = _widen
+    _undo[ddp] = _average_over_group
 
 
-def _widen(ddp: Any) -> None:
+def _average_over_group(ddp: Any) -> None:
     _scopes[ddp].replicas = None
 
 
-def _keep_inside(module: nn.Module, own: set[int]) -> None:
+def _skip_all_reduce(module: nn.Module, own: set[int]) -> None:
     for group in _parameter_groups(module):
-        inside = _without_replicas(group, own)
-        if inside is not None:
-            # With set_requires_all_reduce(False) FSDP2 would keep the reduced gradients to itself, as parts of a sum
-            # that a later all-reduce completes, and no parameter would ever see them.
+        mesh_info = _mesh_without_replicas(group, own)
+        if mesh_info is not None:
+            # set_requires_all_reduce(False) would not do: FSDP2 then keeps the gradients as parts of a sum that a later
+            # all-reduce completes, and does not write them into the parameters.
             if group.post_forward_mesh_info is group.mesh_info:
-                group.post_forward_mesh_info = inside
-            group.mesh_info = inside
-            _undo[module] = _let_out
+                group.post_forward_mesh_info = mesh_info
+            group.mesh_info = mesh_info
+            _undo[module] = _restore_all_reduce
 
 
-def _let_out(module: Any) -> None:
+def _restore_all_reduce(module: Any) -> None:
     for group in _parameter_groups(module):
         original = group.fsdp_params[0].mesh_info
         if group.post_forward_mesh_info is group.mesh_info:
@@ -181,9 +187,13 @@ def _let_out(module: Any) -> None:
         group.mesh_info = original
 
 
-def _without_replicas(group: Any, own: set[int]) -> Any:
-    """The mesh of an FSDP2 parameter group without its replicate dimension; ``None`` if that has none that leaves the
-    replica."""
+def _mesh_without_replicas(group: Any, own: set[int]) -> Any:
+    """The mesh of an FSDP2 parameter group without its replicate dimension; ``None`` if it has none over ranks of other
+    replicas.
+
+    Raises:
+        ValueError: if this torch has another FSDP2.
+    """
     try:
         info = group.mesh_info
         if info.replicate_mesh_dim is None or set(ranks_of(info.replicate_process_group)) <= own:
@@ -194,7 +204,7 @@ def _without_replicas(group: Any, own: set[int]) -> Any:
             kept = {f.name: getattr(info, f.name) for f in dataclasses.fields(info) if f.init}
             return FSDPMeshInfo(**kept | {"replicate_mesh_dim": None})
     except (AttributeError, ImportError, TypeError):
-        pass  # FSDP2's inner parts are not public: another torch may have others
+        pass  # these parts of FSDP2 are not public, and may be others in another torch
     raise ValueError(
         "hdet cannot leave out the all-reduce of this FSDP2 module. Shard it inside the replica only, with "
         'fully_shard(model, mesh=mesh["shard"]): its gradients then stay in the replica without further ado.'
@@ -202,6 +212,7 @@ def _without_replicas(group: Any, own: set[int]) -> Any:
 
 
 def _parameter_groups(module: Any) -> list[Any]:
+    """Of one FSDP2 module."""
     state = module._get_fsdp_state()
     groups = getattr(state, "_fsdp_param_groups", None)
     return [g for g in ([state._fsdp_param_group] if groups is None else groups) if g is not None]

@@ -1,4 +1,4 @@
-"""Surroundings in which replicas would not do what they seem to do: found where they can be seen, and explained."""
+"""Checks for modules and training loops that do not work with replicas as written."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from torch.nn.parallel import DistributedDataParallel
 from hdet.replicas.topology import Replicas, ranks_of
 
 _FRAMES = 6
-"""Between an adapter's step() and where it is noticed."""
+"""Most stack frames between an adapter's ``step()`` and :func:`check_caller`."""
 
 _converged_by: WeakKeyDictionary[nn.Module, list[ref[object]]] = WeakKeyDictionary()
-"""The ensembles that converged last on a module, the latest at the end."""
+"""By module: up to two ensembles that converged on it last, the latest at the end."""
 
 
 def warn_of_batch_norm(modules: Sequence[nn.Module], mode: str, replicas: Replicas) -> None:
-    """Warn, on the writer, of batch-norm statistics that do not stay a replica's own."""
+    """Warn, on the writer, where batch norm would use statistics of other replicas."""
     if replicas.size == 1 or not replicas.writer:
         return
     own = set(replicas.own_ranks)
@@ -38,7 +38,7 @@ def warn_of_batch_norm(modules: Sequence[nn.Module], mode: str, replicas: Replic
             )
             break
     for norm in (m for module in modules for m in module.modules() if isinstance(m, nn.SyncBatchNorm)):
-        # Its default is the world, as long as that is more than the replica.
+        # Without a process group it uses the world.
         ranks = set(replicas.ranks) if norm.process_group is None else set(ranks_of(norm.process_group))
         if not ranks <= own:
             warnings.warn(
@@ -51,7 +51,7 @@ def warn_of_batch_norm(modules: Sequence[nn.Module], mode: str, replicas: Replic
 
 
 def check_caller() -> None:
-    """At the first step: make sure that it is not one of several for one optimizer step.
+    """At the first scheduler step: check that an optimizer step has only one.
 
     Raises:
         RuntimeError: if accelerate steps the scheduler once for each process.
@@ -74,12 +74,12 @@ def check_caller() -> None:
             return
 
 
-def has_rival(modules: Sequence[nn.Module], ensemble: object) -> bool:
-    """Take note that ``ensemble`` has converged; True if another, still in use, averages the same module in turn."""
-    found = False
+def another_averages(modules: Sequence[nn.Module], ensemble: object) -> bool:
+    """Record that ``ensemble`` converges on these modules. True if another ensemble does so too, in turn with it."""
+    result = False
     for module in modules:
         latest = _converged_by.setdefault(module, [])
-        alive = [one for one in latest if one() is not None and one() is not ensemble]
-        found = found or (bool(alive) and any(one() is ensemble for one in latest) and latest[-1]() is not ensemble)
-        latest[:] = [*alive[-1:], ref(ensemble)]
-    return found
+        others = [one for one in latest if one() is not None and one() is not ensemble]
+        result = result or (bool(others) and any(one() is ensemble for one in latest) and latest[-1]() is not ensemble)
+        latest[:] = [*others[-1:], ref(ensemble)]
+    return result

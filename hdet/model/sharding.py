@@ -1,4 +1,4 @@
-"""Which sharded models hdet can average: those whose shards lie inside a replica."""
+"""Which sharded models hdet can average: those of which every replica holds all shards."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from hdet.replicas.topology import Replicas
 
 
 def check_sharding(modules: Sequence[nn.Module], replicas: Replicas) -> None:
-    """Make sure that no parameter is spread over ranks of different replicas.
+    """Check that no parameter is sharded over ranks of different replicas.
 
     A DTensor may be sharded, or held in any other way, along mesh dimensions whose ranks are members of one replica
     (FSDP2, tensor parallelism), and replicated along the one whose ranks are the replicas (HSDP).
 
     Raises:
         TypeError: for FSDP1, whose flat parameters do not say how they are sharded.
-        ValueError: for a parameter that crosses replicas.
+        ValueError: for a parameter that is.
     """
     if any(
         is_instance(m, "torch.distributed.fsdp", "FullyShardedDataParallel")

@@ -1,4 +1,4 @@
-"""A copy of a model and its optimizer that can be put back in place."""
+"""A copy of a model and its optimizer's state that can be restored in place."""
 
 from __future__ import annotations
 
@@ -20,48 +20,48 @@ class Snapshot:
     :meth:`take` on none is allocated. Of DTensors each rank keeps its own shard; FSDP2 modules must be resharded.
 
     Args:
-        models: whose parameters and buffers are kept.
-        optimizer: whose state is kept; its parameters too. Learning rates and other settings of its groups are not.
-        device: where the copy lies; ``None`` for beside the original.
+        models: whose parameters and buffers are copied.
+        optimizer: whose parameters and state are copied; the settings of its groups, such as learning rates, are not.
+        device: of the copies; ``None`` for that of the originals.
     """
 
     def __init__(self, models: Sequence[nn.Module], optimizer: Optimizer, device: torch.device | None = None) -> None:
         self._weights, self._optimizer, self._device = weights_of(tuple(models)), optimizer, device
-        self._tensors: list[Tensor] = []
+        self._copies: list[Tensor] = []
         self._state: dict[Tensor, dict[str, Any]] = {}
 
     @torch.no_grad()
     def take(self) -> None:
         """Copy everything as it is now."""
-        tensors = list(self._live())
-        if [(t.shape, t.dtype) for t in tensors] != [(t.shape, t.dtype) for t in self._tensors]:
-            self._tensors = [t.to(self._device or t.device, copy=True) for t in tensors]
+        tensors = list(self._originals())
+        if [(t.shape, t.dtype) for t in tensors] != [(t.shape, t.dtype) for t in self._copies]:
+            self._copies = [t.to(self._device or t.device, copy=True) for t in tensors]
         else:
-            for kept, t in zip(self._tensors, tensors, strict=True):
-                kept.copy_(t)
-        self._state = {p: {k: self._kept(p, k, v) for k, v in s.items()} for p, s in self._optimizer.state.items()}
+            for copied, t in zip(self._copies, tensors, strict=True):
+                copied.copy_(t)
+        self._state = {p: {k: self._copy_of(p, k, v) for k, v in s.items()} for p, s in self._optimizer.state.items()}
 
     @torch.no_grad()
     def restore(self) -> None:
-        """Put everything back. State that the optimizer has made since is dropped, and made anew at its next step."""
-        for t, kept in zip(self._live(), self._tensors, strict=True):
-            t.copy_(kept)
+        """Write the copies back. State that the optimizer has made since is dropped; its next step makes it anew."""
+        for t, copied in zip(self._originals(), self._copies, strict=True):
+            t.copy_(copied)
         self._weights.written()
-        live = self._optimizer.state
-        for p in [p for p in live if p not in self._state]:
-            del live[p]
-        for p, kept_state in self._state.items():
-            state = live[p]
-            for key in [key for key in state if key not in kept_state]:
+        states = self._optimizer.state
+        for p in [p for p in states if p not in self._state]:
+            del states[p]
+        for p, saved in self._state.items():
+            state = states[p]
+            for key in [key for key in state if key not in saved]:
                 del state[key]
-            for key, kept in kept_state.items():
-                now = state.get(key)
-                if isinstance(kept, Tensor) and isinstance(now, Tensor) and now.shape == kept.shape:
-                    local(now).copy_(local(kept))
+            for key, value in saved.items():
+                current = state.get(key)
+                if isinstance(value, Tensor) and isinstance(current, Tensor) and current.shape == value.shape:
+                    local(current).copy_(local(value))
                 else:
-                    state[key] = kept.to(p.device, copy=True) if isinstance(kept, Tensor) else copy.deepcopy(kept)
+                    state[key] = value.to(p.device, copy=True) if isinstance(value, Tensor) else copy.deepcopy(value)
 
-    def _kept(self, p: Tensor, key: str, value: Any) -> Any:
+    def _copy_of(self, p: Tensor, key: str, value: Any) -> Any:
         if not isinstance(value, Tensor):
             return copy.deepcopy(value)
         before = self._state.get(p, {}).get(key)
@@ -70,7 +70,7 @@ class Snapshot:
             return before
         return value.to(self._device or value.device, copy=True)
 
-    def _live(self) -> Iterable[Tensor]:
+    def _originals(self) -> Iterable[Tensor]:
         seen: set[int] = set()
         groups = (p for group in self._optimizer.param_groups for p in group["params"])
         for tensor in (*(tensor for tensor, _ in self._weights.tensors()), *groups):

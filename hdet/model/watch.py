@@ -10,7 +10,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from hdet.model.gradients import fingerprint_gradients, warn_of_gradients
-from hdet.model.guards import has_rival
+from hdet.model.guards import another_averages
 from hdet.replicas.agreement import Term, same
 from hdet.replicas.topology import Replicas
 
@@ -59,7 +59,7 @@ class RivalWatch:
 
     def look(self) -> None:
         """Call when a round's average begins."""
-        if not self._is_over and has_rival(self._modules, self._owner()):
+        if not self._is_over and another_averages(self._modules, self._owner()):
             self._is_over = True
             if self._replicas.writer:
                 logger.warning(

@@ -1,4 +1,4 @@
-"""The tensors that make up a replica: what a converge averages, and how it reads and writes them."""
+"""The tensors of a replica that a converge averages."""
 
 from __future__ import annotations
 
@@ -14,7 +14,8 @@ from torch.nn import Parameter
 class Weights:
     """The parameters and buffers of modules, as plain tensors that share their memory: of a DTensor, this rank's shard.
 
-    Where a framework keeps the weights elsewhere (fp32 masters, shards), a subclass says where.
+    For a framework that trains other tensors than the modules' (fp32 masters, shards) there is a subclass, which
+    :func:`register_weights` attaches to a model.
 
     Args:
         models: the modules.
@@ -22,16 +23,16 @@ class Weights:
     """
 
     whole: bool = False
-    """Whether this rank holds all of every tensor. False for a subclass that does not say otherwise: the wrong answer
-    would average shards of different parameters."""
+    """Whether this rank holds all elements of every tensor. A subclass must set it to say so: if it were wrongly True,
+    shards of different parameters would be averaged."""
 
     def __init__(self, models: Sequence[nn.Module], extra: Iterable[Tensor] = ()) -> None:
         self._models, self._extra = tuple(models), tuple(extra)
-        parts = is_sharded(self._models) or any(is_dtensor(t) for t in self._extra)
-        self.whole = type(self) is Weights and not parts
+        has_shards = is_sharded(self._models) or any(is_dtensor(t) for t in self._extra)
+        self.whole = type(self) is Weights and not has_shards
 
     def tensors(self) -> Iterable[tuple[Tensor, bool]]:
-        """Every tensor and whether it is trained, in the same order on every rank. One that is tied may come twice."""
+        """Every tensor and whether it is trained, in the same order on every rank. A tied tensor may come twice."""
         reshard(self._models)
         modules = [module for model in self._models for module in model.modules()]
         parameters = [p for module in modules for p in module._parameters.values()]
@@ -39,13 +40,13 @@ class Weights:
         return [(local(t), t.requires_grad) for t in (*parameters, *self._extra, *buffers) if t is not None]
 
     def written(self) -> None:
-        """Called after trained tensors were written, before the model runs on them."""
+        """Must be called after trained tensors were written, before the model runs."""
         reshard(self._models)
 
 
 def is_instance(value: object, module: str, name: str) -> bool:
-    """``isinstance`` for a class of torch whose module takes a second to import: before somebody has imported it there
-    are no instances."""
+    """``isinstance`` for a class of torch whose module takes a second to import. If it has not been imported there are
+    no instances, and it is not imported here."""
     kind: Any = getattr(sys.modules.get(module), name, None)
     return kind is not None and isinstance(value, kind)
 
@@ -58,13 +59,13 @@ def is_dtensor(tensor: Tensor) -> bool:
 
 def local(tensor: Any) -> Tensor:
     """This rank's shard of a DTensor, which shares its memory; any other tensor as it is."""
-    # to_local() would make another object each time, under autograd.
+    # to_local() would make a new object each time, and record it for autograd.
     return tensor._local_tensor if is_dtensor(tensor) else tensor
 
 
 def reshard(models: Iterable[nn.Module]) -> None:
-    """Let FSDP2 modules drop what they have gathered. A root module keeps its parameters whole after a forward pass
-    that no backward pass follows: they would hide the shards, and outlive a change of them."""
+    """Free the gathered parameters of FSDP2 modules. After a forward pass without a backward pass a root module keeps
+    them: its parameters would not be the shards, and would not follow a change of these."""
     for model in models:
         for module in model.modules():
             if is_instance(module, "torch.distributed.fsdp", "FSDPModule"):
@@ -77,16 +78,17 @@ def is_sharded(models: Iterable[nn.Module]) -> bool:
     return any(is_dtensor(t) for model in models for t in (*model.parameters(), *model.buffers()))
 
 
-_ELSEWHERE: WeakKeyDictionary[nn.Module, Weights] = WeakKeyDictionary()
+_REGISTERED: WeakKeyDictionary[nn.Module, Weights] = WeakKeyDictionary()
+"""Weights that an adapter has attached to a model."""
 
 
-def keep_elsewhere(model: nn.Module, weights: Weights) -> None:
-    """For adapters: from now on ``weights`` are what ``model``'s weights are. They must not keep the model alive."""
-    _ELSEWHERE[model] = weights
+def register_weights(model: nn.Module, weights: Weights) -> None:
+    """For adapters: :func:`weights_of` the model are these from now on. They must not hold a strong reference to it."""
+    _REGISTERED[model] = weights
 
 
 def weights_of(models: Sequence[nn.Module], extra: Iterable[Tensor] = ()) -> Weights:
-    """The weights of ``models``: where an adapter said they are, else the modules' own and ``extra``."""
-    if len(models) == 1 and (elsewhere := _ELSEWHERE.get(models[0])) is not None:
-        return elsewhere
+    """The weights of ``models``: those that an adapter has registered, else the modules' own and ``extra``."""
+    if len(models) == 1 and (registered := _REGISTERED.get(models[0])) is not None:
+        return registered
     return Weights(models, extra)

@@ -1,8 +1,9 @@
-r"""Ops: many tensors into one wire and back, in one pass over memory each, with the statistics a converge needs.
+r"""Ops: many tensors into one flat tensor (a **wire**) and back, each in one pass over memory.
 
-Both are registered with ``torch.library`` as ``torch.ops.hdet.pack`` and ``unpack``: they trace under
-``torch.compile(fullgraph=True)``, and a CUDA graph can capture them. :func:`backend` says whether they run compiled
-(``csrc/``) or as plain torch (``_reference.py``); both give the same bits.
+In: parameters, or the sum of the replicas' wires. Out: the wire, or the mean written into the parameters, with the
+counts and distances that a converge needs. The ops are registered as ``torch.ops.hdet.pack``, ``unpack`` and
+``all_finite``: they trace under ``torch.compile(fullgraph=True)``, and a CUDA graph can capture them. :func:`backend`
+says whether they run compiled (``csrc/``) or as plain torch (``_reference.py``); both give the same bits.
 """
 
 from __future__ import annotations
@@ -28,8 +29,8 @@ def pack(wire: Tensor, pieces: Sequence[Tensor], *, scale: float = 1.0, anchor: 
 
         wire_i = round((piece_i - anchor_i) * scale)
 
-    computed in fp32 (fp64 for an fp64 wire). Replicas that share an anchor lose almost nothing to a bf16 wire: what is
-    rounded is how far they moved, not where they are.
+    computed in fp32 (fp64 for an fp64 wire). The **anchor** is a point that replicas have in
+    common, such as their last mean: a bf16 wire then rounds differences from it, which are small.
 
     Args:
         wire: 1-D, contiguous, with as many elements as the pieces together; fp32, bf16 or fp64. Overwritten.
@@ -39,8 +40,8 @@ def pack(wire: Tensor, pieces: Sequence[Tensor], *, scale: float = 1.0, anchor: 
         anchor: flat and in the wire's order; fp32 (fp64 for an fp64 wire). Default: zeros.
 
     Returns:
-        How many elements of the wire are not finite, as a 0-dim int64 tensor on its device: at least those that were
-        not finite in the pieces, and those too large for the wire.
+        How many elements of the wire are not finite, as a 0-dim int64 tensor on its device: those not finite in the
+        pieces, and those too large for the wire's dtype.
 
     Raises:
         TypeError: for a wrong dtype.
@@ -77,7 +78,7 @@ def unpack(
     gain: Tensor | None = None,
     multiplier: Tensor | None = None,
 ) -> Tensor:
-    r"""Write the replicas' mean into ``pieces``, in place, from the sum of their wires; undoes :func:`pack`::
+    r"""Write the replicas' mean into ``pieces``, in place, from the sum of the wires that :func:`pack` made::
 
         mean_i   = anchor_i + wire_i / divisor
         distance = sum_i (piece_i - mean_i)^2                    with the pieces as they were
@@ -89,10 +90,12 @@ def unpack(
     Means are computed in fp32 (fp64 for an fp64 wire), distances in fp64 from differences of that precision, learning
     rates in fp64.
 
-    The order of the sum is fixed, and does not depend on the number of threads. In each block of 2048 consecutive wire
-    positions, the four rows of 512 are added one after the other, of the 512 sums four neighbours at a time as ``(a +
-    b) + (c + d)``, and the 128 sums of these halved (``s_i + s_{i + h}`` for ``h = 64, 32, ..., 1``). Block ``k`` is
-    added to lane ``k mod 1024``, in the order of ``k``, and the 1024 lanes are halved.
+    The distance is summed in a fixed order, which does not depend on the number of threads:
+
+    1. Each block of 2048 consecutive wire positions is four rows of 512, which are added one after the other.
+    2. Of these 512 sums four neighbours at a time are added as ``(a + b) + (c + d)``.
+    3. The resulting 128 sums are halved: ``s_i + s_{i + h}`` for ``h = 64, 32, ..., 1``.
+    4. Block ``k`` is added to lane ``k mod 1024``, in the order of ``k``, and the 1024 lanes are halved likewise.
 
     Args:
         wire: as for :func:`pack`. Only read.
@@ -103,7 +106,7 @@ def unpack(
         slow_decay: in [0, 1). With 0 the slow average becomes the mean, whatever it held before.
         lrs: one tensor of one element, fp32 or fp64, for each parameter group; on the wire's device. Overwritten.
         schedule, gain, multiplier: 1-D fp64 tensors on the wire's device, a number for each of ``lrs``. Read by the
-            kernel and not by the host: a CUDA graph that replays it sees their values of the day.
+            kernel and not by the host: a CUDA graph reads the current values at each replay.
 
     Returns:
         The squared distance, as a 0-dim float64 tensor on the wire's device.
@@ -135,7 +138,7 @@ def all_finite(pieces: Sequence[Tensor]) -> Tensor:
 
 
 def _explain(error: RuntimeError, check: Callable[..., None], *arguments: object) -> None:
-    """Raise what is wrong with the arguments in the user's terms, if that is why a kernel refused them."""
+    """If the arguments break a rule, raise the reference's error for it in place of the kernel's."""
     try:
         check(*arguments)
     except (TypeError, ValueError) as explained:

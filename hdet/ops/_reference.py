@@ -1,6 +1,6 @@
-"""The ops in plain torch: the slow twin that says what the kernels in ``csrc/`` must do, bit for bit.
+"""The ops in plain torch. The kernels in ``csrc/`` must give the same bits.
 
-It also holds the rules for the arguments, since it is here that they are worded for the user.
+Also here: the checks of the arguments, whose errors the user sees whichever kernel runs.
 """
 
 from __future__ import annotations
@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 BLOCK, ROWS = 2048, 4
-"""Consecutive wire positions whose squared distances are summed as one tree, and in how many rows at first."""
+"""A block is this many consecutive wire positions, in this many rows. See :func:`hdet.ops.unpack`."""
 LANES = 1024
-"""Block sums are summed in this many lanes."""
+"""Sums of blocks are added to this many lanes in turn."""
 
 _DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 _WIRE_DTYPES = (torch.float32, torch.bfloat16, torch.float64)
@@ -48,7 +48,7 @@ def unpack(
 ) -> Tensor:
     """See :func:`hdet.ops.unpack`."""
     check_unpack(wire, pieces, anchor, slow, lrs, schedule, gain, multiplier)
-    # By a tensor: CUDA would multiply with the reciprocal of a number, which is two roundings.
+    # Divided by a tensor: on CUDA torch multiplies by the reciprocal of a Python number, which rounds twice.
     mean = wire.to(accumulator(wire.dtype)) / wire.new_full((), divisor, dtype=accumulator(wire.dtype))
     if anchor is not None:
         mean = anchor + mean
@@ -72,13 +72,13 @@ def all_finite(pieces: Sequence[Tensor]) -> Tensor:
     for piece in pieces:
         if piece.numel():
             kinds.setdefault(piece.dtype, []).append(piece)
-    # The infinity norm is one pass over memory, and both NaN and inf survive it.
+    # The infinity norm takes one pass over memory, and is not finite if an element is not.
     found = [torch.stack(torch._foreach_norm(kind, ord=float("inf"))).isfinite().all() for kind in kinds.values()]
     return torch.stack(found).all() if found else pieces[0].new_ones((), dtype=torch.bool)
 
 
 def sum_squares(squares: Tensor) -> Tensor:
-    """Sum a flat float64 tensor in the one order that every kernel keeps: see :func:`hdet.ops.unpack`."""
+    """The sum of a 1-D float64 tensor in the order that :func:`hdet.ops.unpack` describes."""
     first, *others = _padded(squares, BLOCK).view(-1, ROWS, BLOCK // ROWS).unbind(1)
     a, b, c, d = sum(others, first).unflatten(-1, (-1, 4)).unbind(-1)
     blocks = _padded(_halved((a + b) + (c + d)), LANES).view(-1, LANES)
@@ -89,6 +89,7 @@ def sum_squares(squares: Tensor) -> Tensor:
 
 
 def _halved(sums: Tensor) -> Tensor:
+    """Sum over the last dimension, a power of two long, by adding its second half to its first."""
     while sums.size(-1) > 1:
         half = sums.size(-1) // 2
         sums = sums[..., :half] + sums[..., half:]
@@ -96,22 +97,21 @@ def _halved(sums: Tensor) -> Tensor:
 
 
 def _padded(values: Tensor, multiple: int) -> Tensor:
+    """With zeros appended, so that the length is a multiple of ``multiple``."""
     return torch.cat([values, values.new_zeros(-values.numel() % multiple)])
 
 
 def _flat(wire: Tensor, pieces: Sequence[Tensor]) -> Tensor:
+    """The pieces end to end, 1-D, in the wire's accumulator dtype."""
     empty = wire.new_empty(0, dtype=accumulator(wire.dtype))
     return torch.cat([empty, *(piece.reshape(-1).to(empty.dtype) for piece in pieces)])
-
-
-# ---------------------------------------------------------------------------------------------------- the rules
 
 
 def check_pack(wire: Tensor, pieces: Sequence[Tensor], anchor: Tensor | None, *, memory: bool = True) -> None:
     """Raise ``TypeError`` for a wrong dtype and ``ValueError`` for anything else that :func:`pack` cannot take.
 
     Args:
-        memory: whether the tensors have any; fake ones do not, and cannot be found to overlap.
+        memory: whether the tensors have memory, whose overlap can be checked; fake tensors have none.
     """
     named = _check_layout(wire, pieces, {"anchor": anchor})
     if memory:
@@ -186,7 +186,7 @@ def _check_tensor(name: str, tensor: Tensor, wire: Tensor, dtypes: tuple[torch.d
 
 
 def _check_disjoint(written: dict[str, Tensor], read: dict[str, Tensor]) -> None:
-    """Nothing may overlap what is written to; a tensor listed twice would count and be written twice."""
+    """Raise ``ValueError`` if two tensors share memory, at least one of which is written."""
     spans = [
         (tensor.data_ptr(), tensor.data_ptr() + tensor.nbytes, name, shareable)
         for tensors, shareable in ((written, False), (read, True))

@@ -1,6 +1,7 @@
-"""The ops' schemas, fake kernels and fallback: ``torch.ops.hdet.*`` exist whether or not anything was compiled.
+"""Schemas and fake kernels of the ops: ``torch.ops.hdet.*`` exist whether or not anything was compiled.
 
-The reference is registered for every device; a native library registers for its own, and the dispatcher prefers it.
+The reference is registered for every device. A native library registers kernels for its device, which the dispatcher
+prefers.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
-"""Who trains: the replicas, the ranks that make up each, and the only code that sends anything between them.
+"""Who trains: the replicas, the ranks that make up each, and all collective calls.
 
-In: a number, process group or mesh dimension. Out: :class:`Replicas`, which gathers and reduces, and
-:func:`gather_agreed`, with which all ranks make sure that they are at the same step, with the same settings and model.
+In: a number of replicas, a process group or a mesh dimension. Out: :class:`Replicas`, which knows the ranks, gathers
+and reduces; and :func:`gather_agreed`, which gathers numbers and raises on all ranks if these are not at the same step,
+or have different settings or models.
 """
 
 from hdet.replicas.agreement import Term, digest, gather_agreed, same

@@ -64,20 +64,20 @@ def digest(facts: object) -> int:
     return int.from_bytes(hashlib.blake2b(repr(facts).encode(), digest_size=6).digest(), "big")
 
 
-def _explain(replicas: Replicas, rows: list[list[float]], everyone: list[dict[str, object]]) -> str:
+def _explain(replicas: Replicas, rows: list[list[float]], gathered: list[dict[str, object]]) -> str:
     def by_value(values: Iterable[object], show: Callable[..., str] = str) -> str:
         names: dict[str, list[int]] = {}
         for index, value in enumerate(values):
             names.setdefault(show(value), []).append(index)
-        return "; ".join(f"{value} on {_names(replicas, who)}" for value, who in names.items())
+        return "; ".join(f"{value} on {_names(replicas, indices)}" for value, indices in names.items())
 
     lines = []
     if any(row[0] != rows[0][0] for row in rows):
         lines.append(f"steps taken: {by_value((row[0] for row in rows), lambda steps: f'{steps:.0f}')}")
     lines += [
-        f"{name}: {by_value(facts.get(name) for facts in everyone)}"
-        for name in everyone[0]
-        if len({repr(facts.get(name)) for facts in everyone}) > 1
+        f"{name}: {by_value(facts.get(name) for facts in gathered)}"
+        for name in gathered[0]
+        if len({repr(facts.get(name)) for facts in gathered}) > 1
     ]
     if any(row[2] != rows[i % replicas.members][2] for i, row in enumerate(rows)):
         hashes = by_value((row[2] for row in rows), lambda layout: hex(int(layout)))
@@ -89,7 +89,7 @@ def _explain(replicas: Replicas, rows: list[list[float]], everyone: list[dict[st
     )
 
 
-def _names(replicas: Replicas, who: Sequence[int]) -> str:
+def _names(replicas: Replicas, indices: Sequence[int]) -> str:
     """``replica 0, 1``, or ``rank 0, 1`` where a replica is several ranks."""
-    first, *others = (replicas.name_of(index) for index in who)
+    first, *others = (replicas.name_of(index) for index in indices)
     return ", ".join([first, *(other.split()[-1] for other in others)])

@@ -1,4 +1,4 @@
-"""The replicas: who they are and how they talk. This is the only file of hdet that calls a collective."""
+"""The replicas: their ranks, and the collectives among them. No other file of hdet calls a collective."""
 
 from __future__ import annotations
 
@@ -16,14 +16,17 @@ ReplicasLike = dist.ProcessGroup | DeviceMesh | int | None
 T = TypeVar("T")
 
 _groups: dict[tuple[int, ...], dist.ProcessGroup] = {}
-_groups_of: list[object] = [None]  # the world in which they were made
+"""Process groups that hdet has made, by their ranks."""
+_groups_world: list[object] = [None]
+"""The world in which they were made."""
 
 
 class Replicas:
     """The ranks of an ensemble: ``size`` replicas of ``members`` ranks each.
 
-    A replica of several members is one model whose shards, or whose copies, those ranks hold; they share its learning
-    rate. Building this object communicates nothing; process groups that are missing are made at their first use.
+    The members of a replica hold shards, or copies, of one model, and share its learning rate. The **peers** of a rank
+    are the ranks that hold the same shard or copy in the other replicas. This rank is member ``member`` of replica
+    ``rank``. The constructor communicates nothing; process groups that are missing are made at their first use.
 
     Args:
         group: one of
@@ -51,7 +54,7 @@ class Replicas:
             )
         active = dist.is_available() and dist.is_initialized()
         world = dist.get_world_size() if active else 1
-        # What new_group() returns on the ranks that it leaves out is an int too.
+        # On ranks outside of the group new_group() returns this, which is an int too.
         if active and group == dist.GroupMember.NON_GROUP_MEMBER:
             raise ValueError(_not_a_member())
         if isinstance(group, int) and (group < 1 or world % group):
@@ -65,16 +68,16 @@ class Replicas:
                 'Pass the dimension that replicates, for example replicas=mesh["replicate"].'
             )
         self.kind = "the world" if group is None else type(group).__name__
-        """What was passed, which must be the same on every rank: with another kind a rank uses other process groups."""
-        self.copies = isinstance(group, int)
-        """Whether the members of a replica hold the same model each, as far as it is not sharded."""
+        """The type of what was passed. It must be equal on all ranks: it decides which process groups they use."""
+        self.members_are_copies = isinstance(group, int)
+        """Whether the members of a replica hold copies of all tensors that are not sharded."""
         self._group = group if isinstance(group, dist.ProcessGroup) else None
         if not active:
             self.ranks: tuple[int, ...] = (0,)
             """Every rank of the ensemble, replica by replica."""
             self.size, self.rank, self.members, self.member, self._is_active = 1, 0, 1, 0, False
             return
-        table = _table(group, world)
+        table = _rank_table(group, world)
         self.size, self.members = table.shape
         self.ranks = tuple(table.flatten().tolist())
         me = dist.get_rank()
@@ -87,7 +90,7 @@ class Replicas:
             self._group = dist.group.WORLD
         if self.members == 1:
             self._order = range(self.size)
-        else:  # collectives over everyone answer in the order of the ranks
+        else:  # collectives over all ranks return in the order of the ranks
             self._order = [sorted(self.ranks).index(rank) for rank in self.ranks]  # type: ignore[assignment]
         self._is_active = len(self.ranks) > 1
 
@@ -103,49 +106,49 @@ class Replicas:
 
     @property
     def peers(self) -> tuple[int, ...]:
-        """The ranks that hold in the other replicas what this one holds here, by replica; this one is among them."""
+        """The ranks that hold the same part of each replica as this one, itself included, by replica."""
         return self.ranks[self.member :: self.members]
 
     def name_of(self, index: int) -> str:
-        """What an error calls the rank that comes ``index``-th in :attr:`ranks`."""
+        """The name of rank number ``index`` of :attr:`ranks` in an error message."""
         return f"replica {index}" if self.members == 1 else f"rank {self.ranks[index]}"
 
     def by_replica(self, of_ranks: Sequence[T]) -> list[Sequence[T]]:
-        """Cut what :meth:`all_gather` returned into replicas: for each, what its members said."""
+        """What :meth:`all_gather` returned, as a list of the members' rows for each replica."""
         return [of_ranks[i : i + self.members] for i in range(0, len(of_ranks), self.members)]
 
     def device_for(self, tensor: Tensor) -> torch.device:
-        """The device on which ``tensor``'s bucket must lie to be sent: its own where the backend can, else one that
-        the backend has."""
+        """The device on which ``tensor``'s bucket must be to be sent: its own if the backend supports it, else one that
+        the backend supports."""
         if not self._is_active or tensor.device.type in self._device_types():
             return tensor.device
         return self._device()
 
     def all_gather(self, values: Sequence[float], dtype: torch.dtype = torch.float64) -> list[list[Any]]:
-        """Every rank's ``values``, replica by replica. All must pass the same number of them."""
+        """Every rank's ``values``, replica by replica. All must pass the same number of them. Collective."""
         if not self._is_active:
             return [list(values)]
-        rows = self._gather(values, dtype, len(self.ranks), self._everyone())
+        rows = self._gather(values, dtype, len(self.ranks), self._all_ranks_group())
         return rows if self.members == 1 else [rows[i] for i in self._order]
 
     def all_gather_peers(self, values: Sequence[float], dtype: torch.dtype = torch.float64) -> list[list[Any]]:
-        """The same among the ranks that hold the same part of each replica, by replica."""
+        """The same among the peers, by replica."""
         return self._gather(values, dtype, self.size, self._peers_group()) if self.size > 1 else [list(values)]
 
     def all_gather_object(self, value: object) -> list[Any]:
-        """Every rank's picklable ``value``, replica by replica. For error messages, not for the hot path."""
+        """Every rank's picklable ``value``, replica by replica. Slow: for error messages and rare cases. Collective."""
         if not self._is_active:
             return [value]
         values: list[Any] = [None] * len(self.ranks)
-        dist.all_gather_object(values, value, group=self._everyone())
+        dist.all_gather_object(values, value, group=self._all_ranks_group())
         return [values[i] for i in self._order]
 
     def all_reduce(self, buffer: Tensor, op: dist.ReduceOp.RedOpType, *, all_ranks: bool = False) -> dist.Work | None:
-        """Start reducing ``buffer`` in place over the replicas, among the ranks that hold the same part of each, or
-        among ``everyone``; wait on the result before reading it."""
+        """Start reducing ``buffer`` in place among the peers, or among ``all_ranks`` of the ensemble. Collective; wait
+        on the result, if there is one, before reading the buffer."""
         if not self._is_active:
             return None
-        group = self._everyone() if all_ranks else self._peers_group()
+        group = self._all_ranks_group() if all_ranks else self._peers_group()
         return dist.all_reduce(buffer, op=op, group=group, async_op=True)
 
     def members_group(self) -> dist.ProcessGroup:
@@ -160,7 +163,7 @@ class Replicas:
         dist.all_gather(theirs, mine, group=group)
         return torch.stack(theirs).tolist()
 
-    def _everyone(self) -> dist.ProcessGroup:
+    def _all_ranks_group(self) -> dist.ProcessGroup:
         if self.members == 1:
             assert self._group is not None
             return self._group
@@ -173,11 +176,11 @@ class Replicas:
 
     def _device_types(self) -> list[str]:
         # e.g. {"cpu": "gloo", "cuda": "nccl"}; "cpu:gloo,cuda:nccl" configures both.
-        config = str(dist.get_backend_config(self._everyone()))
+        config = str(dist.get_backend_config(self._all_ranks_group()))
         return [part.split(":")[0] for part in config.split(",")]
 
     def _device(self) -> torch.device:
-        """Where small messages live: the CPU if the backend serves it, which spares a device synchronisation."""
+        """The device of small messages: the CPU if the backend supports it, which saves a device synchronisation."""
         types = self._device_types()
         if "cpu" in types:
             return torch.device("cpu")
@@ -185,7 +188,7 @@ class Replicas:
 
 
 class GradientScope:
-    """Over whom :func:`average_gradients` averages: a replica's members, or the whole group of the DDP module.
+    """State of the hook :func:`average_gradients`: over which ranks it averages.
 
     Args:
         group: of the DDP module.
@@ -194,7 +197,7 @@ class GradientScope:
     def __init__(self, group: dist.ProcessGroup) -> None:
         self.group = group
         self.replicas: Replicas | None = None
-        """If set, only the members of a replica share gradients."""
+        """If set, gradients are averaged over the members of this replica, not over ``group``."""
 
 
 def average_gradients(scope: GradientScope, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
@@ -205,7 +208,7 @@ def average_gradients(scope: GradientScope, bucket: dist.GradBucket) -> torch.fu
     return work.get_future().then(lambda done: done.value()[0])
 
 
-# DDP reads the annotations, and wants the classes themselves.
+# DDP compares the annotations with the classes themselves, not with their names.
 average_gradients.__annotations__ |= {"bucket": dist.GradBucket, "return": torch.futures.Future[Tensor]}
 
 
@@ -221,14 +224,14 @@ def _not_a_member() -> str:
     )
 
 
-def _table(group: ReplicasLike, world: int) -> Tensor:
-    """Ranks by replica and member."""
+def _rank_table(group: ReplicasLike, world: int) -> Tensor:
+    """The ranks, [replica, member]."""
     if group is None:
         return torch.arange(world).view(world, 1)
     if isinstance(group, int):
         return torch.arange(world).view(group, -1)
     if isinstance(group, dist.ProcessGroup):
-        # A group that this rank is not in knows no ranks.
+        # A rank can look up the ranks of a group only if it is a member.
         return torch.tensor(dist.get_process_group_ranks(group) if dist.get_rank(group) >= 0 else []).view(-1, 1)
     if hasattr(group, "_get_root_mesh"):
         root = group._get_root_mesh()
@@ -249,14 +252,14 @@ def _table(group: ReplicasLike, world: int) -> Tensor:
 
 
 def _group_of(ranks: Sequence[int]) -> dist.ProcessGroup:
-    """The process group of some ranks, made once. Collective among them, and no others, if it must be made."""
+    """The process group of these ranks, made once. Collective among them alone, the first time."""
     world = dist.group.WORLD
     assert world is not None
     if len(ranks) == dist.get_world_size():
         return world
-    if _groups_of[0] is not world:
+    if _groups_world[0] is not world:
         _groups.clear()
-        _groups_of[0] = world
+        _groups_world[0] = world
     key = tuple(sorted(ranks))
     if key not in _groups:
         _groups[key] = dist.new_group(list(key), use_local_synchronization=True)

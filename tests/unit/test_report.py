@@ -43,7 +43,7 @@ def test_a_move_is_an_update_clamped_to_the_bounds():
         report = by_move.move(k, observation(k), [h])
         centre = by_update.centre_states[0]
         gains = by_update.gains
-        signal = by_update.update(k, observation(k), [(h.reach(centre.position), h.move)])
+        signal = by_update.update(k, observation(k), [(h.spread_at(centre.position), h.move)])
         (after,) = by_update.centre_states
         by_update.centre_states = [after._replace(position=h.clamped(after.position))]
         assert by_move.lr_states == by_update.lr_states

@@ -93,7 +93,7 @@ class ConvergePhase:
         return self._averager.gather(numbers)
 
     def average(
-        self, found: Sequence[Findings], *, complete: bool, move_slow: bool = False, keep_points: bool = False
+        self, found: Sequence[Findings], *, complete: bool, move_slow: bool = False, return_points: bool = False
     ) -> Averaged:
         """Average now. Collective.
 
@@ -101,13 +101,13 @@ class ConvergePhase:
             found: by replica.
             complete: whether this ends a round.
             move_slow: whether the slow average follows.
-            keep_points: whether to return where this replica stood.
+            return_points: whether to return where this replica stood.
 
         Raises:
             DivergedError: on every replica, with nothing changed, if none of them is finite.
         """
         slow = self.slow if move_slow else None
-        averaged = self._averager.average([one.weights for one in found], slow, return_points=keep_points)
+        averaged = self._averager.average([one.weights for one in found], slow, return_points=return_points)
         states = [one.optimizer for one in found]
         excluded, sent = self._optimizer_state.converge(states, averaged.excluded, complete=complete)
         return averaged._replace(excluded=excluded, bytes=averaged.bytes + sent)

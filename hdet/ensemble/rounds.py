@@ -142,7 +142,7 @@ class Rounds:
                 return report
             probes = complete and self._wants_probe()
             can_probe = probes and all(one["can probe"] for one in told)
-            averaged = self._converge_phase.average(found, complete=complete, move_slow=probes, keep_points=can_probe)
+            averaged = self._converge_phase.average(found, complete=complete, move_slow=probes, return_points=can_probe)
         self.converged_at = self.steps
         if not complete:
             self._explore.gather_in()

@@ -63,6 +63,7 @@ class OptimizerState:
         automatic: whether a ``verify`` that fails turns into ``average`` instead of an error.
         overlapped: whether rounds' averages are applied late. Moments cannot be corrected late (a second moment might
             become negative), so that they are averaged only where training waits: in a ``converge()`` between rounds.
+        own: ids of parameters that are each rank's own, whose state is neither averaged nor compared.
     """
 
     def __init__(
@@ -75,10 +76,11 @@ class OptimizerState:
         all_ranks: bool = False,
         automatic: bool = False,
         overlapped: bool = False,
+        own: frozenset[int] = frozenset(),
     ) -> None:
         self._optimizer, self.policy, self._replicas = optimizer, policy, replicas
         self._automatic, self._overlapped = automatic, overlapped
-        self._sync = StateSync(optimizer, replicas, bucket_bytes, all_ranks=all_ranks)
+        self._sync = StateSync(optimizer, replicas, bucket_bytes, all_ranks=all_ranks, own=own)
         self._is_idle = replicas.size == 1
         self._may_reset = policy == "reset" and not (automatic and self._is_idle)
         self._inspections = 0
@@ -158,6 +160,11 @@ class OptimizerState:
             return 0
         is_averaged = self.policy == "average" and not self._overlapped
         return self._sync.run(None, sources, lambda entry: not is_averaged or entry.kind == "quantised", copy=True)
+
+    def copy_from_first(self) -> None:
+        """Write replica 0's state into that of the others. Collective."""
+        if not self._is_idle:
+            self._sync.run(None, [0], lambda entry: True, copy=True)
 
     def _warn_of_quantised(self) -> None:
         if self._sync.has_quantised and self.policy == "average" and not self._has_warned:

@@ -39,11 +39,20 @@ class StateSync:
         replicas: the group.
         bucket_bytes: size of one bucket.
         all_ranks: whether all members of a replica hold copies, which are averaged together.
+        own: ids of parameters that are each rank's own; their state is left out.
     """
 
-    def __init__(self, optimizer: Optimizer, replicas: Replicas, bucket_bytes: int, *, all_ranks: bool) -> None:
+    def __init__(
+        self,
+        optimizer: Optimizer,
+        replicas: Replicas,
+        bucket_bytes: int,
+        *,
+        all_ranks: bool,
+        own: frozenset[int] = frozenset(),
+    ) -> None:
         self._optimizer, self._replicas, self._bucket_bytes = optimizer, replicas, bucket_bytes
-        self._all_ranks = all_ranks
+        self._all_ranks, self._own = all_ranks, own
         self.has_quantised = False
         """Whether a quantised value has been seen."""
 
@@ -58,6 +67,8 @@ class StateSync:
             substitutes: by parameter, a state to read in place of the optimizer's.
         """
         for index, p in enumerate(self.parameters()):
+            if id(p) in self._own:
+                continue
             own = substitutes is None or index not in substitutes
             state = self._optimizer.state.get(p) if own else substitutes[index]  # type: ignore[index]
             if state:

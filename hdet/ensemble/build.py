@@ -7,8 +7,8 @@ from typing import NamedTuple
 from torch.optim import Optimizer
 
 from hdet.converge import Averager, ConvergePhase, OptimizerState, OuterMomentum, SlowAverage
-from hdet.explore import ExplorePhase
-from hdet.model import GradientWatch, weights_of
+from hdet.explore import ExplorePhase, ParamGroupField
+from hdet.model import GradientWatch, Start, weights_of
 from hdet.monitor import Publisher
 from hdet.observe import ObservePhase, PairedProbe, RoundLosses
 from hdet.schedules.base import BaseSchedule, ScheduleLike
@@ -26,6 +26,7 @@ class Phases(NamedTuple):
     steer: SteerPhase
     publisher: Publisher
     gradients: GradientWatch
+    start: Start
     schedule: BaseSchedule
     course: Course
 
@@ -42,16 +43,29 @@ def build(optimizer: Optimizer, schedule: ScheduleLike, schedule_every: int, res
     if resolved.controller.needs_probe and resolved.total_steps is not None:
         course.forecast = base.forecast(resolved.total_steps)
     converge, explore = _converge_phase(optimizer, resolved), _explore_phase(optimizer, resolved)
+    start = Start(
+        optimizer,
+        converge.weights,
+        resolved.modules,
+        resolved.replicas,
+        [place for h in explore.hyperparameters if isinstance(h, ParamGroupField) for place in h.places],
+    )
     return Phases(
         explore,
         converge,
         _observe_phase(optimizer, resolved, converge, explore),
         _steer_phase(optimizer, resolved, course, len(groups)),
         Publisher(resolved.monitors, resolved.replicas),
-        GradientWatch(resolved.given["gradients"], optimizer, resolved.modules, resolved.replicas),
+        GradientWatch(resolved.given["gradients"], optimizer, resolved.modules, resolved.replicas, _own_ids(resolved)),
+        start,
         base,
         course,
     )
+
+
+def _own_ids(resolved: Resolved) -> frozenset[int]:
+    """Of parameters that are each rank's own."""
+    return resolved.exclusion.ids() | {id(p) for p in resolved.outside}
 
 
 def _explore_phase(optimizer: Optimizer, resolved: Resolved) -> ExplorePhase:
@@ -62,9 +76,7 @@ def _explore_phase(optimizer: Optimizer, resolved: Resolved) -> ExplorePhase:
 def _converge_phase(optimizer: Optimizer, resolved: Resolved) -> ConvergePhase:
     given, modules, replicas, probe = resolved.given, resolved.modules, resolved.replicas, resolved.probe
     averaging, outer = given["averaging"], given["outer"]
-    owned = {p for m in modules for p in m.parameters()}
-    extra = [p for group in optimizer.param_groups for p in group["params"] if p not in owned] if modules else []
-    weights = weights_of(modules, extra)
+    weights = weights_of(modules, resolved.exclusion)
     averager = Averager(
         weights,
         replicas,
@@ -81,6 +93,7 @@ def _converge_phase(optimizer: Optimizer, resolved: Resolved) -> ConvergePhase:
         all_ranks=averager.all_ranks,
         automatic=averaging.optimizer_state == "auto",
         overlapped=averaging.overlap_steps > 0,
+        own=_own_ids(resolved),
     )
     return ConvergePhase(
         averager,

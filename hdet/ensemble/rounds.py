@@ -26,6 +26,9 @@ from hdet.steer import ControllerReport
 
 logger = logging.getLogger("hdet")
 
+_COMPARISONS = 16
+"""Most first steps at which replicas are compared, where their optimizers take none."""
+
 
 class _InFlight(NamedTuple):
     """An average under way, and the report that waits for it."""
@@ -61,6 +64,7 @@ class Rounds:
         self._begins_round = self._is_new = True
         self._must_compare = True  # names and settings, before anything is averaged
         self._must_compare_start = True  # bits, too, at the first step
+        self._comparisons = 0
         self._in_flight: _InFlight | None = None
         self.draw()
         self.fan_out()
@@ -256,6 +260,7 @@ class Rounds:
         self._begun.arm()
         self._steer.restart()
         self._must_compare = self._must_compare_start = True
+        self._comparisons = 0
         self.steps = self.converged_at = steps
         self._converge_phase.restart()
         self.draw()
@@ -265,11 +270,11 @@ class Rounds:
     # --------------------------------------------------------------------------------------------------- inner parts
 
     def _start(self) -> None:
-        """Before the first step counts, and the first after a load: all that replicas must have in common."""
+        """Before the first step counts, and the first after a load: all that replicas must have in common. Again before
+        the next ones, as long as an optimizer has taken no step, for example since AMP has skipped it."""
         if self._is_new:
             check_caller()
         self._compare(Call.FIRST_STEP)
-        self._must_compare_start = False
         if self._is_new:
             self._is_new = False
             self._steer.begin()
@@ -286,16 +291,22 @@ class Rounds:
         replicas.doing = call.at(self.steps)
         facts, layout = {**self._facts(), **begun.facts()}, begun.layout()
         terms = {**begun.terms(), **self._gradients.terms()}
-        replicas.meet()
+        if self._must_compare:
+            replicas.meet()
         told = gather_agreed(replicas, call, self.steps, layout, facts, terms, describe=begun.describe)
         self._must_compare = False
         if call is not Call.FIRST_STEP:
             return
-        if self._settings.given["broadcast"]:
+        self._comparisons += 1
+        is_known, broadcasts = begun.is_known(told), self._settings.given["broadcast"]
+        self._must_compare_start = not (is_known or broadcasts) and self._comparisons < _COMPARISONS
+        if not self._must_compare_start:
+            begun.end()
+        if broadcasts:
             self._converge_phase.broadcast()
             self._explore.gather_in()
             self._steer.keep(math.nan)
-        elif found := begun.compare(told):
+        elif is_known and (found := begun.compare(told)):
             raise ReplicaMismatchError(
                 f"The replicas start from different weights: {found}. Load the same checkpoint on every rank, or build "
                 "the model under the same seed; pass broadcast=True to start from replica 0's; call converge() before "

@@ -75,14 +75,16 @@ class Start:
         self._versions = {id(t): (t, _version(t)) for t in buffers}
         capture = WeakMethod(self.capture)
 
-        def before_step(*_: object) -> None:
-            if (method := capture()) is not None:
+        def before_step(optimizer: Optimizer, arguments: tuple[Any, ...], named: dict[str, Any]) -> None:
+            has_closure = any(callable(x) for x in arguments) or named.get("closure") is not None
+            # A step without gradients is none.
+            if (method := capture()) is not None and (has_closure or _has_gradients(optimizer)):
                 method()
 
         self._hook = self._optimizer.register_step_pre_hook(before_step)
 
     def capture(self) -> None:
-        """Hash everything, unless the optimizer's first step has done it."""
+        """Hash everything, once."""
         if self._is_captured:
             return
         self._is_captured = True
@@ -92,9 +94,11 @@ class Start:
 
     def facts(self) -> dict[str, Any]:
         """Settings of the parameter groups, by name: the same on every rank."""
-        self.capture()
+        return self._groups if self._is_captured else self._settings()
+
+    def end(self) -> None:
+        """Nothing is compared any more until :meth:`arm`."""
         self._disarm()  # not in the hook: the optimizer iterates over its hooks then
-        return self._groups
 
     def layout(self) -> int:
         """Hash of the names, shapes, strides, dtypes, flags and parameter groups of what is averaged.
@@ -109,9 +113,13 @@ class Start:
         return digest(tensors)
 
     def terms(self) -> dict[str, Term]:
-        """A hash of this rank's bits, as they were before the optimizer's first step."""
-        self.capture()
-        return {"bits": Term(float(digest(self._bits)), same)}
+        """A hash of this rank's bits, as they were before the optimizer's first step; -1 if it has taken none."""
+        mark = float(digest(self._bits)) if self._is_captured else -1.0
+        return {"bits": Term(mark, lambda marks: -1.0 if min(marks) < 0 else same(marks))}
+
+    def is_known(self, told: Sequence[Mapping[str, float]]) -> bool:
+        """Whether the optimizers of all replicas have taken a step."""
+        return self._replicas.size == 1 or all(one["bits"] >= 0 for one in told)
 
     def compare(self, told: Sequence[Mapping[str, float]]) -> str:
         """The first tensor whose bits differ, in words; empty where none does. Collective."""
@@ -191,6 +199,10 @@ def warn_of_outside(outside: Sequence[Tensor], replicas: Replicas) -> None:
         "exclude=parameters.",
         stacklevel=3,
     )
+
+
+def _has_gradients(optimizer: Optimizer) -> bool:
+    return any(p.grad is not None for group in optimizer.param_groups for p in group["params"])
 
 
 def _version(tensor: Tensor) -> int | None:

@@ -10,8 +10,9 @@ from typing import NamedTuple
 from hdet.errors import ReplicaMismatchError
 from hdet.replicas.topology import Replicas
 
-_MARK = 26_042_470_800.0
-"""Of hdet's messages: a :class:`Call` is added to it."""
+_MARK = 0xA50
+"""Of hdet's messages: a :class:`Call` is added to it. It stands above :data:`_STEP_BITS` bits for the step."""
+_STEP_BITS = 41
 
 
 class Term(NamedTuple):
@@ -33,7 +34,7 @@ class Call(enum.IntEnum):
     def at(self, steps: int) -> str:
         """The call in words, made after ``steps`` steps."""
         if self is Call.FIRST_STEP:
-            return "the first step()" + (f" after a resume at step {steps}" if steps else "")
+            return "the first step()" if not steps else f"the comparison before step {steps + 1}"
         if self is Call.FIRST_CONVERGE:
             return f"converge() before the first step(), at step {steps}"
         return f"the end of the round at step {steps}" if self is Call.ROUND else f"converge() at step {steps}"
@@ -69,15 +70,15 @@ def gather_agreed(
         ReplicaMismatchError: on every rank alike, naming what differs, the values and the replicas or ranks.
     """
     replicas.doing = call.at(steps)
-    own = [_MARK + call, steps, digest(facts), layout]
+    own = [((_MARK + call) << _STEP_BITS) + steps, digest(facts), layout]
     rows = (gather or replicas.all_gather)([*own, *(term.value for term in terms.values())])
     members = replicas.members
-    if any(row[:3] != rows[0][:3] or row[3] != rows[i % members][3] for i, row in enumerate(rows)):
+    if any(row[:2] != rows[0][:2] or row[2] != rows[i % members][2] for i, row in enumerate(rows)):
         raise ReplicaMismatchError(_explain(replicas, rows, facts, describe))
     if members == 1:
-        return [dict(zip(terms, row[4:], strict=True)) for row in rows]
+        return [dict(zip(terms, row[3:], strict=True)) for row in rows]
     return [
-        {name: term.merge([row[4 + i] for row in replica]) for i, (name, term) in enumerate(terms.items())}
+        {name: term.merge([row[3 + i] for row in replica]) for i, (name, term) in enumerate(terms.items())}
         for replica in replicas.by_replica(rows)
     ]
 
@@ -143,19 +144,19 @@ def _explain(
     facts: Mapping[str, object],
     describe: Callable[[], Sequence[Mapping[str, object]]],
 ) -> str:
-    if strangers := [i for i, row in enumerate(rows) if row[0] - _MARK not in list(map(float, Call))]:
+    calls = [call for row in rows if (call := _call_of(row[0])) is not None]
+    if strangers := [i for i, row in enumerate(rows) if _call_of(row[0]) is None]:
         return (
             f"What came from {_names(replicas, strangers)} in {replicas.doing} is no message of hdet's: another "
             "collective, such as a backward pass under DistributedDataParallel, was in its place. Every rank must call "
             "step() equally often, and converge() at the same steps."
         )
     lines = []
-    if any(row[:2] != rows[0][:2] for row in rows):
-        calls = [Call(int(row[0] - _MARK)).at(int(row[1])) for row in rows]
-        if any(row[1] != rows[0][1] for row in rows):
-            lines.append(f"steps taken: {_by_value(replicas, (f'{row[1]:.0f}' for row in rows))}")
-        lines.append(f"the call: {_by_value(replicas, calls)}")
-    if any(row[2] != rows[0][2] for row in rows):
+    if any(call != calls[0] for call in calls):
+        if any(call[1] != calls[0][1] for call in calls):
+            lines.append(f"steps taken: {_by_value(replicas, (steps for _, steps in calls))}")
+        lines.append(f"the call: {_by_value(replicas, (call.at(steps) for call, steps in calls))}")
+    if any(row[1] != rows[0][1] for row in rows):
         gathered = replicas.all_gather_object(dict(facts))
         names = list(dict.fromkeys(name for of in gathered for name in of))
         lines += [
@@ -163,7 +164,7 @@ def _explain(
             for name in names
             if len({repr(of.get(name)) for of in gathered}) > 1
         ]
-    if any(row[3] != rows[i % replicas.members][3] for i, row in enumerate(rows)):
+    if any(row[2] != rows[i % replicas.members][2] for i, row in enumerate(rows)):
         found = differing(replicas, describe(), ignored=["values"])
         lines.append(found or "the model's parameters (shapes, dtypes or strides)")
     return (
@@ -171,6 +172,14 @@ def _explain(
         + "\n  ".join(lines)
         + "\nEvery rank must build the scheduler with the same arguments and call step() equally often."
     )
+
+
+def _call_of(number: float) -> tuple[Call, int] | None:
+    """The call and the step in a message; ``None`` if it is none of hdet's."""
+    if not number.is_integer():  # neither are NaN and the infinities
+        return None
+    mark, steps = divmod(int(number), 1 << _STEP_BITS)
+    return (Call(mark - _MARK), steps) if mark - _MARK in list(map(int, Call)) else None
 
 
 def _by_value(replicas: Replicas, values: Iterable[object]) -> str:

@@ -24,6 +24,10 @@ _ASKS_FOR = 3.0
 """Seconds that a rank whose call failed waits for the others' notes."""
 
 
+_LEFT: set[int] = set()
+"""This process's rank, while it has a note in the store."""
+
+
 class Note(NamedTuple):
     """What a rank has told."""
 
@@ -49,21 +53,20 @@ class Notes:
         self._store, self._me, self._name_of = store, me, name_of
         self._others = [rank for rank in ranks if rank != me]
         self._group = ",".join(map(str, sorted(ranks))) if len(ranks) <= 64 else f"{len(ranks)} from {min(ranks)}"
-        self._has_left = False
 
     def leave(self, state: str, doing: str) -> None:
         """Tell the others."""
         try:
             if self._store is not None:
                 self._store.set(_key(self._me), json.dumps(Note(state, doing, self._group)))
-                self._has_left = True
+                _LEFT.add(self._me)
         except RuntimeError:  # the store is gone
             self._store = None
 
     def clear(self) -> None:
         """Take this rank's note back."""
-        if self._has_left:
-            self._has_left = False
+        if self._me in _LEFT:
+            _LEFT.discard(self._me)
             try:
                 self._store.set(_key(self._me), "")
             except RuntimeError:
@@ -111,7 +114,7 @@ class Notes:
                     break
                 time.sleep(min(EVERY / 5, 1e-3 + waited / 10))
                 if waited > PATIENCE / 2:
-                    if not self._has_left:
+                    if self._me not in _LEFT:
                         self.leave("waits", doing)
                     if (found := self.obstacles(doing)) and found == before:
                         return found

@@ -39,9 +39,11 @@ def layers() -> list[str]:
     return [*order[:first], FRONT_DOOR, *order[first:]]
 
 
+ENGINE = ("settings", "ensemble", "lr_scheduler", FRONT_DOOR)
+"""The layers that join the phases."""
 KINDS = {
     "user": "imports of programs and adapters",
-    "engine": "of modules directly under hdet/",
+    "engine": "of what joins the phases",
     "phase": "of the phases and what they stand on",
 }
 
@@ -50,7 +52,7 @@ def kind_of(layer: str) -> str:
     """One of :data:`KINDS`."""
     if layer in constant("FRONT_DOOR_USERS"):
         return "user"
-    return "phase" if (PACKAGE / layer).is_dir() else "engine"
+    return "engine" if layer in ENGINE else "phase"
 
 
 def source_of(layer: str) -> Path:
@@ -179,7 +181,7 @@ def arrow(own: str, other: str, start: float, end: float, distance: float, numbe
 
 def box(layer: str, top: int) -> list[str]:
     """A layer's name, and what it is in two lines."""
-    says = textwrap.wrap(description(layer).replace("`", ""), 58, max_lines=2, placeholder=" ...")
+    says = textwrap.wrap(re.sub(r"[`*]", "", description(layer)), 58, max_lines=2, placeholder=" ...")
     is_package = source_of(layer).name == "__init__.py" and layer != FRONT_DOOR
     name = {FRONT_DOOR: "hdet/__init__.py"}.get(layer, f"{layer}/" if is_package else f"{layer}.py")
     y = top + (26 if len(says) < 2 else 16)
@@ -206,15 +208,106 @@ class Step(NamedTuple):
 
 
 FIRST_FILES: list[tuple[str, str]] = [
-    ("hdet/lr_scheduler.py", "the drop-in, and where a user's arguments arrive"),
-    ("hdet/ensemble.py", "a round: fan out, observe, converge, steer"),
+    ("hdet/lr_scheduler.py", "the drop-in, where a user's calls arrive"),
+    ("hdet/ensemble/rounds.py", "a round, told in order: explore, converge, observe, steer"),
     ("hdet/explore/spread.py", "multipliers, and who holds which"),
     ("hdet/converge/averager.py", "how N replicas become one model"),
-    ("hdet/observe/paired_probe.py", "what the losses of a round say"),
-    ("hdet/steer/published.py", "the smallest controller, and what every controller is"),
+    ("hdet/observe/paired_probe.py", "the losses by which replicas are compared"),
+    ("hdet/steer/published.py", "the smallest controller, from losses to a gain"),
 ]
 
-WALK: list[Step] = []
+ROUNDS = "hdet/ensemble/rounds.py"
+WALK: list[Step] = [
+    Step(
+        "hdet/lr_scheduler.py", "ensemble.end_step(loss, batch)", "hands the loss on, before the schedule's own step."
+    ),
+    Step(ROUNDS, "checked = self._observe.check(loss)", "makes sure that it is one, before anything changes."),
+    Step(
+        "hdet/observe/training_loss.py",
+        "return loss.detach().reshape(())",
+        "detaches a loss that is on a device, and does not wait for it; others go on as floats.",
+        scope="check_loss",
+    ),
+    Step(
+        "hdet/observe/training_loss.py",
+        "self._device.add_(loss)",
+        "adds it to this replica's sum over the round, on its device; `self._host` has those that are floats.",
+        scope="TrainingLoss.add",
+    ),
+    Step(
+        ROUNDS,
+        "if steps % self._course.converge_every == 0:",
+        "goes on at every T-th step. In all others the walk goes on where the schedule is stepped, below.",
+        scope="Rounds.end_step",
+    ),
+    Step(
+        ROUNDS,
+        "**self._observe.terms(),",
+        "reads sum and number of the losses from the device, into the round's one small message.",
+    ),
+    Step(
+        "hdet/replicas/agreement.py",
+        "rows = (gather or replicas.all_gather)(",
+        "sends it, with the step and a hash of all settings: every rank now has every replica's loss.",
+    ),
+    Step(
+        "hdet/observe/round_losses.py",
+        "return tuple(total / count if count else math.nan",
+        "is each replica's mean loss over the round.",
+    ),
+    Step(
+        ROUNDS,
+        "return self._roll_back(watched, started)",
+        "undoes the round, if these losses or the weights say that it blew up; the walk then ends with a smaller gain.",
+    ),
+    Step(
+        ROUNDS,
+        "averaged = self._converge_phase.average(",
+        "averages the weights. The replicas' displacements from the mean are kept for the probe, if there is one.",
+    ),
+    Step(
+        "hdet/observe/paired_probe.py",
+        "return losses_by_point(",
+        "is what the probe found: every replica's losses of one batch, at six points.",
+    ),
+    Step(
+        "hdet/steer/phase.py",
+        "seen = RoundObservation(",
+        "puts together what is known of the round: losses, the probe's, how far run and schedule are.",
+    ),
+    Step(
+        "hdet/steer/controllers.py",
+        "self._controller.update(",
+        "asks the controller for each learning rate. From here to the gain all is plain floats.",
+        scope="Controllers.update",
+    ),
+    Step(
+        "hdet/steer/published.py",
+        "log_gain = math.log(state.gain)",
+        "is `Published`, without a probe: the hypergradient of the training losses moves the log gain.",
+    ),
+    Step(
+        "hdet/steer/two_slope.py",
+        "moved = moved._replace(gain=",
+        "is `TwoSlope`, with one: the probe's slopes do.",
+    ),
+    Step(ROUNDS, "self.draw()", "begins the next round with the new gain.", scope="Rounds._end_round"),
+    Step(
+        "hdet/explore/phase.py",
+        "[gain * rho[own] for gain, rho in",
+        "is what this replica multiplies the schedule by for a round: gain times its multiplier, drawn anew.",
+    ),
+    Step(
+        "hdet/lr_scheduler.py",
+        "ensemble.fan_out()",
+        "follows torch's own step, which has written the schedule's next learning rate into the optimizer.",
+    ),
+    Step(
+        "hdet/explore/fan_out.py",
+        'group["lr"] = lr * scales[i]',
+        "writes this replica's learning rate over it.",
+    ),
+]
 
 
 def line_of(step: Step) -> int:
@@ -266,7 +359,9 @@ def walk() -> str:
     steps = []
     for i, step in enumerate(WALK, 1):
         line = line_of(step)
-        steps.append(f"{i}. [`{step.file}:{line}`](../{step.file}#L{line}) {step.says}")
+        tree = ast.parse((ROOT / step.file).read_text(encoding="utf-8"))
+        around = [name for name, node in definitions(tree) if node.lineno <= line <= (node.end_lineno or line)]
+        steps.append(f"{i}. [`{step.file}:{line}`](../{step.file}#L{line}), `{around[-1]}`, {step.says}")
     return "\n".join(steps)
 
 

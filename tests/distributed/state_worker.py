@@ -292,8 +292,8 @@ def health(rank, world):
     for name, settings in {
         "local": {"gradients": "local"},
         "verify": {},
-        "keep": {"gradients": "local", "optimizer_state": "keep"},
-        "overlap": {"gradients": "local", "overlap_steps": 1},
+        "keep": {"gradients": "local", "averaging": hdet.Averaging(optimizer_state="keep")},
+        "overlap": {"gradients": "local", "averaging": hdet.Averaging(overlap_steps=1)},
         "8-bit": {"gradients": "local"},
     }.items():
         for poison in ("parameters", "state"):

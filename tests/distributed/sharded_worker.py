@@ -667,7 +667,7 @@ def mismatches(rank, world):
     for name, settings in {
         "spread": {"spread": 0.1 if rank != 3 else 0.2},
         "replicas": {"replicas": MESH["replicate"] if rank != 3 else 2},
-        "mode": {"outer_lr": 0.5 if rank == 1 else 1.0, "gradients": "local"},
+        "mode": {"outer": hdet.Outer(lr=0.5 if rank == 1 else 1.0), "gradients": "local"},
         "none": {},
     }.items():
         model = shard(plain())

@@ -133,19 +133,18 @@ def ensemble(model, optimizer, schedule=None, **settings):
     return Run(model, optimizer, scheduler, reports)
 
 
-def train(run, rank, steps, first=0, blow=()):
+def train(run, rank, steps, first=0, blow=(), virtual=1):
     """Steps ``first`` to ``steps``, into the run's losses and learning rates, step by step."""
     losses, rates = [], []
-    pinned = run.ensemble is not None and run.ensemble.config.virtual_replicas
     for step in range(first, steps):
         torch.manual_seed(7919 * step + rank)  # of dropout
         rates.append([float(lr) for lr in run.scheduler.get_last_lr()])
         run.optimizer.zero_grad()
-        if pinned > 1:
+        if virtual > 1:
             parts = []
-            for data in run.scheduler.each([batch(pinned * rank + k, step) for k in range(pinned)]):
+            for data in run.scheduler.each([batch(virtual * rank + k, step) for k in range(virtual)]):
                 loss = loss_of(run.model, data)
-                (loss / pinned).backward()
+                (loss / virtual).backward()
                 parts.append(loss.detach())
             told: Any = parts
             losses.append([float(part) for part in parts])
@@ -484,18 +483,18 @@ def no_hdet(rank, out):
 
 @case("two", "virtual")
 @case("one", "virtual_alone")
-def virtual(rank, out):
+def virtual_probe(rank, out):
     """Two virtual replicas in each process."""
     model = ddp(plain())
     run = one_cycle(model, adamw(model), 0.002, 40, virtual_replicas=2, cycle_momentum=False, **probing(rank))
-    return outcome(run, *train(run, rank, 27))
+    return outcome(run, *train(run, rank, 27, virtual=2))
 
 
 @case("two")
 def virtual_published(rank, out):
     model = ddp(net())
     run = one_cycle(model, sgd(model), 0.03, 40, virtual_replicas=3, auto_lr=True, converge_every=3)
-    return outcome(run, *train(run, rank, 26))
+    return outcome(run, *train(run, rank, 26, virtual=3))
 
 
 @case("two")

@@ -114,7 +114,9 @@ class Run(NamedTuple):
 
     @property
     def ensemble(self):
-        return self.scheduler if isinstance(self.scheduler, hdet.Ensemble) else self.scheduler.ensemble
+        return (
+            self.scheduler if isinstance(self.scheduler, hdet.Ensemble) else getattr(self.scheduler, "ensemble", None)
+        )
 
 
 def one_cycle(model, optimizer, max_lr, steps, **settings):
@@ -260,7 +262,7 @@ def shared_published(rank, out):
     controller = hdet.controller.Published(warmup_rounds=1, meta_lr=2.0)
     run = one_cycle(
         model, adamw(model, betas=(0.8, 0.9)), 0.02, 40, auto_lr=True, controller=controller, converge_every=3,
-        bucket_mib=1e-4,
+        averaging=hdet.Averaging(bucket_mib=1e-4),
     )  # fmt: skip
     return outcome(run, *train(run, rank, 26))
 
@@ -295,7 +297,8 @@ def local_outer(rank, out):
     model = ddp(net())
     cosine = hdet.schedules.cosine(total_steps=40, warmup_steps=4)
     run = ensemble(
-        model, adamw(model), cosine, gradients="local", outer_momentum=0.6, outer_lr=0.8, optimizer_state="average",
+        model, adamw(model), cosine, gradients="local", outer=hdet.Outer(momentum=0.6, lr=0.8),
+        averaging=hdet.Averaging(optimizer_state="average"),
         auto_lr=True, total_steps=40,
     )  # fmt: skip
     return outcome(run, *train(run, rank, 26))
@@ -307,7 +310,9 @@ def local_states(rank, out):
     found = {}
     for policy in ("keep", "reset", "auto"):
         model = ddp(plain())
-        run = ensemble(model, sgd(model, weight_decay=0.01), gradients="local", optimizer_state=policy)
+        run = ensemble(
+            model, sgd(model, weight_decay=0.01), gradients="local", averaging=hdet.Averaging(optimizer_state=policy)
+        )
         add(found, policy, outcome(run, *train(run, rank, 14), moves=False))
     return found
 
@@ -315,28 +320,30 @@ def local_states(rank, out):
 @case("four")
 def overlapped(rank, out):
     model = ddp(net())
-    run = one_cycle(model, adamw(model), 0.02, 40, converge_every=5, overlap_steps=2, auto_lr=True)
+    run = one_cycle(
+        model, adamw(model), 0.02, 40, converge_every=5, averaging=hdet.Averaging(overlap_steps=2), auto_lr=True
+    )
     return outcome(run, *train(run, rank, 26))
 
 
 @case("four")
 def overlapped_local(rank, out):
     model = ddp(plain())
-    run = ensemble(model, sgd(model), gradients="local", overlap_steps=3, converge_every=4)
+    run = ensemble(model, sgd(model), gradients="local", averaging=hdet.Averaging(overlap_steps=3), converge_every=4)
     return outcome(run, *train(run, rank, 23), moves=False)
 
 
 @case("four")
 def bf16_wire(rank, out):
     model = ddp(net())
-    run = one_cycle(model, sgd(model), 0.05, 40, converge_every=4, wire_dtype=torch.bfloat16)
+    run = one_cycle(model, sgd(model), 0.05, 40, converge_every=4, averaging=hdet.Averaging(wire_dtype="bfloat16"))
     return outcome(run, *train(run, rank, 26), moves=False)
 
 
 @case("four")
 def bf16_wire_probe(rank, out):
     model = ddp(plain())
-    run = one_cycle(model, adamw(model), 0.002, 40, wire_dtype=torch.bfloat16, **probing(rank))
+    run = one_cycle(model, adamw(model), 0.002, 40, averaging=hdet.Averaging(wire_dtype="bfloat16"), **probing(rank))
     return outcome(run, *train(run, rank, 25))
 
 
@@ -352,7 +359,7 @@ def exploring(rank, model, **settings):
     run = ensemble(
         model, adamw(model, lr=0.02), hdet.schedules.linear(total_steps=60), gradients="local", auto_lr=True,
         probe=probe, hyperparameters=hyperparameters, total_steps=60, converge_every=2,
-        hyperparameter_controller=hdet.controller.OneSlope(step=0.5, threshold=0.2), **settings,
+        exploration=hdet.Exploration(controller=hdet.controller.OneSlope(step=0.5, threshold=0.2)), **settings,
     )  # fmt: skip
     return run._replace(smoothing=smoothing)
 
@@ -372,7 +379,8 @@ def hyperparameters_only(rank, out):
     explored = [hdet.param_group("momentum", spread=0.4), hdet.param_group("weight_decay", spread=0.5, move=False)]
     run = ensemble(
         model, sgd(model, weight_decay=0.01), spread=0.0, hyperparameters=explored,
-        probe=hdet.Probe(loss_fn=loss_of, batches=stream(rank)), optimizer_state="average", design="independent",
+        probe=hdet.Probe(loss_fn=loss_of, batches=stream(rank)), averaging=hdet.Averaging(optimizer_state="average"),
+        exploration=hdet.Exploration(design="independent"),
     )  # fmt: skip
     return outcome(run, *train(run, rank, 24), moves=False)
 
@@ -398,7 +406,7 @@ def per_group(rank, out):
 def per_group_independent(rank, out):
     model = ddp(plain())
     run = one_cycle(
-        model, two_groups(model), [0.02, 0.04], 40, per_group=True, design="independent", seed=7, converge_every=3,
+        model, two_groups(model), [0.02, 0.04], 40, per_group=True, exploration=hdet.Exploration(design="independent"), seed=7, converge_every=3,
         auto_lr=True,
     )  # fmt: skip
     return outcome(run, *train(run, rank, 26))
@@ -527,7 +535,8 @@ def build_outer(rank, *, steps=40, seed=0):
     model = ddp(net(seed))
     cosine = hdet.schedules.cosine(total_steps=steps)
     return ensemble(
-        model, adamw(model), cosine, gradients="local", outer_momentum=0.6, outer_lr=0.8, optimizer_state="average",
+        model, adamw(model), cosine, gradients="local", outer=hdet.Outer(momentum=0.6, lr=0.8),
+        averaging=hdet.Averaging(optimizer_state="average"),
         auto_lr=True, total_steps=steps,
     )  # fmt: skip
 

@@ -14,7 +14,7 @@ VIRTUAL = ["--hdet.probe=true", "--train.accumulate=2", "--hdet.virtual_replicas
 EXPLORING = [
     "--hdet.probe=held_out",
     "--hdet.gradients=local",
-    "--hdet.outer_momentum=0.5",
+    "--hdet.outer.momentum=0.5",
     '--hdet.hyperparameters={"weight_decay": 0.5, "dropout": 0.1, "label_smoothing": 0.05}',
 ]
 # part: processes, directory, arguments

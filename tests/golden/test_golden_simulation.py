@@ -8,7 +8,7 @@ from golden_machine import TOLERANCE, Golden, digest
 
 from hdet.bench.regret.simulation import Setting, simulate
 from hdet.bench.regret.workloads import WORKLOADS
-from hdet.controller import Published, TwoSlope
+from hdet.steer import Published, TwoSlope
 
 STEPS = 60
 AMPLIFIED = 0.3

@@ -251,7 +251,7 @@ class Rounds:
         self._agree(converges=False)
         self._is_new = False
         self._steer.begin()
-        self._observe.begin_round()
+        self._observe.begin()
         self._publisher.start(self._plain_settings(), self.steps)
 
     def _plain_settings(self) -> dict[str, Any]:

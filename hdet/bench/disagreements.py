@@ -103,6 +103,10 @@ def _probe(model: Any, batch: Any) -> torch.Tensor:
     return loss
 
 
+def _probes(run: Run, chance: random.Random) -> None:
+    run.settings.update(probe=_probe, auto_lr=True)
+
+
 def _one_element(run: Run, chance: random.Random) -> None:
     tensor = chance.choice([*run.model.parameters(), *run.model.buffers()])
     with torch.no_grad():

@@ -167,8 +167,9 @@ class Rounds:
             self._explore.gather_in()
             return self._publish(self._report(self._steer.rest(self.steps)), averaged, watched, started)
         probed = self._probe(averaged) if averaged.points else None
+        moved = self._observe.movement(self._steer.rounds_since_kept)
         self._converge_phase.step_outer()
-        report = self._move(probed)
+        report = self._move(probed, moved)
         self._steer.keep(report.mean_loss)
         return self._publish(report, averaged, watched, started)
 
@@ -178,12 +179,10 @@ class Rounds:
         reach, neutral = self._steer.reach(self._explore.plain_base_lr[0]), self._explore.neutral(self._steer.positions)
         return self._observe.probe(averaged.points or [], directions, reach, neutral)
 
-    def _move(self, probed: ProbeLosses | None = None) -> Report:
-        """Let gains and centres move by what the round has shown."""
-        lrs, losses = self._explore.plain_base_lr, self._observe.means
-        report = self._report(
-            self._steer.move(self.steps, lrs, losses, probed, self._converge_phase.lag), complete=True
-        )
+    def _move(self, probed: ProbeLosses | None = None, moved: tuple[float, ...] = ()) -> Report:
+        """Let gains and centres move by what the round has shown; the report of that."""
+        lrs, losses, lag = self._explore.plain_base_lr, self._observe.means, self._converge_phase.lag
+        report = self._report(self._steer.move(self.steps, lrs, losses, probed, lag, moved), complete=True)
         self._observe.begin_round()
         return report
 
@@ -278,6 +277,7 @@ class Rounds:
         if self._is_new:
             self._is_new = False
             self._steer.begin()
+            self._observe.begin()
             self._publisher.start(self._plain_settings(), self.steps)
             self._warn_of_one_replica()
             if self._replicas.size > 1:
@@ -309,8 +309,8 @@ class Rounds:
         elif is_known and (found := begun.compare(told)):
             raise ReplicaMismatchError(
                 f"The replicas start from different weights: {found}. Load the same checkpoint on every rank, or build "
-                "the model under the same seed; pass broadcast=True to start from replica 0's; call converge() before "
-                "the first step to start from their average; or pass exclude= for what is each rank's own."
+                "the model under the same seed; pass broadcast=True to start from replica 0's, or exclude= for what "
+                "is each rank's own."
             )
         self._gradients.compare(told)
 

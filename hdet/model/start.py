@@ -15,6 +15,7 @@ from torch.utils.hooks import RemovableHandle
 from hdet.model.fingerprint import fingerprint
 from hdet.model.guards import check_overlaps
 from hdet.model.weights import Weights, local
+from hdet.model.wrappers import Slot
 from hdet.replicas.agreement import Term, differing, digest, same
 from hdet.replicas.topology import Replicas
 
@@ -59,7 +60,7 @@ class Start:
         self._optimizer, self._weights, self._modules, self._replicas = optimizer, weights, tuple(modules), replicas
         self._explored = set(explored)
         self._hook: RemovableHandle | None = None
-        self._versions: dict[int, tuple[Tensor, int | None]] = {}
+        self._buffers: dict[int, int | None] = {}  # by id, the hash of what may be written before the first step
         self._bits: list[int | None] = []
         self._groups: dict[str, Any] = {}
         self._is_captured = False
@@ -72,7 +73,7 @@ class Start:
         if self._replicas.size == 1 and self._replicas.members == 1:
             return
         buffers = [slot.tensor for slot in self._weights.slots() if not slot.is_parameter]
-        self._versions = {id(t): (t, _version(t)) for t in buffers}
+        self._buffers = {id(t): _hash(t) for t in buffers}
         capture = WeakMethod(self.capture)
 
         def before_step(optimizer: Optimizer, arguments: tuple[Any, ...], named: dict[str, Any]) -> None:
@@ -88,9 +89,10 @@ class Start:
         if self._is_captured:
             return
         self._is_captured = True
-        self._bits = [self._hash(slot.module, slot.tensor, slot.is_parameter) for slot in self._weights.slots()]
+        stepped = {id(p) for group in self._optimizer.param_groups for p in group["params"]}
+        self._bits = [self._hash_of(slot, stepped) for slot in self._weights.slots()]
         self._groups = self._settings()
-        self._versions.clear()
+        self._buffers.clear()
 
     def facts(self) -> dict[str, Any]:
         """Settings of the parameter groups, by name: the same on every rank."""
@@ -155,18 +157,13 @@ class Start:
             found.append({**fact, "values": value})
         return found
 
-    def _hash(self, module: nn.Module, tensor: Tensor, is_parameter: bool) -> int | None:
-        """Of the bits; ``None`` for what is not compared."""
-        if is_parameter and tensor.requires_grad and module in _NOISY:
+    def _hash_of(self, slot: Slot, stepped: set[int]) -> int | None:
+        """Of the bits; ``None`` for what is not compared: what another optimizer may have moved, too."""
+        is_trained = slot.is_parameter and slot.tensor.requires_grad
+        if is_trained and (slot.module in _NOISY or id(slot.tensor) not in stepped):
             return None
-        if not is_parameter:
-            known = self._versions.get(id(tensor))
-            if known is None or known[1] is None or known[1] != _version(tensor):
-                return None
-        plain = local(tensor).detach()
-        if plain.layout != torch.strided or plain.device.type == "meta" or not plain.numel():
-            return None
-        return fingerprint(plain)
+        found = _hash(slot.tensor)
+        return found if slot.is_parameter or self._buffers.get(id(slot.tensor)) == found else None
 
     def _settings(self) -> dict[str, Any]:
         groups = self._optimizer.param_groups
@@ -205,8 +202,11 @@ def _has_gradients(optimizer: Optimizer) -> bool:
     return any(p.grad is not None for group in optimizer.param_groups for p in group["params"])
 
 
-def _version(tensor: Tensor) -> int | None:
-    return None if tensor.is_inference() else local(tensor)._version
+def _hash(tensor: Tensor) -> int | None:
+    plain = local(tensor).detach()
+    if plain.layout != torch.strided or plain.device.type == "meta" or not plain.numel():
+        return None
+    return fingerprint(plain)
 
 
 def _plain(value: object) -> Any:

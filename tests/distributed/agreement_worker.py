@@ -188,10 +188,6 @@ def unequal_starts(rank, world):
     noisy = linear()
     hdet.warm_noisy_start(noisy, 0.1)
     results["noisy"] = noisy.weight.tolist(), error_of(lambda: run(noisy, rank=rank)), noisy.weight.tolist()
-    asked = linear(seed=rank)
-    ensemble = hdet.Ensemble(torch.optim.SGD(asked.parameters(), 0.1), model=asked, gradients="local")
-    ensemble.converge()
-    results["asked"] = asked.weight.tolist()
 
     class WithBuffer(nn.Module):
         def __init__(self):

@@ -1,4 +1,4 @@
-"""What replicas must have in common, and what happens where they do not: read from the scenarios of agreement_worker.py."""
+"""What replicas must have in common, and what happens where they do not: the scenarios of agreement_worker.py."""
 
 import pytest
 
@@ -15,8 +15,7 @@ def test_an_ensemble_built_before_the_process_group_is_noticed_at_the_first_step
 
 @pytest.mark.parametrize("wrapper", ["plain", "static", "compiled", "inside", "nested", "deep"])
 def test_find_lr_leaves_ddp_as_it_was_however_it_is_wrapped(launch_agreement, wrapper):
-    """On compile(DDP(m)) it used to wait for ever, or to share gradients between candidates; with static_graph gradients
-    were not averaged afterwards."""
+    """Candidates on the ranks end at different times: what shares gradients would wait for ever."""
     results = [of[wrapper] for of in launch_agreement.results(2, "find_lr_of_wrapped_models")]
     assert results[0]["found"] == results[1]["found"]
     assert len(results[0]["found"]) >= 3
@@ -58,7 +57,7 @@ def test_unequal_starts_are_an_error_that_names_the_tensor_and_the_ranks(launch_
     for result in launch_agreement.results(2, "unequal_starts"):
         assert "weight: other values on replica 1 than on replica 0" in result["error"]
         assert "mask: other values on replica 1 than on replica 0" in result["buffer"]
-        for way_out in ("broadcast=True", "exclude=", "converge()"):
+        for way_out in ("broadcast=True", "exclude=", "same seed"):
             assert way_out in result["error"]
 
 
@@ -68,7 +67,6 @@ def test_unequal_starts_that_were_asked_for(launch_agreement):
     assert first["noisy"][0] != second["noisy"][0]
     assert first["noisy"][1] == second["noisy"][1] == ""
     assert first["noisy"][2] == second["noisy"][2]
-    assert first["asked"] == second["asked"]
 
 
 def test_what_is_loaded_late_is_what_is_compared(launch_agreement):

@@ -116,8 +116,10 @@ class Ensemble:
     def step(self, loss: Loss = None, *, batch: Any = None) -> None:
         """Call after every ``optimizer.step()``.
 
-        Collective at the end of each round and on the very first call (which checks that the replicas agree); between
-        them it neither communicates nor waits for the device.
+        Collective at the end of each round, on the very first call and on the first after a load; between them it
+        neither communicates nor waits for the device. These first calls compare what replicas must have in common:
+        names, order, shapes, dtypes, flags and bits of what is averaged, settings of parameter groups, and gradients
+        (docs/agreement.md). Bits are those before the optimizer's first step with gradients.
 
         Args:
             loss: this replica's training loss of the step: a float or a scalar tensor, detached here. With virtual
@@ -127,7 +129,10 @@ class Ensemble:
 
         Raises:
             TypeError, ValueError: for an int, an integer tensor, or a tensor of more than one element.
-            ReplicaMismatchError: on every replica, if they disagree about step, settings, learning rates or model.
+            ReplicaMismatchError: on every replica, if they disagree about step, call, settings, learning rates, model
+                or start; it names what differs and the ranks.
+            HdetError: if the process group was initialised after this was built, or another rank's message did not
+                come.
             DivergedError: on every replica, if none has finite parameters.
         """
         self.end_step(loss, batch)

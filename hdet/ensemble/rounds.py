@@ -289,10 +289,12 @@ class Rounds:
         replicas, begun = self._replicas, self._begun
         replicas.check_world()
         replicas.doing = call.at(self.steps)
-        facts, layout = {**self._facts(), **begun.facts()}, begun.layout()
-        terms = {**begun.terms(), **self._gradients.terms()}
+        facts: dict[str, Any] = {}
+        layout = 0
         if self._must_compare:
+            facts, layout = {**self._facts(), **begun.facts()}, begun.layout()
             replicas.meet()
+        terms = {**begun.terms(), **self._gradients.terms()}
         told = gather_agreed(replicas, call, self.steps, layout, facts, terms, describe=begun.describe)
         self._must_compare = False
         if call is not Call.FIRST_STEP:

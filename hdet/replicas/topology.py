@@ -27,8 +27,8 @@ _groups: dict[tuple[int, ...], dist.ProcessGroup] = {}
 """Process groups that hdet has made, by their ranks."""
 _groups_world: list[object] = [None]
 """The world in which they were made."""
-_meetings: dict[tuple[int, ...], int] = {}
-"""How often the ranks of a group have met, by its ranks."""
+_meetings: dict[str, int] = {}
+"""How often the ranks of a process group have met, by its name."""
 
 
 class Replicas:
@@ -168,9 +168,9 @@ class Replicas:
             ReplicaMismatchError: if another rank waits in another call, or has ended.
         """
         if self._is_active:
-            key = tuple(self.ranks)
-            number = _meetings[key] = _meetings.get(key, 0) + 1
-            if obstacles := self._notes.meet(str(number), self.doing):
+            name = self._all_ranks_group().group_name
+            _meetings[name] = _meetings.get(name, 0) + 1
+            if obstacles := self._notes.meet(f"{name}/{_meetings[name]}", self.doing):
                 self._fail(obstacles)
 
     def tell_end(self, text: str) -> None:

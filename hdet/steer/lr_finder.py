@@ -220,6 +220,7 @@ class _Search:
         self._models, self._optimizer, self._loss_fn, self._max_grad_norm = models, optimizer, loss_fn, max_grad_norm
         self._batches, self._steps, self._replicas = batches, steps, replicas
         self._trials: dict[float, _Trial] = {}
+        self._is_first = True  # no gradient has been taken yet
         self._held_out: list[Any] = []
         self._before: list[float] = []
         self._start_loss = _mean([loss for (loss,) in self._gather(self._begin)])
@@ -340,15 +341,14 @@ class _Search:
     def _take_gradients(self, loss: Any, parameters: Sequence[Tensor]) -> None:
         """Write the parameters' gradients. ``backward()`` would run what hangs on their accumulation: the reducer of a
         DDP that is around the model, which counts what it sees, or optimizers that step there."""
-        try:
-            gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
-        except RuntimeError as error:
-            if "Checkpointing is not compatible" not in str(error):
-                raise
-            raise HdetError(
-                "find_lr cannot take gradients through torch.utils.checkpoint with use_reentrant=True. Pass "
-                "use_reentrant=False there."
-            ) from error
+        if self._is_first:
+            self._is_first = False
+            if _has_reentrant_checkpoint(loss):
+                raise HdetError(
+                    "find_lr cannot take gradients through torch.utils.checkpoint with use_reentrant=True. Pass "
+                    "use_reentrant=False there."
+                )
+        gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
         for p, gradient in zip(parameters, gradients, strict=True):
             p.grad = gradient
 
@@ -360,6 +360,20 @@ class _Search:
         """[held-out batch] loss."""
         with evaluation(self._models):
             return [scalar(self._loss_fn(self._subject, batch)) for batch in self._held_out]
+
+
+def _has_reentrant_checkpoint(loss: Tensor) -> bool:
+    seen: set[Any] = set()
+    nodes: list[Any] = [loss.grad_fn]
+    while nodes:
+        node = nodes.pop()
+        if node is None or node in seen:
+            continue
+        if node.name() == "CheckpointFunctionBackward":
+            return True
+        seen.add(node)
+        nodes += [following for following, _ in node.next_functions]
+    return False
 
 
 def _spaced(low: float, high: float, factor: float) -> list[float]:

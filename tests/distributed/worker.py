@@ -562,7 +562,7 @@ def overlap(rank, world):
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     scheduler = hdet.OneCycleLR(
         optimizer, 0.1, total_steps=20, cycle_momentum=False, model=model, spread=0.3, converge_every=every,
-        averaging=hdet.Averaging(overlap_steps=late), monitor=reports.append,
+        averaging=hdet.Averaging(overlap_steps=late), monitor=reports.append, gradients="local",
     )  # fmt: skip
     value, snapshot, path, reported = 1.0, None, [], []
     for step in range(steps):
@@ -694,6 +694,7 @@ def monitors(rank, world):
         spread=0.2,
         converge_every=3,
         monitor=lone.append if rank == world - 1 else None,
+        gradients="local",
     )
     train(model, optimizer, scheduler.step, rank, 6)
     return {"reports": reports, "directory": str(directory), "lone": lone}

@@ -19,6 +19,11 @@ def data():
     return torch.randn(64, 3, generator=torch.Generator().manual_seed(0))
 
 
+@pytest.fixture(autouse=True)
+def seeded():
+    torch.manual_seed(0)
+
+
 def find(model, optimizer, batches=None, function=loss_fn):
     batches = torch.utils.data.DataLoader(data(), 8, shuffle=True) if batches is None else batches
     return hdet.find_lr(model, optimizer, function, batches, low=1e-3, high=1.0)

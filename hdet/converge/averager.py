@@ -208,6 +208,13 @@ class Averager:
         """Of the trainable parameters, as :meth:`inspect` found them."""
         return [] if self._plan is None else self._plan.buckets
 
+    def sizes(self) -> list[int] | None:
+        """Elements of the buckets of floating-point parameters, with the model as it is now; ``None`` where nothing is
+        averaged. Not collective."""
+        if self._is_idle:
+            return None
+        return [bucket.numel for bucket in self._current_plan().buckets if bucket.dtype.is_floating_point]
+
     def _compare(self, inspections: Sequence[Inspection]) -> tuple[Plan, tuple[int, ...], int]:
         """The plan, the replicas to exclude, and the bytes sent to find them. Collective."""
         plan, sent = self._plan, 0

@@ -9,6 +9,7 @@ hardly lower the loss, chance decides which candidate is the best.
 
 from __future__ import annotations
 
+import inspect
 import logging
 import math
 import statistics
@@ -21,11 +22,32 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from hdet.errors import HdetError
+from hdet.errors import (
+    HdetError,
+    check_batches,
+    check_field,
+    check_file,
+    check_flag,
+    check_instance,
+    check_list,
+    check_number,
+    check_whole,
+    shown,
+)
+from hdet.explore.fan_out import check_lr
 from hdet.model.snapshot import Snapshot
-from hdet.model.weights import is_sharded
-from hdet.observe.probe import LossFunction, cycle, evaluation, preserved_rng, scalar, unwrapped
+from hdet.model.weights import check_modules, is_sharded
+from hdet.observe.probe import (
+    LossFunction,
+    check_loss_function,
+    cycle,
+    evaluation,
+    preserved_rng,
+    scalar,
+    unwrapped,
+)
 from hdet.replicas.topology import Replicas, ReplicasLike
+from hdet.transaction import AllOrNothing
 
 logger = logging.getLogger("hdet")
 
@@ -68,14 +90,26 @@ class LRFinding:
     steps: int
     """Steps of each candidate."""
 
+    def __post_init__(self) -> None:
+        check_field(self, "max_lr", check_number, "> 0", lambda lr: lr > 0)
+        check_field(self, "lrs", _numbers)
+        for name in ("losses", "errors"):
+            check_field(self, name, _numbers, len(self.lrs))
+        check_field(self, "start_loss", check_number, "a loss", finite=False)
+        check_field(self, "conclusive", check_flag)
+        check_field(self, "steps", check_whole, ">= 1", lambda steps: steps >= 1)
+
     def plot(self, path: str | Path) -> None:
         """Draw the losses over the learning rates into a file. Needs matplotlib."""
+        path = check_file("path", path)
         from matplotlib.figure import Figure
 
         figure = Figure(figsize=(6, 4), layout="constrained")
         axes = figure.subplots()
         tried = zip(self.lrs, self.losses, self.errors, strict=True)
         known = [(lr, loss, error) for lr, loss, error in tried if math.isfinite(loss)]
+        if not known:
+            raise ValueError(f"Invalid losses={self.losses}. Must have one that is finite, to be drawn.")
         lrs, losses, errors = zip(*known, strict=True)
         axes.errorbar(lrs, losses, errors, marker="o")
         axes.axhline(self.start_loss, color="grey", linestyle=":", label="before")
@@ -84,6 +118,11 @@ class LRFinding:
         axes.set(xscale="log", xlabel="learning rate", ylabel="loss")
         axes.legend()
         figure.savefig(path)
+
+
+def _numbers(name: str, value: Any, length: int | None = None) -> tuple[float, ...]:
+    rule = "a number for each candidate"
+    return tuple(check_number(name, x, rule, finite=False) for x in check_list(name, value, rule, length=length))
 
 
 def find_lr(
@@ -105,7 +144,8 @@ def find_lr(
     (and of another, if the first turns out to be best by chance): with ``N`` replicas and the default range
     ``ceil(8 / N) + ceil(2 / N)`` times ``steps`` steps. With ``auto_lr`` the factors of 10 only. Where no candidate
     lowers the loss, as on a plateau, the search begins again with twice the steps, up to three times. Model, buffers
-    and optimizer are afterwards as they were, whatever is raised; the data loader has advanced.
+    optimizer and torch's random number generators are afterwards as they were, whatever is raised; the data loader has
+    advanced.
 
     A candidate's batches are of one replica's size, not of all replicas': where the noise of the gradient limits the
     learning rate, the suggestion is too low, by at most a factor of ``N``. A run with ``auto_lr=True`` corrects that,
@@ -124,7 +164,8 @@ def find_lr(
         replicas: as for :class:`hdet.Ensemble`.
 
     Raises:
-        ValueError: for a bad range, an empty ``batches``, or a sharded model.
+        TypeError, ValueError: for a bad argument, an empty ``batches``, an optimizer whose learning rates are all 0 or
+            whose ``step()`` needs a closure, or a sharded model.
         HdetError: on every rank, if no candidate lowers the loss in ``8 * steps`` steps either.
 
     Examples:
@@ -137,20 +178,30 @@ def find_lr(
         >>> 0.01 < found.max_lr < 1
         True
     """
-    if not 0 < low < high < math.inf:
-        raise ValueError(f"Invalid {low=}, {high=}. Must satisfy 0 < low < high < inf.")
-    if steps < 4:
-        raise ValueError(f"Invalid {steps=}. Must be at least 4.")
-    models = tuple(unwrapped(m) for m in ((model,) if isinstance(model, nn.Module) else model))
+    rule = "0 < low < high < inf, and high / low finite"
+    low, high = check_number("low", low, rule), check_number("high", high, rule)
+    if not 0 < low < high or math.isinf(high / low):
+        raise ValueError(f"Invalid {low=}, {high=}. Must satisfy {rule}.")
+    steps = check_whole("steps", steps, "at least 4", lambda steps: steps >= 4)
+    if max_grad_norm is not None:
+        max_grad_norm = check_number("max_grad_norm", max_grad_norm, "> 0", lambda norm: norm > 0, finite=False)
+    auto_lr = check_flag("auto_lr", auto_lr)
+    check_loss_function("loss_fn", loss_fn)
+    check_batches("batches", batches)
+    _check_optimizer(optimizer)
+    models = tuple(unwrapped(m) for m in check_modules("model", model))
+    if not models:
+        raise ValueError("Invalid model=(). Must be the module or modules to train.")
     group = Replicas(replicas)
     if group.members > 1 or is_sharded(models):
         raise ValueError(
             "find_lr trains one whole model per rank, and here a replica is several ranks. Find max_lr with the "
             "unsharded model, or a smaller one, and replicas=None."
         )
-    search = _Search(models, optimizer, loss_fn, cycle(batches), steps, max_grad_norm, group)
-    search.run(_spaced(low, high, _COARSE), refine=not auto_lr)
-    found = search.finding(auto_lr=auto_lr)
+    with AllOrNothing(optimizer), preserved_rng(models):  # a loader that shuffles draws from the generators, too
+        search = _Search(models, optimizer, loss_fn, cycle(batches), steps, max_grad_norm, group)
+        search.run(_spaced(low, high, _COARSE), refine=not auto_lr)
+        found = search.finding(auto_lr=auto_lr)
     if not found.conclusive and group.writer:
         logger.warning(
             f"find_lr: in {found.steps} steps no learning rate lowered the loss of {found.start_loss:.4g} by clearly "
@@ -158,6 +209,32 @@ def find_lr(
             "steps=, or larger batches."
         )
     return found
+
+
+def learning_rates(optimizer: Optimizer) -> list[float]:
+    """[parameter group] the learning rates, of which proportions are taken.
+
+    Raises:
+        TypeError, ValueError: for one that is no finite number >= 0, or if all are 0.
+    """
+    rates = [float(check_lr(i, group)) for i, group in enumerate(optimizer.param_groups)]
+    if not max(rates) > 0:
+        raise ValueError(
+            f"Invalid learning rates {rates} of the optimizer's parameter groups. Must not all be 0: find_lr keeps "
+            "their proportions. Call it before a schedule is built that begins at 0, or set group['lr'] = 1."
+        )
+    return rates
+
+
+def _check_optimizer(optimizer: Optimizer) -> None:
+    check_instance("optimizer", optimizer, Optimizer, "a torch.optim.Optimizer")
+    learning_rates(optimizer)
+    closure = inspect.signature(optimizer.step).parameters.get("closure")
+    if isinstance(optimizer, torch.optim.LBFGS) or (closure is not None and closure.default is inspect.Parameter.empty):
+        raise TypeError(
+            f"Invalid optimizer: {type(optimizer).__name__}.step() needs a closure, which find_lr does not have. Must "
+            "be one whose step() can be called without; for this one try learning rates in runs of their own."
+        )
 
 
 def head_start(replicas: int, *, conclusive: bool) -> int:
@@ -279,7 +356,12 @@ class _Search:
             loss = self._loss_fn(self._subject, next(self._batches))
             if not math.isfinite(scalar(loss)):
                 return False
-            loss.backward()  # type: ignore[union-attr]
+            if not isinstance(loss, Tensor) or not loss.requires_grad:
+                raise TypeError(
+                    f"loss_fn returned {shown(loss)}, of which there is no gradient. Must return the loss on which "
+                    "backward() is called."
+                )
+            loss.backward()
             if self._max_grad_norm is not None:
                 nn.utils.clip_grad_norm_(parameters, self._max_grad_norm)
             self._optimizer.step()

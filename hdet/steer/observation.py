@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
+from hdet.errors import check_gain, check_instance, check_list, check_number, check_whole
 from hdet.observe.slopes import ProbeLosses
 
 
@@ -48,3 +50,76 @@ class Observation(NamedTuple):
     """``None`` in a round without a probe."""
     lag: float = 1.0
     """Rounds of progress between the probe's slow average and its trail."""
+
+
+def clamped(log_gain: float, bounds: tuple[float, float]) -> float:
+    """The gain of ``log_gain``, or the nearer of its ``bounds``."""
+    low, high = bounds
+    # Clamped twice: exp(log(bound)) may round to just outside the bound.
+    return min(max(math.exp(min(max(log_gain, math.log(low)), math.log(high))), low), high)
+
+
+def saved_state(name: str, values: Any) -> ControllerState:
+    """A :class:`ControllerState` from the values that were saved of one.
+
+    Raises:
+        TypeError, ValueError: if they are not such as a run can have.
+    """
+    fields = "[gain, velocity, rounds, slopes, level]"
+    gain, velocity, rounds, slopes, level = check_list(name, values, fields, length=5)
+    if len(check_list(f"{name}.slopes", slopes, "a list")) not in (0, 6):
+        raise ValueError(f"Invalid {name}.slopes={slopes}. Must have 6 averages, or none.")
+    average, variance, count, lowest = check_list(f"{name}.level", level, "[mean, variance, rounds, lowest]", length=4)
+    return ControllerState(
+        check_gain(f"{name}.gain", gain),
+        check_number(f"{name}.velocity", velocity),
+        check_whole(f"{name}.rounds", rounds, ">= 0", lambda n: n >= 0),
+        tuple(_average(f"{name}.slopes", *check_list(f"{name}.slopes", one, "pairs", length=2)) for one in slopes),
+        (
+            *_average(f"{name}.level", average, variance),
+            check_whole(f"{name}.level.rounds", count, ">= 0", lambda n: n >= 0),
+            check_number(f"{name}.level.lowest", lowest, "above -inf", lambda x: x > -math.inf, finite=False),
+        ),
+    )
+
+
+def _average(name: str, mean: object, variance: object) -> tuple[float, float]:
+    return check_number(f"{name}.mean", mean), check_number(f"{name}.variance", variance, ">= 0", lambda x: x >= 0)
+
+
+def check_update(state: Any, seen: Any) -> None:
+    """Raise TypeError or ValueError for what a controller of learning rates cannot go on from."""
+    check_instance("state", state, ControllerState, "an hdet.controller.ControllerState")
+    check_instance("observation", seen, Observation, "an hdet.controller.Observation")
+    check_number("state.gain", state.gain)
+    check_number("state.velocity", state.velocity)
+    check_whole("state.rounds", state.rounds, ">= 0", lambda n: n >= 0)
+    if state.slopes:
+        for one in check_list("state.slopes", state.slopes, "six averages (mean, variance)", length=6):
+            _average("state.slopes", *check_list("state.slopes", one, "pairs (mean, variance)", length=2))
+    level = check_list("state.level", state.level, "(mean, variance, rounds, lowest)", length=4)
+    _average("state.level", *level[:2])
+    check_whole("state.level", level[2], ">= 0", lambda n: n >= 0)
+    check_number("state.level", level[3], "above -inf", lambda x: x > -math.inf, finite=False)
+    _numbers("observation.multipliers", seen.multipliers, finite=True)
+    _numbers("observation.losses", seen.losses)
+    check_number("observation.schedule", seen.schedule)
+    check_number("observation.progress", seen.progress, "a share of the run, or NaN", finite=False)
+    check_number("observation.share", seen.share, "> 0", lambda x: x > 0)
+    for name in ("height", "until", "final"):
+        check_number(f"observation.{name}", getattr(seen, name))
+    if seen.probe is not None:
+        check_probe("observation.probe", seen.probe, seen.multipliers, seen.lag)
+
+
+def check_probe(name: str, probe: Any, multipliers: Sequence[float], lag: Any) -> None:
+    """The same for a probe's losses, with one of each for every one of ``multipliers``."""
+    check_instance(name, probe, ProbeLosses, "an hdet.controller.ProbeLosses")
+    for point, losses in probe._asdict().items():
+        _numbers(f"{name}.{point}", losses, length=len(multipliers))
+    check_number("lag", lag, "> 0 rounds", lambda rounds: rounds > 0)
+
+
+def _numbers(name: str, values: Any, *, finite: bool = False, length: int | None = None) -> list[float]:
+    rule = "a number for each replica" if length is None else f"a number for each of {length} replicas"
+    return [check_number(name, x, rule, finite=finite) for x in check_list(name, values, rule, length=length)]

@@ -13,7 +13,7 @@ from torch import nn
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
-from hdet.errors import DivergedError
+from hdet.errors import DivergedError, check_item, check_number, check_whole
 from hdet.model.snapshot import Snapshot
 from hdet.model.weights import Weights, reshard, weights_of
 from hdet.observe.training_loss import finite_mean
@@ -30,6 +30,15 @@ overfitted model is wrong with certainty."""
 _BAD = 1.1
 """A state is not kept if its round's mean loss is above this many times the first round's: it has begun to blow up, and
 restored, it would do so at a smaller learning rate too."""
+
+
+def check_recovery(state: Mapping[str, Any]) -> None:
+    """Raise TypeError or ValueError if :meth:`Recovery.load` cannot go on from ``state``."""
+    what = "The saved state"
+    rule = "a finite loss, or NaN for none"
+    check_number("first_loss", check_item(what, state, "first_loss"), rule, lambda x: not math.isinf(x), finite=False)
+    rule = f"in [0, {MAX_ROLLBACKS}]"
+    check_whole("rollbacks", check_item(what, state, "rollbacks"), rule, lambda n: 0 <= n <= MAX_ROLLBACKS)
 
 
 class Recovery:
@@ -131,7 +140,7 @@ class Recovery:
 
     def load(self, state: Mapping[str, Any]) -> None:
         """Continue from a saved :meth:`state`."""
-        self.first_loss, self.count = state["first_loss"], state["rollbacks"]
+        self.first_loss, self.count = float(state["first_loss"]), int(state["rollbacks"])
 
     def warn(self, step: int, mean_loss: float) -> None:
         """Log the rollback, after a round that ended at ``step`` with ``mean_loss``."""

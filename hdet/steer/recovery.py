@@ -9,7 +9,7 @@ from typing import Any
 from weakref import WeakMethod
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
@@ -92,12 +92,18 @@ class Recovery:
         if math.isnan(self.first_loss):
             self.first_loss = finite_mean(losses)
 
-    def keep(self, mean_loss: float = math.nan) -> None:
-        """Copy the state as it is now, unless the loss of the round that led to it is far above the first round's."""
+    def keep(self, mean_loss: float = math.nan) -> bool:
+        """Copy the state as it is now, unless the loss of the round that led to it is far above the first round's.
+        Returns whether it was copied."""
         if mean_loss > _BAD * abs(self.first_loss):
-            return
+            return False
         self._snapshot.take()
         self._has_snapshot = True
+        return True
+
+    def copies(self) -> dict[int, Tensor]:
+        """The state that is kept, by the address of the original."""
+        return self._snapshot.copies()
 
     def is_needed(self, finite: Sequence[bool], losses: Sequence[float], *, watches_losses: bool) -> bool:
         """Whether the round that just ended is to be undone: no replica is finite, or the mean loss is above

@@ -82,8 +82,10 @@ def check_number(
         raise TypeError(f"Invalid {name}={shown(value)}. Must be a number, {rule}.")
     try:
         number = float(value)
-    except OverflowError:
-        number = math.inf
+    except OverflowError as error:
+        raise ValueError(
+            f"Invalid {name}={shown(value)}. Must be {rule}, and no more than a float can hold."
+        ) from error
     if finite and not math.isfinite(number):
         raise ValueError(
             f"Invalid {name}={shown(value)}. Must be {rule if 'finite' in rule else f'finite, and {rule}'}."

@@ -50,26 +50,33 @@ def check(parts: Iterable[Stateful], state: Mapping[str, Any], groups: int) -> N
         groups: number of parameter groups.
     """
     check_mapping("state_dict", state, "what state_dict() returned")
-    if state.get("version") != VERSION:
-        raise ValueError(
-            f"Cannot load an hdet state of version {shown(state.get('version'))}; this hdet reads version {VERSION}."
-        )
+    version = state.get("version")
+    if not isinstance(version, int) or version != VERSION:
+        raise ValueError(f"Cannot load an hdet state of version {shown(version)}; this hdet reads version {VERSION}.")
     what = "The saved state"
     check_place(check_item(what, state, "steps"), check_item(what, state, "base_lr"), groups)
     for part in parts:
         part.check_state(state)
 
 
-def check_place(steps: Any, base_lr: Any, groups: int) -> None:
-    """Raise ``TypeError`` or ``ValueError`` unless these are steps, and the schedule's learning rate for each group."""
-    check_whole("steps", steps, ">= 0", lambda steps: steps >= 0)
+def check_place(steps: Any, base_lr: Any, groups: int) -> tuple[int, list[float | Tensor]]:
+    """A number of steps, and the schedule's learning rate for each of as many groups.
+
+    Raises:
+        TypeError, ValueError: for anything else.
+    """
+    steps = check_whole("steps", steps, ">= 0", lambda steps: steps >= 0)
+    rates: list[float | Tensor] = []
     rule = f"a learning rate, finite and >= 0, for each of {groups} parameter groups"
     for lr in check_list("base_lr", base_lr, rule, length=groups):
         if isinstance(lr, Tensor):
             if lr.numel() != 1 or lr.is_complex() or lr.is_meta:
                 raise TypeError(f"Invalid base_lr={shown(lr)}. Must be {rule}.")
-            lr = lr.item()
-        check_number("base_lr", lr, rule, lambda lr: lr >= 0)
+            check_number("base_lr", lr.item(), rule, lambda lr: lr >= 0)
+            rates.append(lr)
+        else:
+            rates.append(float(check_number("base_lr", lr, rule, lambda lr: lr >= 0)))
+    return steps, rates
 
 
 def load(parts: Iterable[Stateful], state: Mapping[str, Any]) -> None:

@@ -295,7 +295,8 @@ class Ensemble:
             TypeError, ValueError: as :meth:`load_state_dict`.
         """
         self.check_state(state)
-        self._rounds.resume_at(state["steps"], state["base_lr"], state)
+        steps, base_lr = checkpoint.check_place(state["steps"], state["base_lr"], len(self._group_names))
+        self._rounds.resume_at(steps, base_lr, state)
 
     def resume_at(self, steps: int, base_lr: Sequence[float | Tensor]) -> None:
         """Continue from a converged model after ``steps`` steps, with the schedule at ``base_lr``.
@@ -303,8 +304,7 @@ class Ensemble:
         Raises:
             TypeError, ValueError: for a number of steps below 0, or learning rates that are not finite and >= 0.
         """
-        checkpoint.check_place(steps, base_lr, len(self._group_names))
-        self._rounds.resume_at(steps, base_lr)
+        self._rounds.resume_at(*checkpoint.check_place(steps, base_lr, len(self._group_names)))
 
     def _begin_from(self, prior: Prior) -> None:
         hyperparameters, per_group = self._phases.explore.hyperparameters, self.settings.given["per_group"]

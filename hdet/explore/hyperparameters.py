@@ -160,6 +160,7 @@ class Hyperparameter:
         Raises:
             TypeError, ValueError: unless there is one for every target, and all values lie inside the bounds.
         """
+        position = check_number(f"position of {self.name}", position)
         space = _SPACES[self.space]
         low, high = self.bounds
         lowest = -math.inf if low == space.low else space.to_x(low)

@@ -208,8 +208,8 @@ class ParamGroupField(Hyperparameter):
             indices.append(i)
         if not indices:
             raise ValueError(
-                f"No parameter group to explore {self.name} in: it is 0 in all, or groups={self._chosen} names none. "
-                "From 0 it can only be explored in space='linear'."
+                f"The optimizer has no parameter group to explore {self.name} in: it is 0 in all, or groups="
+                f"{self._chosen} names none. From 0 it can only be explored in space='linear'."
             )
         self._optimizer, self._indices = optimizer, indices
         return self._current_values()

@@ -9,7 +9,17 @@ from pathlib import Path
 
 import yaml
 
-from hdet.errors import check_field, check_gain, check_mapping, check_number, check_path, check_text, shown
+from hdet.errors import (
+    check_field,
+    check_flag,
+    check_gain,
+    check_list,
+    check_mapping,
+    check_number,
+    check_path,
+    check_text,
+    shown,
+)
 
 
 def _numbers(name: str, values: object, check: Callable[[str, object], float], what: str) -> dict[str, float]:
@@ -79,6 +89,10 @@ class Prior:
 
     def check(self, groups: Sequence[str], hyperparameters: Sequence[str], *, per_group: bool) -> None:
         """Raise ``ValueError`` unless it holds exactly these groups and hyperparameters."""
+        for name, given in (("groups", groups), ("hyperparameters", hyperparameters)):
+            for one in check_list(name, given, "a list of names"):
+                check_text(name, one, "a list of names")
+        check_flag("per_group", per_group)
         if sorted(self.gains) != sorted(groups) or sorted(self.hyperparameters) != sorted(hyperparameters):
             raise ValueError(
                 f"The prior has the groups {sorted(self.gains)} and hyperparameters {sorted(self.hyperparameters)}, "

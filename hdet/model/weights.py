@@ -57,6 +57,8 @@ def check_modules(name: str, value: Any) -> tuple[nn.Module, ...]:
     rule = "an nn.Module or several"
     if isinstance(value, (str, bytes, type, Tensor, Mapping)) or not isinstance(value, Iterable):
         raise TypeError(f"Invalid {name}={shown(value)}. Must be {rule}, got {type(value).__name__}.")
+    if getattr(value, "ndim", 1) == 0:
+        raise TypeError(f"Invalid {name}={shown(value)}. Must be {rule}.")
     modules = tuple(value)
     for module in modules:
         check_instance(name, module, nn.Module, f"{rule}, got {type(module).__name__} among them")

@@ -207,8 +207,6 @@ def _check_tensor(
     if tensor.dtype not in dtypes:
         other = "" if tensor is wire else f" beside a wire of {wire.dtype}" if beside == "the wire" else ""
         raise TypeError(f"{name} has dtype {tensor.dtype}. Must be {' or '.join(map(str, dtypes))}{other}.")
-    if tensor.is_neg():
-        raise ValueError(f"{name} is a negated view. Must be a tensor of its own: pass resolve_neg() of it.")
     if not tensor.is_contiguous():
         raise ValueError(
             f"{name} has strides {tensor.stride()} for shape {tuple(tensor.shape)}. Must be contiguous: pass a "

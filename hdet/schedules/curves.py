@@ -40,7 +40,7 @@ from hdet.errors import check_whole
 
 def check_step(step: int) -> int:
     """``step``, if it is a number of steps."""
-    if type(step) is int and step >= 0:  # between converges this is all that most calls cost
+    if type(step) is int and 0 <= step < 2**63:  # between converges this is all that most calls cost
         return step
     return check_whole("step", step, ">= 0: so many updates came before", lambda n: n >= 0)
 

@@ -26,7 +26,7 @@ from hdet.errors import (
 
 _OTHER_VERSIONS = {"verbose", "_verbose", "_get_lr_called_within_step", "_is_initial", "anneal_func", "_anneal_func"}
 """Attributes that schedulers have in other versions of torch, which do no harm."""
-_NEEDED = ("last_epoch", "base_lrs", "_last_lr")
+_NEEDED = ("last_epoch", "base_lrs", "_last_lr", "lr_lambdas", "_schedulers")
 _MAY_BE_INFINITE = ("best", "mode_worse")
 _BY_GROUP = ("base_lrs", "_last_lr", "min_lrs", "max_lrs", "lr_lambdas")
 
@@ -77,7 +77,7 @@ def check_scheduler_state(name: str, state: Any, scheduler: Any, own: Mapping[st
             check_whole(f"{name}[{key!r}]", state[key], ">= -1", lambda n: n >= -1)
     for key in ("base_lrs", "_last_lr"):
         for lr in state.get(key, ()):
-            value = lr.item() if isinstance(lr, Tensor) else lr
+            value = lr.item() if isinstance(lr, Tensor) and lr.numel() == 1 and not lr.is_meta else lr
             check_number(f"{name}[{key!r}]", value, "learning rates, finite and >= 0", lambda lr: lr >= 0)
     if isinstance(scheduler, OneCycleLR):
         _check_one_cycle(name, state)
@@ -94,13 +94,13 @@ def _check_like(name: str, value: Any, own: Any, key: str) -> None:
         if not isinstance(value, str):
             raise TypeError(f"Invalid {name}={shown(value)}. Must be {rule}.")
     elif isinstance(own, (int, float)):
-        if isinstance(value, Tensor) and value.numel() == 1 and not value.is_complex():
+        if isinstance(value, Tensor) and value.numel() == 1 and not value.is_meta:
             value = value.item()
         finite = key not in _MAY_BE_INFINITE and math.isfinite(own)
         check_number(name, value, rule, lambda x: not math.isnan(x), finite=finite)
     elif isinstance(own, Tensor):
         if isinstance(value, Tensor):
-            if value.shape != own.shape or not bool(value.isfinite().all()):
+            if value.is_meta or value.shape != own.shape or not bool(value.isfinite().all()):
                 raise ValueError(f"Invalid {name}={shown(value)}. Must be finite, and {rule}.")
         else:
             check_number(name, value, rule)

@@ -45,7 +45,7 @@ class Averaging:
     of them alone, and averages elsewhere (docs/optimizer_state.md)."""
 
     def __post_init__(self) -> None:
-        check_field(self, "bucket_mib", check_number, "> 0 MiB", lambda mib: mib > 0)
+        check_field(self, "bucket_mib", check_number, "> 0 MiB, and at most 2**20", lambda mib: 0 < mib <= 2**20)
         check_field(self, "overlap_steps", check_whole, ">= 0 steps", lambda steps: steps >= 0)
         check_field(self, "wire_dtype", check_choice, list(_WIRE_DTYPES))
         check_field(self, "optimizer_state", check_choice, _OPTIMIZER_STATES)

@@ -13,7 +13,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from hdet.converge.optimizer_policy import policy_of
-from hdet.errors import check_whole
+from hdet.errors import check_whole, shown
 from hdet.explore.identification import check_identified
 from hdet.explore.prior import Prior
 from hdet.model.gradients import check_gradients
@@ -107,7 +107,8 @@ def resolve(optimizer: Optimizer, total_steps: int | None, settings: Mapping[str
         TypeError, ValueError: naming the setting, its value, the rule and the way out.
     """
     if not isinstance(optimizer, Optimizer):
-        raise TypeError(f"{type(optimizer).__name__} is not an Optimizer")
+        kind = type(optimizer).__name__
+        raise TypeError(f"Invalid optimizer={shown(optimizer)}. {kind} is not an Optimizer. Must be a torch.optim one.")
     _check_known(settings)
     checked = {name: setting.check(name, settings.get(name, setting.default)) for name, setting in DECLARED.items()}
     given = Settings(**checked)  # type: ignore[typeddict-item]

@@ -229,6 +229,8 @@ def learning_rates(optimizer: Optimizer) -> list[float]:
 def _check_optimizer(optimizer: Optimizer) -> None:
     check_instance("optimizer", optimizer, Optimizer, "a torch.optim.Optimizer")
     learning_rates(optimizer)
+    if not any(p.requires_grad for group in optimizer.param_groups for p in group["params"]):
+        raise ValueError("Invalid optimizer: no parameter of it requires a gradient. Must train at least one.")
     closure = inspect.signature(optimizer.step).parameters.get("closure")
     if isinstance(optimizer, torch.optim.LBFGS) or (closure is not None and closure.default is inspect.Parameter.empty):
         raise TypeError(

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from hdet.errors import check_gain, check_instance, check_list, check_number, check_whole
-from hdet.observe.slopes import ProbeLosses
+from hdet.observe.slopes import ProbeLosses, check_probe, check_replicas
 
 
 class ControllerState(NamedTuple):
@@ -76,7 +75,7 @@ def saved_state(name: str, values: Any) -> ControllerState:
     average, variance, count, lowest = check_list(f"{name}.level", level, "[mean, variance, rounds, lowest]", length=4)
     return ControllerState(
         check_gain(f"{name}.gain", gain),
-        check_number(f"{name}.velocity", velocity),
+        check_number(f"{name}.velocity", velocity, _RULE, _is_kept),
         check_whole(f"{name}.rounds", rounds, ">= 0", lambda n: n >= 0),
         tuple(_average(f"{name}.slopes", *check_list(f"{name}.slopes", one, "pairs", length=2)) for one in slopes),
         (
@@ -87,8 +86,24 @@ def saved_state(name: str, values: Any) -> ControllerState:
     )
 
 
+def check_share(name: str, value: Any) -> float:
+    """``value`` as a round's length in shares of the run."""
+    return check_number(name, value, "> 0, and at least 1e-12 of the run", lambda share: share >= 1e-12)
+
+
+_RULE = "finite, and at most 1e150"
+
+
+def _is_kept(x: float) -> bool:
+    """Whether it can be squared."""
+    return abs(x) <= 1e150
+
+
 def _average(name: str, mean: object, variance: object) -> tuple[float, float]:
-    return check_number(f"{name}.mean", mean), check_number(f"{name}.variance", variance, ">= 0", lambda x: x >= 0)
+    return (
+        check_number(f"{name}.mean", mean, _RULE, _is_kept),
+        check_number(f"{name}.variance", variance, ">= 0", lambda x: x >= 0),
+    )
 
 
 def check_update(state: Any, seen: Any) -> None:
@@ -96,7 +111,7 @@ def check_update(state: Any, seen: Any) -> None:
     check_instance("state", state, ControllerState, "an hdet.controller.ControllerState")
     check_instance("observation", seen, Observation, "an hdet.controller.Observation")
     check_number("state.gain", state.gain)
-    check_number("state.velocity", state.velocity)
+    check_number("state.velocity", state.velocity, _RULE, _is_kept)
     check_whole("state.rounds", state.rounds, ">= 0", lambda n: n >= 0)
     if state.slopes:
         for one in check_list("state.slopes", state.slopes, "six averages (mean, variance)", length=6):
@@ -105,25 +120,12 @@ def check_update(state: Any, seen: Any) -> None:
     _average("state.level", *level[:2])
     check_whole("state.level", level[2], ">= 0", lambda n: n >= 0)
     check_number("state.level", level[3], "above -inf", lambda x: x > -math.inf, finite=False)
-    _numbers("observation.multipliers", seen.multipliers, finite=True)
-    _numbers("observation.losses", seen.losses)
+    check_replicas("observation.multipliers", seen.multipliers, finite=True)
+    check_replicas("observation.losses", seen.losses)
     check_number("observation.schedule", seen.schedule)
     check_number("observation.progress", seen.progress, "a share of the run, or NaN", finite=False)
-    check_number("observation.share", seen.share, "> 0", lambda x: x > 0)
+    check_share("observation.share", seen.share)
     for name in ("height", "until", "final"):
-        check_number(f"observation.{name}", getattr(seen, name))
+        check_number(f"observation.{name}", getattr(seen, name), "in [0, 1]", lambda x: 0 <= x <= 1)
     if seen.probe is not None:
         check_probe("observation.probe", seen.probe, seen.multipliers, seen.lag)
-
-
-def check_probe(name: str, probe: Any, multipliers: Sequence[float], lag: Any) -> None:
-    """The same for a probe's losses, with one of each for every one of ``multipliers``."""
-    check_instance(name, probe, ProbeLosses, "an hdet.controller.ProbeLosses")
-    for point, losses in probe._asdict().items():
-        _numbers(f"{name}.{point}", losses, length=len(multipliers))
-    check_number("lag", lag, "> 0 rounds", lambda rounds: rounds > 0)
-
-
-def _numbers(name: str, values: Any, *, finite: bool = False, length: int | None = None) -> list[float]:
-    rule = "a number for each replica" if length is None else f"a number for each of {length} replicas"
-    return [check_number(name, x, rule, finite=finite) for x in check_list(name, values, rule, length=length)]

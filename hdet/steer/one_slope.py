@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 from hdet.errors import check_field, check_instance, check_list, check_number, check_whole
 from hdet.observe.slopes import TOO_LARGE
+from hdet.steer.observation import check_share
 from hdet.steer.running_average import HUNDREDTH, Decay, mean_and_error, significance, t_statistic, update_average
 
 
@@ -34,7 +35,7 @@ def saved_centre(name: str, values: Any) -> CentreState:
     )
     return CentreState(
         check_number(f"{name}.position", position),
-        check_number(f"{name}.velocity", velocity),
+        check_number(f"{name}.velocity", velocity, "at most 1e150", lambda x: abs(x) <= 1e150),
         check_whole(f"{name}.rounds", rounds, ">= 0", lambda n: n >= 0),
         check_number(f"{name}.variance", variance, ">= 0", lambda x: x >= 0),
     )
@@ -89,7 +90,7 @@ class OneSlope:
         check_number("effect", effect, "a difference of losses, or NaN", finite=False)
         check_number("spread", spread, ">= 0", lambda x: x >= 0)
         check_number("height", height)
-        check_number("share", share, "> 0", lambda x: x > 0)
+        check_share("share", share)
         if not abs(effect) < TOO_LARGE:
             return state
         rounds = state.rounds + 1

@@ -17,7 +17,16 @@ import math
 from dataclasses import dataclass
 from typing import ClassVar
 
-from hdet.errors import check_bounds, check_field, check_flag, check_list, check_number, check_whole
+from hdet.errors import (
+    check_bounds,
+    check_field,
+    check_flag,
+    check_instance,
+    check_list,
+    check_number,
+    check_whole,
+)
+from hdet.observe.slopes import TOO_LARGE
 from hdet.schedules.course import Course
 from hdet.steer.observation import ControllerState, Observation, check_update, clamped
 
@@ -62,14 +71,18 @@ class Published:
 
     def wants_probe(self, progress: float, until: float) -> bool:
         """No: it uses training losses only."""
+        check_number("progress", progress, "a share of the run, or NaN", finite=False)
+        check_number("until", until, "a share of the run")
         return False
 
     def rests_after(self, course: Course) -> float:
         """It never rests."""
+        check_instance("course", course, Course, "an hdet.schedules.course.Course")
         return 1.0
 
     def reach(self, height: float) -> float:
         """Not used, as there is no probe."""
+        check_number("height", height, "a share of the schedule's peak")
         return 1.0
 
     def update(self, state: ControllerState, observation: Observation) -> tuple[ControllerState, float | None]:
@@ -105,7 +118,8 @@ def hypergradient(losses: tuple[float, ...], values: tuple[float, ...], temperat
     """
     check_number("temperature", temperature, "> 0", lambda x: x > 0)
     rule = "numbers, one for each replica"
-    values = tuple(check_number("values", x, rule) for x in check_list("values", values, rule))
+    known = check_list("values", values, rule)
+    values = tuple(check_number("values", x, rule, lambda x: abs(x) <= TOO_LARGE) for x in known)
     losses = tuple(
         check_number("losses", x, rule, finite=False) for x in check_list("losses", losses, rule, length=len(values))
     )

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
-from hdet.errors import check_bounds, check_field, check_list, check_number
+from hdet.errors import check_bounds, check_field, check_instance, check_list, check_number
 from hdet.observe.slopes import TOO_LARGE, Slopes, loss_near, mean_of, slopes_of
 from hdet.schedules.course import Course
 from hdet.steer.observation import ControllerState, Observation, check_update, clamped
@@ -131,14 +131,18 @@ class TwoSlope:
 
     def wants_probe(self, progress: float, until: float) -> bool:
         """Whether a round that ends at ``progress`` may still move the gain."""
+        check_number("progress", progress, "a share of the run, or NaN", finite=False)
+        check_number("until", until, "a share of the run")
         return progress <= until
 
     def rests_after(self, course: Course) -> float:
         """Share of the run after which the gain rests."""
+        check_instance("course", course, Course, "an hdet.schedules.course.Course")
         return course.high_until(self.rest_below)
 
     def reach(self, height: float) -> float:
         """How far the far point is to be from the slow average, in units of ``e - f``."""
+        check_number("height", height, "a share of the schedule's peak")
         return self.far / max(height, _LOWEST)
 
     def update(self, state: ControllerState, observation: Observation) -> tuple[ControllerState, float | None]:
@@ -198,6 +202,11 @@ class TwoSlope:
 
     def evidence(self, slopes: Slopes, progress: float, until: float, final: float) -> float:
         """``x`` of one round: > 0 for "a larger learning rate would do better"."""
+        check_instance("slopes", slopes, Slopes, "an hdet.controller.Slopes")
+        for name, slope in slopes._asdict().items():
+            check_number(f"slopes.{name}", slope, "a slope, or NaN", finite=False)
+        for name, share in (("progress", progress), ("until", until), ("final", final)):
+            check_number(name, share, "in [0, 1]", lambda share: 0 <= share <= 1)
         return _weighed(slopes, self._weights(progress, until, final))
 
     def _weights(self, progress: float, until: float, final: float) -> tuple[float, float, float]:

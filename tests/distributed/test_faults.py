@@ -2,7 +2,7 @@
 
 import pytest
 
-from hdet.bench import faults
+from hdet.bench.faults import kills as faults
 
 pytestmark = [pytest.mark.distributed, pytest.mark.timeout(300)]
 
@@ -11,7 +11,7 @@ pytestmark = [pytest.mark.distributed, pytest.mark.timeout(300)]
 def test_runs_survive_the_death_of_their_processes(capsys, monkeypatch):
     """torchrun restarts them, and they end as the undisturbed run did, bit for bit. It keeps its store, in which the
     restarted processes used to find the addresses of the dead, and gave up."""
-    monkeypatch.setenv("PYTHONPATH", str(faults.__file__).removesuffix("/hdet/bench/faults.py"))
+    monkeypatch.setenv("PYTHONPATH", str(faults.__file__).removesuffix("/hdet/bench/faults/kills.py"))
     status = faults.main(["--runs=2", "--processes=2", "--steps=60", "--limit=120", "--seed=1"])
     told = capsys.readouterr().out
     assert status == 0, told

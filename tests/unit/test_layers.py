@@ -12,7 +12,7 @@ ROOT = Path(hdet.__file__).parent
 # Lowest first: a package, or a module directly under hdet, imports from those that stand before it.
 LAYERS = [
     "errors", "transaction", "ops", "schedules",
-    "replicas", "model", "explore", "converge", "observe", "steer", "monitor",
+    "replicas", "model", "explore", "converge", "observe", "steer", "controller", "monitor",
     "settings", "ensemble", "lr_scheduler",
     "integrations", "train", "bench",
 ]  # fmt: skip

@@ -4,8 +4,8 @@ Between two steps a user may write ``group["lr"] = x``: a base, around which the
 ``group["lr"] *= y``: a factor of what stood there, which was each replica's own. Both leave one number in the
 optimizer, and a replica cannot tell them apart alone:
 
-- It takes ``x`` or ``y``, whichever has fewer digits, and makes its base of that: ``x / gain``, or ``y`` times the
-  base.
+- It takes ``y``, if that or its inverse has at most 4 digits and fewer than ``x``; else ``x``. Its base becomes ``y``
+  times what it was, or ``x / gain``.
 - At the next converge the replicas compare. As a base or as a factor, one of the readings is the same on all; that is
   then the base of all. If neither is, they have written different things, which is an error.
 
@@ -19,6 +19,9 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from hdet.errors import ReplicaMismatchError
+
+_FEW = 4
+"""Most digits of a factor. By chance a number has so few in one of a hundred cases."""
 
 
 class ByHand(NamedTuple):
@@ -37,7 +40,10 @@ class ByHand(NamedTuple):
 
 def read_by_hand(value: float, own: float, multiplier: float) -> ByHand:
     """Read ``value``, which stands where the replica's ``own`` learning rate was written."""
-    return ByHand(multiplier, is_factor=bool(own) and _digits(value / own) < _digits(value))
+    if not own or not value:
+        return ByHand(multiplier, is_factor=False)
+    digits = min(_digits(value / own), _digits(own / value))
+    return ByHand(multiplier, is_factor=digits <= _FEW and digits < _digits(value))
 
 
 def agree(name: str, readings: Sequence[Sequence[float]]) -> float:

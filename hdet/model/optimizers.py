@@ -10,6 +10,8 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.optim import Optimizer
 
+from hdet.replicas.topology import ranks_of
+
 _INSIDE = ("optimizer", "optim", "base", "base_optimizer", "original_optimizer", "inner_optimizer", "_optimizer")
 """Attributes under which wrappers keep the optimizer inside."""
 _SHARDED = {"ZeroRedundancyOptimizer", "OSS", "DistributedFusedAdam", "DistributedFusedLAMB"}
@@ -106,7 +108,6 @@ def _settings_of(kind: Any) -> frozenset[str]:
 
 
 def _ranks_of(optimizer: Any) -> int:
-    group = getattr(optimizer, "process_group", None) or getattr(optimizer, "group", None)
-    if not dist.is_available() or not dist.is_initialized():
-        return 1
-    return dist.get_world_size(group if isinstance(group, dist.ProcessGroup) else None)
+    groups = (getattr(optimizer, name, None) for name in ("process_group", "group"))
+    group = next((one for one in groups if isinstance(one, dist.ProcessGroup)), None)
+    return 1 if group is None else len(ranks_of(group))

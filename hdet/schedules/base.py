@@ -16,7 +16,6 @@ from torch.optim.lr_scheduler import (
     ReduceLROnPlateau,
 )
 
-from hdet.model.optimizers import inside
 from hdet.schedules.forecast import Forecast, forecast
 from hdet.schedules.found import FoundSchedule, Recorder
 
@@ -44,7 +43,8 @@ class BaseSchedule:
         if every < 1:
             raise ValueError(f"Invalid schedule_every={every}. Must be >= 1 step.")
         if isinstance(schedule, (LRScheduler, ReduceLROnPlateau)):
-            if inside(schedule.optimizer) is not inside(optimizer):
+            # An optimizer and its wrapper, such as accelerate's, have their groups in common.
+            if schedule.optimizer.param_groups is not optimizer.param_groups:
                 raise ValueError("The schedule was built on another optimizer than the one passed to hdet.")
         elif schedule is not None:
             schedule = LambdaLR(optimizer, schedule)

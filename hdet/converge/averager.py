@@ -114,6 +114,11 @@ class Averager:
         self._is_first_reduced = self._is_first_packed
         return piggyback.read()
 
+    @property
+    def sends_differences(self) -> bool:
+        """Whether what is sent is compared with a copy of the last mean."""
+        return self._reference.dtype is not None
+
     def version(self) -> int:
         """A number that grows whenever a trained tensor is written in place. Not collective."""
         return sum([t._version for t in (self._plan or self._current_plan()).trained])
@@ -122,6 +127,12 @@ class Averager:
         """Forget what is known of the model, since it may have been changed. On all replicas, or on none."""
         self._plan = None
         self._reference.drop()
+
+    def forget(self) -> None:
+        """The model was given other weights since the last average: send them as they are. On all replicas, or on none;
+        after :meth:`gather`."""
+        self._reference.drop()
+        self._is_first_reduced = self._is_first_packed = False
 
     @torch.no_grad()
     def set_reference(self) -> None:
@@ -207,6 +218,10 @@ class Averager:
     def buckets(self) -> list[Bucket]:
         """Of the trainable parameters, as :meth:`inspect` found them."""
         return [] if self._plan is None else self._plan.buckets
+
+    def trained(self) -> list[Tensor]:
+        """The tensors that are trained now."""
+        return self._current_plan().trained
 
     def _compare(self, inspections: Sequence[Inspection]) -> tuple[Plan, tuple[int, ...], int]:
         """The plan, the replicas to exclude, and the bytes sent to find them. Collective."""

@@ -13,7 +13,7 @@ from torch import Tensor
 from hdet.converge import Averaged, Findings, Pending
 from hdet.ensemble import checkpoint
 from hdet.ensemble.build import Phases
-from hdet.model import RivalWatch, check_caller
+from hdet.model import RivalWatch, check_caller, outside_inference
 from hdet.monitor import Moment, Report, assemble
 from hdet.observe import Loss, ProbeLosses
 from hdet.replicas import gather_agreed
@@ -45,7 +45,7 @@ class Rounds:
         self._replicas = settings.replicas
         self._explore, self._converge_phase, self._observe, self._steer = phases[:4]
         self._publisher, self._gradients = phases.publisher, phases.gradients
-        self._schedule, self._course = phases.schedule, phases.course
+        self._schedule, self._course, self._join = phases.schedule, phases.course, phases.join
         self.steps = 0
         """Calls of :meth:`end_step` so far."""
         self.converged_at = 0
@@ -93,8 +93,10 @@ class Rounds:
             if self.steps % self._course.converge_every == 0:
                 self._record(self.steps)
 
+    @outside_inference
     def converge(self) -> Report | None:
         """Average now, inside a round; ``None`` if the replicas have converged already. Collective."""
+        self._explore.check()
         told = self._agree()
         if self.converged_at == self.steps and not any(one["written"] for one in told):
             return None
@@ -103,16 +105,19 @@ class Rounds:
 
     # -------------------------------------------------------------------------------------------------- a round's end
 
+    @outside_inference
     def _end_round(self, batch: Any) -> None:
         """Agree, converge, observe, steer; then draw what the next round is trained under."""
+        told = self._agree()
         self._record(self.steps - 1)
-        self._converge(self._agree(), complete=True)
+        self._converge(told, complete=True)
         if self._wants_probe():
             self._observe.keep(batch)
         self.draw()
 
     def _agree(self, *, converges: bool = True) -> list[dict[str, float]]:
         """Make sure that all replicas are at the same point, and gather what each has to tell."""
+        self._join.check()
         terms = {
             **self._observe.terms(),
             **self._publisher.terms(),
@@ -120,8 +125,16 @@ class Rounds:
             **self._converge_phase.terms(converges=converges),
         }
         facts = {**self._plain_settings(), **self._steer.facts(), "replicas=": self._replicas.kind}
+        by_hand = [self._group_names[i] for i in self._explore.by_hand]
+        if by_hand:  # these may differ, until they are compared
+            facts = {key: value for key, value in facts.items() if key not in {f"schedule_lr.{g}" for g in by_hand}}
+            facts["learning rates written by hand"] = ", ".join(by_hand)
         phase = self._converge_phase
         told = gather_agreed(self._replicas, self.steps, phase.layout, facts, terms, phase.gather)
+        if by_hand:
+            self._explore.agree(self._replicas.all_gather(self._explore.readings()), self._group_names)
+        if any(one["written"] > 1 for one in told):
+            phase.forget()
         self._gradients.compare(self.steps, told)
         return told
 
@@ -230,6 +243,7 @@ class Rounds:
         """What has something to save."""
         return self._observe, self._steer, self._explore, self._converge_phase, self._schedule
 
+    @outside_inference
     def resume_at(self, steps: int, base_lr: Sequence[float | Tensor], state: Mapping[str, Any] | None = None) -> None:
         """Continue from a converged model after ``steps`` steps, with the schedule at ``base_lr``, and with the rest of
         a saved ``state``."""
@@ -244,8 +258,27 @@ class Rounds:
         self._explore.undo(base_lr)
         self.fan_out()
 
+    @property
+    def is_over(self) -> bool:
+        """Whether all steps of the run, if their number is known, have been taken."""
+        total = self._course.total_steps
+        return total is not None and self.steps >= total
+
+    @property
+    def has_begun(self) -> bool:
+        """Whether a step has been taken, or a state loaded."""
+        return self.steps > 0 or not self._is_new
+
+    def close(self) -> None:
+        """Leave model and optimizer to others. Not collective: an average under way is not waited for."""
+        self._in_flight = None
+        self._explore.close()
+        self._steer.close()
+        self._converge_phase.close()
+
     # --------------------------------------------------------------------------------------------------- inner parts
 
+    @outside_inference
     def _start(self) -> None:
         check_caller()
         self._agree(converges=False)

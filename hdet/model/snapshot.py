@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from hdet.model.optimizers import group_state
 from hdet.model.weights import local, weights_of
 
 
@@ -21,7 +22,8 @@ class Snapshot:
 
     Args:
         models: whose parameters and buffers are copied.
-        optimizer: whose parameters and state are copied; the settings of its groups, such as learning rates, are not.
+        optimizer: whose parameters and state are copied, that in its groups too; the settings of its groups, such as
+            learning rates, are not.
         device: of the copies; ``None`` for that of the originals.
     """
 
@@ -29,6 +31,7 @@ class Snapshot:
         self._weights, self._optimizer, self._device = weights_of(tuple(models)), optimizer, device
         self._copies: list[Tensor] = []
         self._state: dict[Tensor, dict[str, Any]] = {}
+        self._groups: list[dict[str, Any]] = []
 
     @torch.no_grad()
     def take(self) -> None:
@@ -40,6 +43,8 @@ class Snapshot:
             for copied, t in zip(self._copies, tensors, strict=True):
                 copied.copy_(t)
         self._state = {p: {k: self._copy_of(p, k, v) for k, v in s.items()} for p, s in self._optimizer.state.items()}
+        pairs = zip(self._optimizer.param_groups, group_state(self._optimizer), strict=True)
+        self._groups = [{key: copy.deepcopy(group[key]) for key in keys} for group, keys in pairs]
 
     def copies(self) -> dict[int, Tensor]:
         """What :meth:`take` has copied, by the address of the original. Empty before that, or if tensors have changed
@@ -55,6 +60,9 @@ class Snapshot:
         for t, copied in zip(self._originals(), self._copies, strict=True):
             t.copy_(copied)
         self._weights.written()
+        for group, kept in zip(self._optimizer.param_groups, self._groups, strict=True):
+            for key, value in kept.items():
+                group[key] = copy.deepcopy(value)
         states = self._optimizer.state
         for p in [p for p in states if p not in self._state]:
             del states[p]

@@ -16,7 +16,9 @@ from hdet.converge.optimizer_policy import policy_of
 from hdet.errors import check_whole
 from hdet.explore.identification import check_identified
 from hdet.explore.prior import Prior
+from hdet.explore.rates import share_memory
 from hdet.model.gradients import check_gradients
+from hdet.model.optimizers import inside
 from hdet.model.sharding import check_sharding
 from hdet.monitor.base import Monitor, as_monitors
 from hdet.observe.probe import Probe
@@ -50,6 +52,8 @@ class Resolved:
     modules: tuple[nn.Module, ...]
     monitors: tuple[Monitor, ...]
     replicas: Replicas
+    optimizer: Optimizer
+    """The one that was passed, or the one inside a wrapper."""
     optimizer_state: str
     """The policy that ``averaging.optimizer_state`` comes to with this optimizer."""
 
@@ -106,8 +110,7 @@ def resolve(optimizer: Optimizer, total_steps: int | None, settings: Mapping[str
     Raises:
         TypeError, ValueError: naming the setting, its value, the rule and the way out.
     """
-    if not isinstance(optimizer, Optimizer):
-        raise TypeError(f"{type(optimizer).__name__} is not an Optimizer")
+    optimizer = inside(optimizer)
     _check_known(settings)
     given = Settings(**{name: settings.get(name, setting.default) for name, setting in DECLARED.items()})  # type: ignore[typeddict-item]
     for name, setting in DECLARED.items():
@@ -132,6 +135,7 @@ def resolve(optimizer: Optimizer, total_steps: int | None, settings: Mapping[str
         modules=_modules(given["model"]),
         monitors=as_monitors(given["monitor"]),
         replicas=Replicas(given["replicas"]),
+        optimizer=optimizer,
         optimizer_state=policy_of(
             given["averaging"].optimizer_state,
             optimizer,
@@ -141,6 +145,8 @@ def resolve(optimizer: Optimizer, total_steps: int | None, settings: Mapping[str
         ),
     )
     _check_together(resolved)
+    if given["per_group"]:
+        _check_own_rates(optimizer)
     check_sharding(resolved.modules, resolved.replicas)
     check_gradients(given["gradients"], resolved.modules, resolved.replicas)
     return resolved
@@ -219,6 +225,19 @@ def _check_together(resolved: Resolved) -> None:
         _check_outer(outer, gradients, averaging, resolved.modules)
     if given["virtual_replicas"] > 1:
         _check_virtual(given["virtual_replicas"], given)
+
+
+def _check_own_rates(optimizer: Optimizer) -> None:
+    """Raise ValueError if parameter groups that are to have multipliers of their own share a learning rate."""
+    rates = [group["lr"] for group in optimizer.param_groups]
+    for i, rate in enumerate(rates):
+        first = next((j for j in range(i) if share_memory(rates[j], rate)), None)
+        if first is not None:
+            raise ValueError(
+                f"per_group=True gives every parameter group a learning rate of its own, and groups {first} and {i} "
+                "share one tensor. Give each a tensor of its own: group['lr'] = group['lr'].clone(), or leave out "
+                "per_group."
+            )
 
 
 def _check_outer(outer: Outer, gradients: str, averaging: Averaging, modules: Sequence[nn.Module]) -> None:

@@ -6,15 +6,14 @@ import logging
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
-from weakref import WeakMethod
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from torch.utils.hooks import RemovableHandle
 
 from hdet.errors import DivergedError
 from hdet.model.snapshot import Snapshot
+from hdet.model.step_hook import BeforeStep
 from hdet.model.weights import Weights, reshard, weights_of
 from hdet.observe.training_loss import finite_mean
 
@@ -43,7 +42,7 @@ class Recovery:
         self._snapshot = Snapshot(models, optimizer, device)
         self._models, self._optimizer = models, optimizer
         self._has_snapshot = False
-        self._before_step: RemovableHandle | None = None
+        self._before_step = BeforeStep(optimizer, self.begin)
         self.copy_before_next_step()
         self.first_loss = math.nan
         """The first round's mean loss."""
@@ -56,27 +55,27 @@ class Recovery:
         By then everything has been loaded, in whatever order. Where a framework keeps the weights and its step may be
         in several parts, the first copy is made at the first converge."""
         self._has_snapshot = False
-        if self._before_step is not None:
-            self._before_step.remove()
-            self._before_step = None
-        if type(weights_of(tuple(self._models))) is not Weights:
-            return
-        begin = WeakMethod(self.begin)
-
-        def before_step(*_: object) -> None:
-            if (method := begin()) is not None:
-                method()
-
-        self._before_step = self._optimizer.register_step_pre_hook(before_step)
+        if type(weights_of(tuple(self._models))) is Weights:
+            self._before_step.arm()
 
     def begin(self) -> None:
         """Make the first copy, unless it was made: before the optimizer's first step, or in place of one that AMP
         skipped."""
-        if self._before_step is not None:
-            self._before_step.remove()
-            self._before_step = None
+        if self._before_step.is_armed:
+            self._before_step.disarm()
             reshard(self._models)
             self.keep()
+
+    def renew(self) -> None:
+        """The model was given other weights: go back to these, not to the old ones."""
+        if self._has_snapshot:
+            reshard(self._models)
+            self.keep()
+
+    def close(self) -> None:
+        """Keep nothing any more."""
+        self._before_step.remove()
+        self._has_snapshot = False
 
     def observe(self, losses: Sequence[float]) -> None:
         """Take the first round's mean loss from [replica] ``losses`` of a round that was not undone."""

@@ -72,6 +72,7 @@ def _converge_phase(optimizer: Optimizer, resolved: Resolved) -> ConvergePhase:
         wire_dtype=averaging.low_precision,
         piggyback=averaging.overlap_steps == 0,
         has_virtual=given["virtual_replicas"] > 1,
+        watches=resolved.rolls_back,
     )
     state = OptimizerState(
         optimizer,
@@ -81,6 +82,7 @@ def _converge_phase(optimizer: Optimizer, resolved: Resolved) -> ConvergePhase:
         all_ranks=averager.all_ranks,
         automatic=averaging.optimizer_state == "auto",
         overlapped=averaging.overlap_steps > 0,
+        watches=resolved.rolls_back,
     )
     return ConvergePhase(
         averager,

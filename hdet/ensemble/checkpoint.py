@@ -13,6 +13,7 @@ VERSION = 6
 _ABSENT = {
     "first_loss": math.nan,
     "rollbacks": 0,
+    "loss_level": [],
 }
 
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
-from weakref import WeakMethod
+from weakref import WeakMethod, ref
 
 import torch
 from torch import nn
@@ -17,23 +17,40 @@ from hdet.errors import DivergedError
 from hdet.model.snapshot import Snapshot
 from hdet.model.weights import Weights, reshard, weights_of
 from hdet.observe.training_loss import finite_mean
+from hdet.steer.loss_level import LossLevel
 
 logger = logging.getLogger("hdet")
 
 GAIN_DIVISOR = 3.0
 """What a rollback divides the gain by."""
 MAX_ROLLBACKS = 8
-_BLOWN_UP = 2.0
-"""A round blew up if its mean loss is above this many times the first round's; after each rollback, this many times
-more. A loss that stays high at a third of the learning rate has another cause: for example, single examples on which an
-overfitted model is wrong with certainty."""
-_BAD = 1.1
-"""A state is not kept if its round's mean loss is above this many times the first round's: it has begun to blow up, and
-restored, it would do so at a smaller learning rate too."""
+_BLOWN_UP = {True: (3.0, 10.0), False: (10.0, 100.0)}
+"""A round blew up if its mean loss jumps by more than this; by whether the parameters moved far, and after many or few
+rounds. After each rollback, by twice as much: a loss that stays high at a third of the learning rate has another cause,
+for example single examples on which an overfitted model is wrong with certainty."""
+_FEW_ROUNDS = 5
+"""With fewer rounds than that the loss's spread is not known well; with one, not at all."""
+_FAR = 1.0
+"""So far: by the norm of a weight matrix."""
+_MOVED = 0.05
+"""If no weight matrix moved by more than this share of its norm, it is not the parameters that raised the loss."""
+_RISING = 0.5
+"""A state is not kept if its round's mean loss jumped by more than this: it may have begun to blow up, and restored, it
+would do so at a smaller learning rate too."""
 
 
 class Recovery:
     """Keeps a copy of the last good converged state, and restores it after a round that blew up.
+
+    A round blew up if parameters, buffers or optimizer state are finite on no replica; or if its mean loss jumped
+    (:mod:`hdet.steer.loss_level`), while a weight matrix moved (:meth:`hdet.model.snapshot.Snapshot.moved`), by more
+    than::
+
+        jump                      after 5 rounds    after 2 to 4
+        moved by 1 or more                     3              10
+        moved by 0.05 to 1                    10             100
+
+    A state is good if all of it is finite, and its round's loss did not jump by more than 0.5.
 
     Args:
         models, optimizer, device: as for :class:`hdet.model.snapshot.Snapshot`.
@@ -43,66 +60,95 @@ class Recovery:
         self._snapshot = Snapshot(models, optimizer, device)
         self._models, self._optimizer = models, optimizer
         self._has_snapshot = False
-        self._before_step: RemovableHandle | None = None
+        self._hooks: list[RemovableHandle] = []
         self.copy_before_next_step()
-        self.first_loss = math.nan
-        """The first round's mean loss."""
+        self.level = LossLevel()
+        """Of the rounds that were not undone."""
+        self._is_rising = False
+        self._cause = ""
         self.count = 0
         """Rollbacks so far."""
 
     def copy_before_next_step(self) -> None:
-        """At the start of a run, and after a resume: let the optimizer's next step copy the state before it changes it.
+        """At the start of a run, and after a resume: let the first forward pass copy the buffers, and the optimizer's
+        next step everything else, before they change it.
 
         By then everything has been loaded, in whatever order. Where a framework keeps the weights and its step may be
-        in several parts, the first copy is made at the first converge."""
+        in several parts, the first copy is made at the first converge. In a forward pass that is compiled whole no
+        buffers are copied: they go back to where that pass has taken them."""
         self._has_snapshot = False
-        if self._before_step is not None:
-            self._before_step.remove()
-            self._before_step = None
+        self._remove_hooks()
         if type(weights_of(tuple(self._models))) is not Weights:
             return
-        begin = WeakMethod(self.begin)
+        before_step, before_forward = WeakMethod(self.begin), _BeforeForward(self)
 
-        def before_step(*_: object) -> None:
-            if (method := begin()) is not None:
+        def begin(*_: object) -> None:
+            if (method := before_step()) is not None:
                 method()
 
-        self._before_step = self._optimizer.register_step_pre_hook(before_step)
+        self._hooks = [self._optimizer.register_step_pre_hook(begin)]
+        owners = [m for model in self._models for m in model.modules() if m._buffers]
+        for module in {id(m): m for m in (*self._models, *owners)}.values() if owners else ():
+            self._hooks.append(module.register_forward_pre_hook(before_forward, prepend=True))
 
     def begin(self) -> None:
         """Make the first copy, unless it was made: before the optimizer's first step, or in place of one that AMP
-        skipped."""
-        if self._before_step is not None:
-            self._before_step.remove()
-            self._before_step = None
+        skipped. It is not kept if it is not finite."""
+        if self._hooks:
+            self._remove_hooks()
             reshard(self._models)
-            self.keep()
+            self._snapshot.take()
+            self._has_snapshot = self._snapshot.is_finite()
+
+    def take_buffers(self) -> None:
+        """Copy the buffers, before the first forward pass moves them."""
+        self._remove_hooks(first=1)
+        reshard(self._models)
+        self._snapshot.take_buffers()
+
+    def _remove_hooks(self, first: int = 0) -> None:
+        for hook in self._hooks[first:]:
+            hook.remove()
+        del self._hooks[first:]
+
+    @property
+    def can_restore(self) -> bool:
+        """Whether there is a copy. Ranks may differ in it after their first step, since each looks at its own."""
+        return self._has_snapshot
 
     def observe(self, losses: Sequence[float]) -> None:
-        """Take the first round's mean loss from [replica] ``losses`` of a round that was not undone."""
-        if math.isnan(self.first_loss):
-            self.first_loss = finite_mean(losses)
+        """Take in the [replica] mean ``losses`` of a round that was not undone."""
+        self._is_rising = self.level.jump(finite_mean(losses)) > _RISING
+        self.level = self.level.with_round(losses)
 
-    def keep(self, mean_loss: float = math.nan) -> None:
-        """Copy the state as it is now, unless the loss of the round that led to it is far above the first round's."""
-        if mean_loss > _BAD * abs(self.first_loss):
-            return
-        self._snapshot.take()
-        self._has_snapshot = True
+    def keep(self) -> None:
+        """Copy the state as it is now, all of which must be finite, unless the round that led to it may have begun to
+        blow up."""
+        if not self._is_rising:
+            self._snapshot.take()
+            self._has_snapshot = True
 
-    def is_needed(self, finite: Sequence[bool], losses: Sequence[float], *, watches_losses: bool) -> bool:
-        """Whether the round that just ended is to be undone: no replica is finite, or the mean loss is above
-        ``2 ** (count + 1)`` times the first round's.
+    def is_needed(
+        self,
+        finite: Sequence[bool],
+        losses: Sequence[float],
+        *,
+        watches_losses: bool,
+        agree: Callable[[float], float] = lambda own: own,
+    ) -> bool:
+        """Whether the round that just ended is to be undone; see :class:`Recovery`. To be asked only if there is a
+        copy on every rank.
 
         Args:
-            finite: [replica] whether its parameters are.
+            finite: [replica] whether parameters, buffers and optimizer state are.
             losses: [replica] mean loss of the round; empty if none was reported.
             watches_losses: whether the losses are considered at all.
+            agree: what all ranks make of a number of this rank. Called if the losses jump; collective.
 
         Raises:
             DivergedError: if it is, and there have been :data:`MAX_ROLLBACKS` rollbacks.
         """
-        if not self._has_snapshot or not self._has_blown_up(finite, losses, watches_losses):
+        if not self._has_blown_up(finite, losses, watches_losses, agree):
             return False
         if self.count >= MAX_ROLLBACKS:
             raise DivergedError(
@@ -112,13 +158,32 @@ class Recovery:
             )
         return True
 
-    def _has_blown_up(self, finite: Sequence[bool], losses: Sequence[float], watches_losses: bool) -> bool:
+    def _has_blown_up(
+        self,
+        finite: Sequence[bool],
+        losses: Sequence[float],
+        watches_losses: bool,
+        agree: Callable[[float], float],
+    ) -> bool:
         if not any(finite):
+            self._cause = "parameters, buffers or optimizer state are not finite on any replica"
             return True
-        if not watches_losses or not losses or math.isnan(self.first_loss):
+        if not watches_losses or not losses:
             return False
         mean = finite_mean(losses)
-        return math.isnan(mean) or mean > _BLOWN_UP ** (self.count + 1) * abs(self.first_loss)
+        if math.isnan(mean):
+            self._cause = "the loss is not finite on any replica"
+            return self.level.rounds > 0
+        jump, is_early, times = self.level.jump(mean), self.level.rounds < _FEW_ROUNDS, 2**self.count
+        if self.level.rounds < 2 or not jump > _BLOWN_UP[True][is_early] * times:  # or it is NaN
+            return False
+        moved = agree(self._snapshot.moved())
+        bound = _BLOWN_UP[moved >= _FAR][is_early] * times
+        self._cause = (
+            f"the mean loss {mean:.4g} is above all earlier rounds' by {jump:.3g} times their spread, "
+            f"{self.level.low:.4g} to {self.level.high:.4g}, and a weight matrix moved by {moved:.2g} of its norm"
+        )
+        return jump > bound and moved > _MOVED
 
     def restore(self) -> None:
         """Put the state back as it was last kept."""
@@ -127,15 +192,51 @@ class Recovery:
 
     def state(self) -> dict[str, Any]:
         """What must be saved."""
-        return {"first_loss": self.first_loss, "rollbacks": self.count}
+        known = self.level.rounds > 0
+        return {
+            "first_loss": self.level.high if known else math.nan,
+            "rollbacks": self.count,
+            "loss_level": list(self.level) if known else [],
+        }
+
+    @staticmethod
+    def check_state(state: Mapping[str, Any]) -> None:
+        """Raise ValueError if :meth:`load` cannot."""
+        level = state.get("loss_level") or [1, 0.0, 0.0, 0.0]
+        numbers = isinstance(level, (list, tuple)) and all(type(x) in (int, float) for x in level)
+        if not (numbers and len(level) == 4 and all(map(math.isfinite, level)) and level[1] <= level[2]):
+            raise ValueError(
+                f"The saved state has loss_level={level!r}. Must be four finite numbers: rounds, lowest and highest "
+                "mean loss, variance."
+            )
 
     def load(self, state: Mapping[str, Any]) -> None:
-        """Continue from a saved :meth:`state`."""
-        self.first_loss, self.count = state["first_loss"], state["rollbacks"]
+        """Continue from a saved :meth:`state`. One of an older version holds the first round's loss alone."""
+        self.count = state["rollbacks"]
+        first = state["first_loss"]
+        old = [1, first, first, 0.0] if math.isfinite(first) else []
+        self.level = LossLevel(*(state.get("loss_level") or old))
 
-    def warn(self, step: int, mean_loss: float) -> None:
-        """Log the rollback, after a round that ended at ``step`` with ``mean_loss``."""
+    def warn(self, step: int) -> None:
+        """Log the rollback, after a round that ended at ``step``."""
         logger.warning(
-            f"Step {step}: the run blew up (mean loss {mean_loss:.4g}). Back to the last good converged state, with "
-            f"learning rates divided by {GAIN_DIVISOR:.3g} (rollback {self.count} of {MAX_ROLLBACKS})."
+            f"Step {step}: the run blew up: {self._cause}. Back to the last good converged state, with learning rates "
+            f"divided by {GAIN_DIVISOR:.3g} (rollback {self.count} of {MAX_ROLLBACKS}). If it did not blow up, pass "
+            "rollback=False."
         )
+
+
+class _BeforeForward:
+    """A forward pre-hook, which a copied or pickled model does without."""
+
+    def __init__(self, recovery: Recovery | None = None) -> None:
+        self._recovery = None if recovery is None else ref(recovery)
+
+    def __call__(self, module: nn.Module, inputs: object) -> None:
+        if torch.compiler.is_compiling() or not torch.is_grad_enabled() or self._recovery is None:
+            return
+        if (recovery := self._recovery()) is not None:
+            recovery.take_buffers()
+
+    def __reduce__(self) -> tuple[type[_BeforeForward], tuple[()]]:
+        return _BeforeForward, ()

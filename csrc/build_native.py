@@ -1,9 +1,13 @@
 """Compiles the native ops when the package is built: the ``build_ext`` that pyproject.toml names.
 
-Needs torch >= 2.10 in the build environment (``pip install --no-build-isolation``) and a C++17 compiler; the CUDA
-library also needs a CUDA torch and an nvcc of its major version. What cannot be compiled is left out with one line
-that says why, and the package works without it, in plain torch. The libraries use libtorch's stable ABI and no Python:
-they serve every Python, and every torch from 2.10 on.
+Needs torch >= 2.10 and a C++17 compiler; the CUDA library also needs a CUDA torch and an nvcc of its major version.
+The torch is that of the build environment, or, where pip isolates the build, that of the environment it installs into.
+What cannot be compiled is left out with one line that says why, and the package works without it, in plain torch;
+``import hdet`` then says so. The libraries use libtorch's stable ABI and no Python: they serve every Python, and every
+torch from 2.10 on.
+
+A build from a checkout also leaves the libraries in the checkout, since a Python that is started there imports
+``hdet/`` from there, and not the installed package.
 
 ``python csrc/build_native.py check DIR`` compiles the CUDA sources into DIR for sm_80, sm_90 and sm_100 with warnings
 as errors, and links them; it needs neither a GPU nor a CUDA torch. ``... emulate FILE`` compiles them for the CPU.
@@ -15,6 +19,7 @@ import os
 import shutil
 import subprocess
 import sys
+import sysconfig
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -40,10 +45,12 @@ class BuildNative(build_ext):
         return os.path.join(*fullname.split(".")) + ".so"
 
     def run(self) -> None:
-        if self.inplace:  # an editable install must not keep a library of older sources
-            for extension in self.extensions:
-                Path(self.get_ext_filename(extension.name)).unlink(missing_ok=True)
+        for extension in self.extensions:  # no library of older sources may stay, whatever can be compiled now
+            for directory in (self.build_lib, "."):
+                Path(directory, self.get_ext_filename(extension.name)).unlink(missing_ok=True)
         super().run()
+        if not self.inplace:  # else setuptools does it
+            self.copy_extensions_to_source()
 
     def build_extensions(self) -> None:
         for extension in self.extensions:
@@ -138,10 +145,16 @@ def architectures() -> list[str]:
 
 def import_torch() -> Path:
     """The directory of a torch that has the stable ABI."""
+    # pip's build isolation takes the environment's packages off sys.path; what is built is for that environment's torch
+    for path in (sysconfig.get_path("purelib"), sysconfig.get_path("platlib")):
+        if path not in sys.path:
+            sys.path.append(path)
     try:
         import torch
     except ImportError:
-        raise CannotBuildError("the build environment has no torch; install with --no-build-isolation") from None
+        raise CannotBuildError(
+            "the build environment has no torch; install torch first, then hdet with --no-build-isolation"
+        ) from None
     if tuple(int(part) for part in torch.__version__.split(".")[:2]) < (2, 10):
         raise CannotBuildError(f"torch {torch.__version__} has no stable ABI; it came with 2.10")
     return Path(torch.__file__).parent

@@ -22,7 +22,8 @@ setup() {
         # shellcheck disable=SC1091
         source "$HDET_ROOT/.venv/bin/activate"
     fi
-    # Nothing to do if this checkout was installed with this extra, and neither pyproject.toml nor torch changed since.
+    # Nothing to do if this checkout was installed with this extra, and since then neither pyproject.toml nor torch nor the
+    # sources of the native ops changed, and what was compiled from them is still there.
     stamp="$(python -c 'import sys; print(sys.prefix)')/.hdet-$extra"
     if [[ "$(cat "$stamp" 2>/dev/null)" != "$(state)" ]]; then
         install_hdet "$extra"
@@ -63,7 +64,8 @@ torch_version() {
 }
 
 state() {
-    echo "$HDET_ROOT torch $(torch_version) $(cksum <"$HDET_ROOT/pyproject.toml")"
+    echo "$HDET_ROOT torch $(torch_version) $(cat "$HDET_ROOT"/{pyproject.toml,csrc/*.*,csrc/cuda/*.*} | cksum)" \
+        "$(cd "$HDET_ROOT/hdet/ops" && echo *.so)"
 }
 
 # Processes on this machine: NPROC, else one per GPU, else $1.

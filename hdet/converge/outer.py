@@ -6,7 +6,7 @@ Round ``k`` begins at the anchor ``a_k``, and the replicas' mean at its end is `
     v_{k+1} = mu v_k + d_k
     a_{k+1} = a_k - nu (d_k + mu v_{k+1})     Nesterov; all replicas go on from here
 
-with ``mu`` the argument ``outer_momentum``, in [0, 1), and ``nu`` the argument ``outer_lr``, > 0; ``mu = 0`` and
+with ``mu`` the argument ``Outer.momentum``, in [0, 1), and ``nu`` the argument ``Outer.lr``, > 0; ``mu = 0`` and
 ``nu = 1`` give the plain average, ``a_{k+1} = m_k``. The first round's mean is the first anchor, since the replicas may
 have started from different parameters: momentum acts from the second round on.
 

@@ -10,7 +10,7 @@ from hdet.converge import Averager, ConvergePhase, OptimizerState, OuterMomentum
 from hdet.explore import ExplorePhase
 from hdet.model import GradientWatch, weights_of
 from hdet.monitor import Publisher
-from hdet.observe import ObservePhase, PairedProbe, RoundLosses
+from hdet.observe import MovementMeter, ObservePhase, PairedProbe, RoundLosses
 from hdet.schedules.base import BaseSchedule, ScheduleLike
 from hdet.schedules.course import Course
 from hdet.settings import Resolved
@@ -42,11 +42,12 @@ def build(optimizer: Optimizer, schedule: ScheduleLike, schedule_every: int, res
     if resolved.controller.needs_probe and resolved.total_steps is not None:
         course.forecast = base.forecast(resolved.total_steps)
     converge, explore = _converge_phase(optimizer, resolved), _explore_phase(optimizer, resolved)
+    recovery = Recovery(resolved.modules, optimizer, resolved.snapshot_device) if resolved.rolls_back else None
     return Phases(
         explore,
         converge,
-        _observe_phase(optimizer, resolved, converge, explore),
-        _steer_phase(optimizer, resolved, course, len(groups)),
+        _observe_phase(optimizer, resolved, converge, explore, recovery),
+        _steer_phase(resolved, course, len(groups), recovery),
         Publisher(resolved.monitors, resolved.replicas),
         GradientWatch(resolved.given["gradients"], optimizer, resolved.modules, resolved.replicas),
         base,
@@ -95,21 +96,23 @@ def _converge_phase(optimizer: Optimizer, resolved: Resolved) -> ConvergePhase:
 
 
 def _observe_phase(
-    optimizer: Optimizer, resolved: Resolved, converge: ConvergePhase, explore: ExplorePhase
+    optimizer: Optimizer,
+    resolved: Resolved,
+    converge: ConvergePhase,
+    explore: ExplorePhase,
+    recovery: Recovery | None,
 ) -> ObservePhase:
-    given, replicas, probe = resolved.given, resolved.replicas, resolved.probe
+    given, replicas = resolved.given, resolved.replicas
     losses = RoundLosses(
         given["virtual_replicas"],
         resolved.size,
         needs_each=given["auto_lr"] and not resolved.controller.needs_probe,
         warns=given["auto_lr"] and replicas.writer,
     )
-    if probe is None or converge.slow is None:
-        return ObservePhase(losses, None)
-    return ObservePhase(
-        losses,
-        PairedProbe(
-            probe,
+    probe = None
+    if resolved.probe is not None and converge.slow is not None:
+        probe = PairedProbe(
+            resolved.probe,
             converge.slow,
             resolved.modules,
             converge.weights,
@@ -117,12 +120,17 @@ def _observe_phase(
             replicas,
             explore.virtual,
             resolved.converge_every,
-        ),
-    )
+        )
+    meter = None
+    if recovery is not None:  # its copy of the state is where the round began
+        meter = MovementMeter(
+            converge.weights, optimizer, replicas, per_group=given["per_group"], starts=recovery.copies
+        )
+    return ObservePhase(losses, probe, meter)
 
 
-def _steer_phase(optimizer: Optimizer, resolved: Resolved, course: Course, groups: int) -> SteerPhase:
-    given, modules = resolved.given, resolved.modules
+def _steer_phase(resolved: Resolved, course: Course, groups: int, recovery: Recovery | None) -> SteerPhase:
+    given = resolved.given
     controllers = Controllers(
         resolved.controller,
         given["exploration"].controller,
@@ -140,5 +148,5 @@ def _steer_phase(optimizer: Optimizer, resolved: Resolved, course: Course, group
         course,
         given["hyperparameters"],
         auto_lr=given["auto_lr"],
-        recovery=Recovery(modules, optimizer, resolved.snapshot_device) if resolved.rolls_back else None,
+        recovery=recovery,
     )

@@ -149,10 +149,10 @@ class Rounds:
             self._explore.gather_in()
             return self._publish(self._report(self._steer.rest(self.steps)), averaged, watched, started)
         probed = self._probe(averaged) if averaged.points else None
+        moved = self._observe.movement(self._steer.rounds_since_kept)
         self._converge_phase.step_outer()
-        report = self._move(probed)
-        if any(one.finite for one in found) and self._converge_phase.is_finite():
-            self._steer.keep()
+        report = self._move(probed, moved)
+        self._steer.keep(good=any(one.finite for one in found) and self._converge_phase.is_finite())
         return self._publish(report, averaged, watched, started)
 
     def _probe(self, averaged: Averaged) -> ProbeLosses:
@@ -161,12 +161,10 @@ class Rounds:
         reach, neutral = self._steer.reach(self._explore.plain_base_lr[0]), self._explore.neutral(self._steer.positions)
         return self._observe.probe(averaged.points or [], directions, reach, neutral)
 
-    def _move(self, probed: ProbeLosses | None = None) -> Report:
-        """Let gains and centres move by what the round has shown."""
-        lrs, losses = self._explore.plain_base_lr, self._observe.means
-        report = self._report(
-            self._steer.move(self.steps, lrs, losses, probed, self._converge_phase.lag), complete=True
-        )
+    def _move(self, probed: ProbeLosses | None = None, moved: tuple[float, ...] = ()) -> Report:
+        """Let gains and centres move by what the round has shown; the report of that."""
+        lrs, losses, lag = self._explore.plain_base_lr, self._observe.means, self._converge_phase.lag
+        report = self._report(self._steer.move(self.steps, lrs, losses, probed, lag, moved), complete=True)
         self._observe.begin_round()
         return report
 
@@ -262,6 +260,7 @@ class Rounds:
         self._agree(converges=False)
         self._is_new = False
         self._steer.begin()
+        self._observe.begin()
         self._publisher.start(self._plain_settings(), self.steps)
 
     def _plain_settings(self) -> dict[str, Any]:

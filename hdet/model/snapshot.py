@@ -93,6 +93,14 @@ class Snapshot:
             return largest
         return distance / norm if norm else math.inf if distance else 0.0
 
+    def copies(self) -> dict[int, Tensor]:
+        """What :meth:`take` has copied, by the address of the original. Empty before that, or if tensors have changed
+        since."""
+        originals = list(self._originals())
+        if len(originals) != len(self._copies):
+            return {}
+        return {t.data_ptr(): copied for t, copied in zip(originals, self._copies, strict=True)}
+
     @torch.no_grad()
     def restore(self) -> None:
         """Write the copies back. State that the optimizer has made since is dropped; its next step makes it anew."""

@@ -51,6 +51,8 @@ class Report:
     """[g] > 0 where a larger learning rate did better."""
     probe: Slopes
     """The paired probe's slopes."""
+    movement: tuple[float, ...]
+    """[g] how far the round took the weight matrices, relative to their size; NaN where it was not measured."""
     velocity: tuple[float, ...]
     """[g] the controller's momentum after this round."""
     next_gain: tuple[float, ...]
@@ -144,6 +146,7 @@ def assemble(
         losses=losses,
         mean_loss=finite_mean(losses),
         hypergradient=_by_group(controllers.hypergradient, count),
+        movement=_by_group(controllers.movement, count),
         velocity=_by_group(controllers.velocity, count),
         next_gain=_by_group(controllers.next_gain, count),
         hyperparameters=controllers.hyperparameters,

@@ -35,6 +35,7 @@ class TensorBoard(WriterMonitor):
     ``hdet/replica_loss/replica0``    the same of each replica
     ``hdet/hypergradient/<g>``        > 0 where a larger learning rate did better
     ``hdet/velocity/<g>``             the controller's momentum
+    ``hdet/movement/<g>``             how far the round took the weight matrices, relative to their size
     ``hdet/hyperparameter/<h>``       the centre of another hyperparameter from this converge on
     ``hdet/hyperparameter/<h>/effect`` the probe's loss one spread above its centre, less that at the centre
     ``hdet/probe/raw``                with a probe, its raw slope; likewise ``debiased``, ``noise`` and ``further``,
@@ -185,6 +186,7 @@ def _scalars(report: Report, limit: int) -> Iterator[tuple[str, float]]:
         if report.complete:
             yield f"hdet/hypergradient{end}", report.hypergradient[g]
             yield f"hdet/velocity{end}", report.velocity[g]
+            yield f"hdet/movement{end}", report.movement[g]
     if report.complete:
         yield "hdet/loss", report.mean_loss
         yield from _per_replica("hdet/replica_loss", report.losses, summarised)
@@ -255,6 +257,7 @@ def _layout(report: Report, limit: int, *, probe: bool) -> dict[str, dict[str, l
             "gain": groups("gain"),
             "hypergradient": groups("hypergradient"),
             "velocity": groups("velocity"),
+            "movement": groups("movement"),
             "base schedule with and without gain": groups("base_lr", "schedule_lr"),
             **(probed if probe else {}),
         },

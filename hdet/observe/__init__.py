@@ -5,6 +5,7 @@ In: the training losses of its steps, and each replica's parameters at its end. 
 which :mod:`hdet.observe.slopes` computes slopes over the log learning rate.
 """
 
+from hdet.observe.movement import MovementMeter
 from hdet.observe.paired_probe import PairedProbe
 from hdet.observe.phase import ObservePhase
 from hdet.observe.probe import LossFunction, Probe
@@ -15,6 +16,7 @@ from hdet.observe.training_loss import TrainingLoss, check_loss, finite_mean, me
 __all__ = [
     "Loss",
     "LossFunction",
+    "MovementMeter",
     "ObservePhase",
     "PairedProbe",
     "Probe",

@@ -7,6 +7,7 @@ from contextlib import AbstractContextManager
 from typing import Any
 
 from hdet.converge.pending import Point
+from hdet.observe.movement import MovementMeter
 from hdet.observe.paired_probe import PairedProbe
 from hdet.observe.round_losses import RoundLosses
 from hdet.observe.slopes import ProbeLosses
@@ -19,10 +20,11 @@ class ObservePhase:
     Args:
         losses: of all replicas.
         probe: ``None`` for none.
+        meter: of the weights' movement; ``None`` where nothing asks for it.
     """
 
-    def __init__(self, losses: RoundLosses, probe: PairedProbe | None) -> None:
-        self._losses, self._probe = losses, probe
+    def __init__(self, losses: RoundLosses, probe: PairedProbe | None, meter: MovementMeter | None) -> None:
+        self._losses, self._probe, self._meter = losses, probe, meter
         # Bound once: they are called in every step.
         self.check = losses.check
         """What :attr:`add` takes, or the error that says what is wrong with a loss; changes nothing."""
@@ -64,13 +66,25 @@ class ObservePhase:
         if self._probe is not None:
             self._probe.batches.keep(batch)
 
+    def movement(self, rounds: int) -> tuple[float, ...]:
+        """How far the weights have moved in so many rounds; see :meth:`MovementMeter.measure`. Collective."""
+        return () if self._meter is None else self._meter.measure(rounds)
+
+    def begin(self) -> None:
+        """The run begins, or goes on: the weights are where a round begins, or near."""
+        if self._meter is not None:
+            self._meter.begin()
+
     def begin_round(self) -> None:
-        """The round's losses have been used."""
+        """The round's losses have been used, and the weights are where the next one begins."""
         self._losses.begin_round()
+        self.begin()
 
     def restart(self) -> None:
-        """Forget all losses and batches."""
+        """Forget all losses, batches and where the round began."""
         self._losses.restart()
+        if self._meter is not None:
+            self._meter.restart()
         if self._probe is not None:
             self._probe.batches.clear()
 

@@ -135,6 +135,10 @@ class Replicas:
         """The same among the peers, by replica."""
         return self._gather(values, dtype, self.size, self._peers_group()) if self.size > 1 else [list(values)]
 
+    def all_gather_members(self, values: Sequence[float], dtype: torch.dtype = torch.float64) -> list[list[Any]]:
+        """The same among the members of this replica, in the order of their ranks."""
+        return self._gather(values, dtype, self.members, self.members_group()) if self.members > 1 else [list(values)]
+
     def all_gather_object(self, value: object) -> list[Any]:
         """Every rank's picklable ``value``, replica by replica. Slow: for error messages and rare cases. Collective."""
         if not self._is_active:

@@ -47,6 +47,11 @@ class Course:
         """The schedule's last value as a share of its peak; 0 where it is not known."""
         return self.forecast.final if self.forecast else 0.0
 
+    @property
+    def area(self) -> float:
+        """Mean height of the schedule over the run; 1 where it is not known."""
+        return self.forecast.area if self.forecast else 1.0
+
     def high_until(self, height: float) -> float:
         """Share of the run after which the schedule stays below ``height``; 1 where that is not known."""
         return self.forecast.high_until(height) if self.forecast else 1.0

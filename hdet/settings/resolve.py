@@ -154,6 +154,7 @@ def _check_known(settings: Mapping[str, Any]) -> None:
         inside = {
             **{f.name: (group, f.name) for group, kind in GROUPS.items() for f in fields(kind)},
             **{f"outer_{f.name}": ("outer", f.name) for f in fields(Outer)},
+            "hyperparameter_controller": ("exploration", "controller"),
         }
         if name in inside:
             group, inner = inside[name]

@@ -57,6 +57,10 @@ class RoundObservation(NamedTuple):
     """As in :class:`hdet.steer.observation.Observation`."""
     probe: ProbeLosses | None
     """What the paired probe measured, if there was one."""
+    movement: tuple[float, ...] = ()
+    """[learning rate] how far the round took the weights; NaN, or empty, where it is not known."""
+    area: float = 1.0
+    """Mean height of the schedule over the run."""
 
 
 class RoundSignal(NamedTuple):
@@ -158,7 +162,8 @@ class Controllers:
         self.centre_states = [
             c._replace(position=h.clamped(c.position)) for h, c in zip(hyperparameters, self.centre_states, strict=True)
         ]
-        return self._report(round, hyperparameters, *before, signal)
+        report = self._report(round, hyperparameters, *before, signal)
+        return report._replace(movement=observation.movement or report.movement)
 
     def rest(self, round: int, hyperparameters: Sequence[Explored] = ()) -> ControllerReport:
         """The report of a converge inside a round, which changes no state."""
@@ -188,6 +193,7 @@ class Controllers:
             velocity=tuple(state.velocity for state in self.lr_states),
             hypergradient=signal.hypergradient,
             slopes=UNKNOWN_SLOPES if signal.slopes is None else signal.slopes,
+            movement=(math.nan,) * len(gains),
             hyperparameters=tuple(
                 HyperparameterReport(
                     name=h.name,
@@ -222,6 +228,7 @@ class Controllers:
         multipliers = [self.multipliers(i, round) for i in range(len(self.lr_states))]
         directions = self.probe_directions(round)
         found = attribute(observation.probe, of_round, multipliers, directions, observation.lag)
+        movement = observation.movement or (math.nan,) * len(self.lr_states)
         updated = [
             self._controller.update(
                 state,
@@ -235,11 +242,13 @@ class Controllers:
                     until=observation.until,
                     final=observation.final,
                     probe=probe,
+                    movement=moved,
+                    area=observation.area,
                     lag=observation.lag,
                 ),
             )
-            for state, rhos, schedule, probe in zip(
-                self.lr_states, multipliers, observation.schedule, found.probes, strict=False
+            for state, rhos, schedule, probe, moved in zip(
+                self.lr_states, multipliers, observation.schedule, found.probes, movement, strict=False
             )
         ]
         if self._auto_lr:

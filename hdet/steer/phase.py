@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -38,6 +39,8 @@ class SteerPhase:
     ) -> None:
         self._controllers, self._controller, self._course = controllers, controller, course
         self._hyperparameters, self._auto_lr, self._recovery = tuple(hyperparameters), auto_lr, recovery
+        self.rounds_since_kept = 1
+        """Rounds since the state that is kept, the one that ends now included."""
 
     @property
     def gains(self) -> tuple[float, ...]:
@@ -87,6 +90,7 @@ class SteerPhase:
         losses: tuple[float, ...],
         probe: ProbeLosses | None,
         lag: float,
+        movement: tuple[float, ...],
     ) -> ControllerReport:
         """End a round.
 
@@ -96,6 +100,7 @@ class SteerPhase:
             losses: [replica] mean training loss of the round.
             probe: what the probe measured.
             lag: rounds of progress between the slow average and its trail.
+            movement: [learning rate] how far the round took the weights; empty where it was not measured.
         """
         course = self._course
         seen = RoundObservation(
@@ -108,6 +113,8 @@ class SteerPhase:
             final=course.final,
             lag=lag,
             probe=probe,
+            movement=movement or (math.nan,) * len(self._controllers.gains),
+            area=course.area,
         )
         report = self._controllers.move(course.ended_round(steps), seen, self._hyperparameters)
         if self._recovery is not None:
@@ -122,10 +129,10 @@ class SteerPhase:
         """Whether this rank has a state to go back to."""
         return {"can restore": Term(float(self._recovery is not None and self._recovery.can_restore), min)}
 
-    def keep(self) -> None:
-        """Keep the state that the round has led to, all of which is finite, for a later rollback."""
-        if self._recovery is not None:
-            self._recovery.keep()
+    def keep(self, *, good: bool) -> None:
+        """Keep the state that the round has led to, for a later rollback, if it is ``good``: finite."""
+        kept = self._recovery is None or (good and self._recovery.keep())
+        self.rounds_since_kept = 1 if kept else self.rounds_since_kept + 1
 
     def has_blown_up(
         self,
@@ -158,6 +165,7 @@ class SteerPhase:
         """Put model and optimizer back to the last good state, and divide the gains."""
         assert self._recovery is not None
         self._recovery.restore()
+        self.rounds_since_kept = 1
         return self._controllers.roll_back(self._course.ended_round(steps), self._hyperparameters, divisor=GAIN_DIVISOR)
 
     def warn_of_rollback(self, steps: int) -> None:
@@ -167,6 +175,7 @@ class SteerPhase:
 
     def restart(self) -> None:
         """The run goes on from a state that is being loaded."""
+        self.rounds_since_kept = 1
         if self._recovery is not None:
             self._recovery.copy_before_next_step()
 

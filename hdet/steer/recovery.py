@@ -9,7 +9,7 @@ from typing import Any
 from weakref import WeakMethod, ref
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
@@ -121,12 +121,18 @@ class Recovery:
         self._is_rising = self.level.jump(finite_mean(losses)) > _RISING
         self.level = self.level.with_round(losses)
 
-    def keep(self) -> None:
+    def keep(self) -> bool:
         """Copy the state as it is now, all of which must be finite, unless the round that led to it may have begun to
-        blow up."""
-        if not self._is_rising:
-            self._snapshot.take()
-            self._has_snapshot = True
+        blow up. Returns whether it was copied."""
+        if self._is_rising:
+            return False
+        self._snapshot.take()
+        self._has_snapshot = True
+        return True
+
+    def copies(self) -> dict[int, Tensor]:
+        """The state that is kept, by the address of the original."""
+        return self._snapshot.copies()
 
     def is_needed(
         self,

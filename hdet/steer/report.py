@@ -41,5 +41,7 @@ class ControllerReport(NamedTuple):
     """> 0 where a larger learning rate did better; NaN where it is not known."""
     slopes: Slopes
     """The paired probe's, of all learning rates together; NaN where they are not known."""
+    movement: tuple[float, ...]
+    """How far the round took the weights, relative to their size; NaN where it was not measured."""
     hyperparameters: tuple[HyperparameterReport, ...]
     """The other hyperparameters."""

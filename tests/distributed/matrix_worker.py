@@ -120,7 +120,7 @@ class Run:
             settings["controller"] = hdet.controller.TwoSlope(threshold=0)
         if explored:
             settings["hyperparameters"] = [hdet.param_group("weight_decay", spread=0.5)]
-            settings["hyperparameter_controller"] = hdet.controller.OneSlope(threshold=0)
+            settings["exploration"] = hdet.Exploration(controller=hdet.controller.OneSlope(threshold=0))
             if strategy == "grouped":  # it acts through the gradient
                 dropout = hdet.module_attribute(self.model, nn.Dropout, "p", spread=0.1)
                 settings["hyperparameters"].append(dropout)

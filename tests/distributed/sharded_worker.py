@@ -377,7 +377,8 @@ def outer(rank, world):
             model = wrap(plain())
             optimizer = sgd(model.parameters())
             settings = {"spread": 0.3, "converge_every": 3, "replicas": replicas, "gradients": "local"}
-            settings |= {"outer_momentum": momentum, "outer_lr": lr, "bucket_mib": 1e-4, "optimizer_state": "keep"}
+            averaging = hdet.Averaging(bucket_mib=1e-4, optimizer_state="keep")
+            settings |= {"outer": hdet.Outer(momentum=momentum, lr=lr), "averaging": averaging}
             ensemble = hdet.Ensemble(optimizer, model=model, **settings)
             train(model, optimizer, ensemble, rank, 9)
             saved, halfway = (
@@ -666,7 +667,7 @@ def mismatches(rank, world):
     for name, settings in {
         "spread": {"spread": 0.1 if rank != 3 else 0.2},
         "replicas": {"replicas": MESH["replicate"] if rank != 3 else 2},
-        "mode": {"outer_lr": 0.5 if rank == 1 else 1.0, "gradients": "local"},
+        "mode": {"outer": hdet.Outer(lr=0.5 if rank == 1 else 1.0), "gradients": "local"},
         "none": {},
     }.items():
         model = shard(plain())

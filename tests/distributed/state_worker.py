@@ -292,8 +292,8 @@ def health(rank, world):
     for name, settings in {
         "local": {"gradients": "local"},
         "verify": {},
-        "keep": {"gradients": "local", "optimizer_state": "keep"},
-        "overlap": {"gradients": "local", "overlap_steps": 1},
+        "keep": {"gradients": "local", "averaging": hdet.Averaging(optimizer_state="keep")},
+        "overlap": {"gradients": "local", "averaging": hdet.Averaging(overlap_steps=1)},
         "8-bit": {"gradients": "local"},
     }.items():
         for poison in ("parameters", "state"):
@@ -424,8 +424,8 @@ def resume(rank, world):
         "two slopes": {"probe": True, "auto_lr": True, "controller": hdet.controller.TwoSlope(threshold=0)},
         "hyperparameters": {"probe": True, "explored": True, "gradients": "local"},
         "local": {"gradients": "local"},
-        "outer momentum": {"gradients": "local", "outer_momentum": 0.5},
-        "reset": {"gradients": "local", "optimizer_state": "reset"},
+        "outer momentum": {"gradients": "local", "outer": hdet.Outer(momentum=0.5)},
+        "reset": {"gradients": "local", "averaging": hdet.Averaging(optimizer_state="reset")},
     }
     for name, kind in kinds.items():
 

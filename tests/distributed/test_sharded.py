@@ -201,7 +201,7 @@ def test_members_that_disagree_are_named_by_rank(results):
     assert errors == errors[:1] * 4
     assert "spread: 0.1 on rank 0, 1, 2; 0.2 on rank 3" in errors[0]["spread"]
     assert "replicas=: DeviceMesh on rank 0, 1, 2; int on rank 3" in errors[0]["replicas"]
-    assert "outer_lr: 1.0 on rank 0, 2, 3; 0.5 on rank 1" in errors[0]["mode"]
+    assert "outer.lr: 1.0 on rank 0, 2, 3; 0.5 on rank 1" in errors[0]["mode"]
     assert errors[0]["none"] is None
 
 

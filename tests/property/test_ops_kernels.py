@@ -31,7 +31,7 @@ def kernels(request):
     if request.param == "emulated":
         name, device, definitions = "hdet_emulated", "cpu", emulate(request.getfixturevalue("tmp_path_factory"))
     namespace = getattr(torch.ops, name)
-    ops = {name: getattr(namespace, name) for name in ("pack", "unpack", "all_finite")}
+    ops = {name: getattr(namespace, name) for name in (schema.partition("(")[0] for schema in SCHEMAS)}
     return SimpleNamespace(device=device, definitions=definitions, **ops)
 
 

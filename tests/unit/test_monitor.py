@@ -46,6 +46,7 @@ def make_report(step: int = 10, *, replicas: int = 3, groups: tuple[str, ...] = 
         "losses": tuple(2.1 + r / 7 + step / 1000 for r in each_replica),
         "mean_loss": 2.3 + step / 1000,
         "hypergradient": tuple(0.01 + g / 3 for g in each_group),
+        "movement": tuple(0.12 + g / 3 for g in each_group),
         "velocity": tuple(-0.02 - g / 3 for g in each_group),
         "next_gain": tuple(0.8 + g for g in each_group),
         "distance": tuple(5.0 + r / 3 for r in each_replica),
@@ -287,6 +288,7 @@ class TestTensorBoard:
             "hdet/gain": [r.next_gain[0] for r in reports],
             "hdet/hypergradient": [r.hypergradient[0] for r in reports],
             "hdet/velocity": [r.velocity[0] for r in reports],
+            "hdet/movement": [r.movement[0] for r in reports],
             "hdet/loss": [r.mean_loss for r in reports],
             "hdet/distance": [math.fsum(r.distance) / 3 for r in reports],
             "hdet/excluded": [0, 2],
@@ -503,6 +505,7 @@ class TestTabs:
                 "gain": ["^hdet/gain$"],
                 "hypergradient": ["^hdet/hypergradient$"],
                 "velocity": ["^hdet/velocity$"],
+                "movement": ["^hdet/movement$"],
                 "base schedule with and without gain": ["^hdet/base_lr$", r"^hdet/schedule_lr$"],
             },
         }

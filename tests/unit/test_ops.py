@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from hdet import ops
-from hdet.ops import _native, _reference
+from hdet.ops import _native, _reference, _schema
 
 FP64 = torch.float64
 
@@ -324,6 +324,14 @@ def test_backend_says_what_runs():
     assert str(backend).startswith(f"hdet ops: cpu {backend.cpu}, cuda ")
     assert backend.note in str(backend)
     assert backend.cpu == "native" or backend.note
+
+
+@pytest.mark.skipif(ops.backend().cpu != "native", reason="looks at the native library")
+@pytest.mark.parametrize("schema", _schema.SCHEMAS, ids=lambda schema: schema.partition("(")[0])
+def test_every_op_has_a_native_kernel(schema):
+    """One that is missing from csrc/ops.cpp, or older than its schema, would run as plain torch and pass every test."""
+    name = f"hdet::{schema.partition('(')[0]}"
+    assert torch._C._dispatch_has_kernel_for_dispatch_key(name, "CPU")
 
 
 def test_a_library_that_does_not_load_is_left_alone(tmp_path, monkeypatch):

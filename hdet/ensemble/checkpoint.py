@@ -14,6 +14,7 @@ _ABSENT = {
     "first_loss": math.nan,
     "rollbacks": 0,
     "loss_level": [],
+    "undone_jump": [],
 }
 
 

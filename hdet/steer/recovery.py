@@ -24,14 +24,18 @@ logger = logging.getLogger("hdet")
 GAIN_DIVISOR = 3.0
 """What a rollback divides the gain by."""
 MAX_ROLLBACKS = 8
-_BLOWN_UP = {True: (3.0, 10.0), False: (10.0, 100.0)}
-"""A round blew up if its mean loss jumps by more than this; by whether the parameters moved far, and after many or few
-rounds. After each rollback, by twice as much: a loss that stays high at a third of the learning rate has another cause,
-for example single examples on which an overfitted model is wrong with certainty."""
+_JUMP = 3.0
+"""A round blew up if its mean loss jumps by more than this, and"""
+_EVIDENCE = (5.0, 10.0, 50.0)
+"""the jump times how far the weights moved is more than this, after many rounds, few, or one."""
 _FEW_ROUNDS = 5
-"""With fewer rounds than that the loss's spread is not known well; with one, not at all."""
-_FAR = 1.0
-"""So far: by the norm of a weight matrix."""
+"""With fewer rounds than that the loss's spread is not known well."""
+_REPLICAS = 4
+"""With one round it is known from the replicas alone, and with fewer than so many not well enough."""
+_STUBBORN = 0.8
+"""If after a rollback the loss jumps by more than this share of the jump before, both bounds are doubled: a loss that
+stays high at a third of the learning rate has another cause, for example single examples on which an overfitted model
+is wrong with certainty."""
 _MOVED = 0.05
 """If no weight matrix moved by more than this share of its norm, it is not the parameters that raised the loss."""
 _RISING = 0.5
@@ -43,12 +47,9 @@ class Recovery:
     """Keeps a copy of the last good converged state, and restores it after a round that blew up.
 
     A round blew up if parameters, buffers or optimizer state are finite on no replica; or if its mean loss jumped
-    (:mod:`hdet.steer.loss_level`), while a weight matrix moved (:meth:`hdet.model.snapshot.Snapshot.moved`), by more
-    than::
+    (:mod:`hdet.steer.loss_level`) while a weight matrix moved (:meth:`hdet.model.snapshot.Snapshot.moved`)::
 
-        jump                      after 5 rounds    after 2 to 4
-        moved by 1 or more                     3              10
-        moved by 0.05 to 1                    10             100
+        jump > 3,  moved > 0.05,  jump * moved > 5     10 after 2 to 4 rounds, and 50 after one of 4 replicas or more
 
     A state is good if all of it is finite, and its round's loss did not jump by more than 0.5.
 
@@ -65,7 +66,7 @@ class Recovery:
         self.level = LossLevel()
         """Of the rounds that were not undone."""
         self._is_rising = False
-        self._cause = ""
+        self._cause, self._jump, self._last_jump, self._times = "", math.nan, math.inf, 1.0
         self.count = 0
         """Rollbacks so far."""
 
@@ -171,6 +172,7 @@ class Recovery:
         watches_losses: bool,
         agree: Callable[[float], float],
     ) -> bool:
+        self._jump = math.nan
         if not any(finite):
             self._cause = "parameters, buffers or optimizer state are not finite on any replica"
             return True
@@ -180,21 +182,27 @@ class Recovery:
         if math.isnan(mean):
             self._cause = "the loss is not finite on any replica"
             return self.level.rounds > 0
-        jump, is_early, times = self.level.jump(mean), self.level.rounds < _FEW_ROUNDS, 2**self.count
-        if self.level.rounds < 2 or not jump > _BLOWN_UP[True][is_early] * times:  # or it is NaN
+        level, few = self.level, (self.level.rounds < _FEW_ROUNDS) + (self.level.rounds < 2)
+        if few == 2 and (len(losses) < _REPLICAS or level.variance == 0):
+            return False
+        self._jump = jump = level.jump(mean)
+        if not jump > _JUMP * self._times:  # or it is NaN
             return False
         moved = agree(self._snapshot.moved())
-        bound = _BLOWN_UP[moved >= _FAR][is_early] * times
         self._cause = (
             f"the mean loss {mean:.4g} is above all earlier rounds' by {jump:.3g} times their spread, "
             f"{self.level.low:.4g} to {self.level.high:.4g}, and a weight matrix moved by {moved:.2g} of its norm"
         )
-        return jump > bound and moved > _MOVED
+        return moved > _MOVED and jump * moved > _EVIDENCE[few] * self._times
 
     def restore(self) -> None:
         """Put the state back as it was last kept."""
         self._snapshot.restore()
         self.count += 1
+        if self._jump > _STUBBORN * self._last_jump:
+            self._times *= 2
+        if math.isfinite(self._jump):
+            self._last_jump = self._jump
 
     def state(self) -> dict[str, Any]:
         """What must be saved."""
@@ -203,17 +211,24 @@ class Recovery:
             "first_loss": self.level.high if known else math.nan,
             "rollbacks": self.count,
             "loss_level": list(self.level) if known else [],
+            "undone_jump": [self._last_jump, self._times] if self._last_jump < math.inf else [],
         }
 
     @staticmethod
     def check_state(state: Mapping[str, Any]) -> None:
         """Raise ValueError if :meth:`load` cannot."""
-        level = state.get("loss_level") or [1, 0.0, 0.0, 0.0]
+        level, undone = state.get("loss_level") or [1, 0.0, 0.0, 0.0], state.get("undone_jump") or [1.0, 1.0]
         numbers = isinstance(level, (list, tuple)) and all(type(x) in (int, float) for x in level)
         if not (numbers and len(level) == 4 and all(map(math.isfinite, level)) and level[1] <= level[2]):
             raise ValueError(
                 f"The saved state has loss_level={level!r}. Must be four finite numbers: rounds, lowest and highest "
                 "mean loss, variance."
+            )
+        numbers = isinstance(undone, (list, tuple)) and all(type(x) in (int, float) for x in undone)
+        if not (numbers and len(undone) == 2 and all(map(math.isfinite, undone)) and min(undone) > 0):
+            raise ValueError(
+                f"The saved state has undone_jump={undone!r}. Must be two finite numbers > 0: the last jump that was "
+                "undone, and a factor."
             )
 
     def load(self, state: Mapping[str, Any]) -> None:
@@ -222,6 +237,7 @@ class Recovery:
         first = state["first_loss"]
         old = [1, first, first, 0.0] if math.isfinite(first) else []
         self.level = LossLevel(*(state.get("loss_level") or old))
+        self._last_jump, self._times = state.get("undone_jump") or (math.inf, 1.0)
 
     def warn(self, step: int) -> None:
         """Log the rollback, after a round that ended at ``step``."""

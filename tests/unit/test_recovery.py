@@ -81,18 +81,21 @@ def test_a_state_on_its_way_to_blowing_up_is_not_one_to_go_back_to():
     model, recovery = recovery_of()
     for weight, loss in ((1.1, 2.0), (1.2, 1.0), (1.3, 2.1), (1.4, 1.9), (1.5, 2.0), (1.6, 2.7), (1.7, 3.6)):
         assert not end_round(model, recovery, loss, weight)  # they rise by half of their range, and by more
-    for count, bound in ((1, 10.0), (2, 20.0)):
-        spread = 3.6 - 1.0
+    spread, moved = 3.6 - 1.0, 0.5
+    for count, bound in ((1, 10.0), (2, 10.0), (3, 20.0)):  # where the loss stays as high, only twice as much will do
+        nn.init.constant_(model.weight, 1.5 * (1 + moved))
         assert not recovery.is_needed([True], [3.6 + spread * (bound - 0.1)], watches_losses=True)
         assert recovery.is_needed([True], [3.6 + spread * (bound + 0.1)], watches_losses=True)
         recovery.restore()
         assert recovery.count == count
         assert model.weight.tolist() == [[pytest.approx(1.5)] * 2]
-        nn.init.constant_(model.weight, 1.7)
+    nn.init.constant_(model.weight, 1.7)
     assert recovery.is_needed([False], [], watches_losses=False)
 
 
-@pytest.mark.parametrize(("moved", "bound"), [(0.04, None), (0.06, 10.0), (0.9, 10.0), (1.1, 3.0), (50.0, 3.0)])
+@pytest.mark.parametrize(
+    ("moved", "bound"), [(0.04, None), (0.06, 5 / 0.06), (0.5, 10.0), (1.25, 4.0), (2.0, 3.0), (50.0, 3.0)]
+)
 def test_how_far_the_loss_must_jump_depends_on_how_far_the_weights_moved(moved, bound):
     model, recovery = recovery_of()
     for loss in (1.0, 0.5, 0.0, 0.2, 0.3):
@@ -107,11 +110,20 @@ def test_in_the_first_rounds_only_a_very_large_jump_tells_anything():
     assert not end_round(model, recovery, 1.0, 1.1)
     assert not recovery.is_needed([True], [1e30], watches_losses=True)  # one round has no spread
     assert not end_round(model, recovery, 0.5, 1.2)
-    nn.init.constant_(model.weight, 1.3)
-    assert not recovery.is_needed([True], [1 + 0.5 * 90], watches_losses=True)
-    assert recovery.is_needed([True], [1 + 0.5 * 110], watches_losses=True)
-    nn.init.constant_(model.weight, 4.0)
-    assert recovery.is_needed([True], [1 + 0.5 * 11], watches_losses=True)
+    for moved, bound in ((0.1, 100.0), (1.0, 10.0), (5.0, 3.0)):
+        nn.init.constant_(model.weight, 1.2 * (1 + moved))
+        assert not recovery.is_needed([True], [1 + 0.5 * 0.9 * bound], watches_losses=True)
+        assert recovery.is_needed([True], [1 + 0.5 * 1.1 * bound], watches_losses=True)
+
+
+@pytest.mark.parametrize(("losses", "undone"), [([1.0, 1.1], False), ([1.0] * 4, False), ([1.0, 1.1, 0.9, 1.0], True)])
+def test_after_one_round_the_spread_is_that_of_four_replicas_or_more(losses, undone):
+    model, recovery = recovery_of()
+    assert not end_round(model, recovery, losses, 1.0)
+    assert end_round(model, recovery, [loss + 10 for loss in losses], 2.0) is False
+    model, recovery = recovery_of()
+    assert not end_round(model, recovery, losses, 1.0)
+    assert end_round(model, recovery, [loss + 30 for loss in losses], 2.0) is undone
 
 
 @pytest.mark.parametrize("scale", [1e-9, 1.0, 1e9])
@@ -121,7 +133,7 @@ def test_neither_the_zero_nor_the_unit_of_a_loss_matters(scale, constant):
     _, recovery = recovery_of()
     model = recovery._models[0]
     noise = torch.randn(40, 2, generator=torch.Generator().manual_seed(0)).tolist()
-    undone = [end_round(model, recovery, [scale * (constant + x) for x in row]) for row in [*noise, [60.0, 70.0]]]
+    undone = [end_round(model, recovery, [scale * (constant + x) for x in row]) for row in [*noise, [600.0, 700.0]]]
     assert undone == [False] * 40 + [True]
 
 
@@ -154,9 +166,9 @@ def test_a_loss_that_no_learning_rate_lowers_does_not_end_the_run():
         assert not end_round(model, recovery, loss)
     for _ in range(100):  # every other round meets an example that is lost
         end_round(model, recovery, 0.1)
-        end_round(model, recovery, 30.0)
-    assert recovery.count == 2
-    for _ in range(6):
+        end_round(model, recovery, 100.0)
+    assert recovery.count == 3
+    for _ in range(5):
         assert recovery.is_needed([False], [10.0], watches_losses=True)
         recovery.restore()
     with pytest.raises(hdet.DivergedError, match="after 8 rollbacks"):

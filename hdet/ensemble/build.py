@@ -83,7 +83,7 @@ def _converge_phase(optimizer: Optimizer, resolved: Resolved) -> ConvergePhase:
         all_ranks=averager.all_ranks,
         automatic=averaging.optimizer_state == "auto",
         overlapped=averaging.overlap_steps > 0,
-        watches=resolved.rolls_back,
+        watches=resolved.rolls_back or given["virtual_replicas"] > 1,
     )
     return ConvergePhase(
         averager,

@@ -100,6 +100,7 @@ def _converge_phase(optimizer: Optimizer, resolved: Resolved) -> ConvergePhase:
         wire_dtype=averaging.low_precision,
         piggyback=averaging.overlap_steps == 0,
         has_virtual=given["virtual_replicas"] > 1,
+        watches=resolved.rolls_back,
     )
     state = OptimizerState(
         optimizer,
@@ -110,6 +111,7 @@ def _converge_phase(optimizer: Optimizer, resolved: Resolved) -> ConvergePhase:
         automatic=averaging.optimizer_state == "auto",
         overlapped=averaging.overlap_steps > 0,
         explored=[h.key for h in given["hyperparameters"] if isinstance(h, ParamGroupField)],
+        watches=resolved.rolls_back or given["virtual_replicas"] > 1,
     )
     return ConvergePhase(
         averager,

@@ -15,7 +15,7 @@ from hdet.ensemble import checkpoint
 from hdet.ensemble.build import Phases
 from hdet.model import RivalWatch, check_caller, outside_inference
 from hdet.monitor import Moment, Report, assemble
-from hdet.observe import Loss, ProbeLosses
+from hdet.observe import Loss, ProbeLosses, finite_mean
 from hdet.replicas import gather_agreed
 from hdet.settings import Resolved
 from hdet.steer import ControllerReport
@@ -123,6 +123,7 @@ class Rounds:
             **self._publisher.terms(),
             **self._gradients.terms(self.steps),
             **self._converge_phase.terms(converges=converges),
+            **self._steer.terms(),
         }
         facts = {**self._plain_settings(), **self._steer.facts(), "replicas=": self._replicas.kind}
         by_hand = [self._group_names[i] for i in self._explore.by_hand]
@@ -146,8 +147,8 @@ class Rounds:
         if complete:
             self._rival.look()
         with torch.profiler.record_function("hdet::converge"):
-            if complete and self._has_blown_up(found):
-                return self._roll_back(watched, started)
+            if all(one["can restore"] for one in told) and self._has_blown_up(found, complete):
+                return self._roll_back(watched, started, complete)
             if complete and self._settings.given["averaging"].overlap_steps:
                 pending = self._converge_phase.start(found)
                 self.last_report = report = self._move()
@@ -164,7 +165,7 @@ class Rounds:
         moved = self._observe.movement(self._steer.rounds_since_kept)
         self._converge_phase.step_outer()
         report = self._move(probed, moved)
-        self._steer.keep(report.mean_loss)
+        self._steer.keep(good=any(one.finite for one in found) and self._converge_phase.is_finite())
         return self._publish(report, averaged, watched, started)
 
     def _probe(self, averaged: Averaged) -> ProbeLosses:
@@ -180,13 +181,17 @@ class Rounds:
         self._observe.begin_round()
         return report
 
-    def _has_blown_up(self, found: Sequence[Findings]) -> bool:
-        """Whether the round that just ended is to be undone."""
-        losses = self._observe.means if self._observe.knows_losses else ()
-        finite = [one.weights.finite for one in found]
-        return self._steer.has_blown_up(self.steps, finite, losses, can_probe=self._can_probe)
+    def _has_blown_up(self, found: Sequence[Findings], complete: bool) -> bool:
+        """Whether the round so far is to be undone. Of an incomplete one the losses do not tell."""
 
-    def _roll_back(self, watched: bool, started: float) -> Report:
+        def agree(own: float) -> float:
+            return finite_mean([rank for (rank,) in self._replicas.all_gather([own])])
+
+        losses = self._observe.means if complete and self._observe.knows_losses else ()
+        finite = [one.finite for one in found]
+        return self._steer.has_blown_up(self.steps, finite, losses, can_probe=self._can_probe, agree=agree)
+
+    def _roll_back(self, watched: bool, started: float, complete: bool) -> Report:
         """Undo the round: the model and the optimizer as they last converged well, under a smaller gain."""
         undone = self._steer.roll_back(self.steps)
         self._converge_phase.roll_back()
@@ -194,7 +199,11 @@ class Rounds:
         report = self._report(undone, rolled_back=True)
         self._observe.begin_round()
         if self._replicas.writer:
-            self._steer.warn_of_rollback(self.steps, report.mean_loss)
+            self._steer.warn_of_rollback(self.steps)
+        if not complete:  # the rest of the round is trained under the smaller gain too
+            self.draw()
+            self._explore.undo()
+            self.fan_out()
         return self._publish(report, Averaged(math.nan, (), 0), watched, started)
 
     def _land(self) -> None:

@@ -118,10 +118,12 @@ class Settings(TypedDict, total=False):
     prior: Annotated[str | os.PathLike[str] | None, Setting(None, _optional(_path))]
     """Gains and centres to start from: a file that :meth:`hdet.Ensemble.save_prior` wrote."""
     rollback: Annotated[bool | str | torch.device, Setting(True, _rollback)]
-    """With ``auto_lr``, whether a round that blew up is undone: the loss at twice the first round's (twice as high
-    again after each rollback), or no replica finite. Parameters, buffers and optimizer state go back to the last
-    converge whose round was not above 1.1 times the first one, and the gain falls to a third. It takes memory for one
-    copy of them, on the device named instead of ``True`` (``"cpu"``). Not with ``averaging.overlap_steps``."""
+    """With ``auto_lr``, whether a round that blew up is undone: parameters, buffers or optimizer state are finite on no
+    replica; or the loss jumped, in units of its own spread so far, while the weights moved
+    (:class:`hdet.steer.Recovery`; neither the loss's zero nor its sign matters). Parameters, buffers and optimizer
+    state go back to the last good converge, and the gain falls to a third; also in a ``converge()`` inside a round, if
+    nothing is finite. It takes memory for one copy of them, on the device named instead of ``True`` (``"cpu"``). Not
+    with ``averaging.overlap_steps``. Pass ``False`` for a loss whose jumps are meant."""
     replicas: Annotated[ReplicasLike, Setting(None)]
     """Who they are: a number of replicas (each of as many consecutive ranks), a ``ProcessGroup`` (every rank in it is
     one), a 1-D ``DeviceMesh``, or one dimension of a mesh (``mesh["replicate"]``; the ranks along the others are a

@@ -126,8 +126,7 @@ class Averager:
             return self._replicas.all_gather(numbers)
         piggyback.write(numbers)
         work = self._replicas.all_reduce(piggyback.memory, dist.ReduceOp.SUM)
-        if work is not None:
-            work.wait()
+        self._replicas.wait(work)
         self._is_first_reduced = self._is_first_packed
         return piggyback.read()
 
@@ -246,6 +245,19 @@ class Averager:
             return self._all_reduce(bucket, excluded, snapshot.clone(), snapshot, scale=scale)
 
         return Pending(flights, self._weights, self._replicas, excluded, sent, again)
+
+    @torch.no_grad()
+    def broadcast(self) -> None:
+        """Write replica 0's weights into those of the others, in place, bit for bit. Collective."""
+        if self._replicas.size == 1:
+            return
+        plan = self._current_plan()
+        for bucket in plan.buckets + self._fill(plan.untrained):
+            wire = bucket.pack()
+            self._replicas.broadcast(wire)
+            if self._replicas.rank:
+                bucket.write(wire)
+        self._weights.written()
 
     def buckets(self) -> list[Bucket]:
         """Of the trainable parameters, as :meth:`inspect` found them."""

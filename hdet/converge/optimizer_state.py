@@ -73,6 +73,7 @@ class OptimizerState:
             become negative), so that they are averaged only where training waits: in a ``converge()`` between rounds.
         explored: keys of the parameter groups in which replicas are to differ.
         watches: whether all of the state is read at every converge, that of a single replica too.
+        own: ids of parameters that are each rank's own, whose state is neither averaged nor compared.
     """
 
     def __init__(
@@ -87,10 +88,11 @@ class OptimizerState:
         overlapped: bool = False,
         explored: Collection[str] = (),
         watches: bool = False,
+        own: frozenset[int] = frozenset(),
     ) -> None:
         self._optimizer, self.policy, self._replicas = optimizer, policy, replicas
         self._automatic, self._overlapped = automatic, overlapped
-        self._sync = StateSync(optimizer, replicas, bucket_bytes, all_ranks=all_ranks, explored=explored)
+        self._sync = StateSync(optimizer, replicas, bucket_bytes, all_ranks=all_ranks, explored=explored, own=own)
         self._is_idle = replicas.size == 1
         self._watches = watches
         self._design = StateDesign(is_torch=type(optimizer).__module__.startswith("torch.optim"))
@@ -188,6 +190,11 @@ class OptimizerState:
             return 0
         is_averaged = self.policy == "average" and not self._overlapped
         return self._sync.run(None, sources, lambda entry: not is_averaged or entry.kind == "quantised", copy=True)
+
+    def copy_from_first(self) -> None:
+        """Write replica 0's state into that of the others. Collective."""
+        if not self._is_idle:
+            self._sync.run(None, [0], lambda entry: True, copy=True)
 
     def _warn_of_quantised(self) -> None:
         if self._sync.has_quantised and self.policy == "average" and not self._has_warned:

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from hdet.converge.averager import Averager, Inspection
-from hdet.converge.optimizer_state import NOT_INSPECTED, OptimizerState, StateInspection
+from hdet.converge.optimizer_state import OptimizerState, StateInspection
 from hdet.converge.outer import OuterMomentum
 from hdet.converge.pending import Averaged, Pending
 from hdet.converge.slow_average import SlowAverage
@@ -99,10 +99,10 @@ class ConvergePhase:
         """Rounds of progress between the slow average and its trail."""
         return self.slow.lag if self.slow else 1.0
 
-    def terms(self, *, converges: bool) -> dict[str, Term]:
-        """What this rank tells the others of its model; not collective. ``converges``: whether they may average."""
+    def terms(self) -> dict[str, Term]:
+        """What this rank tells the others of its model before they may average. Not collective."""
         self.layout, finite, constants, untrained_finite = self._averager.inspect()
-        state = self._optimizer_state.inspect() if converges else NOT_INSPECTED
+        state = self._optimizer_state.inspect()
         return {
             "written": Term(2.0 if self._has_loaded else float(self._averager.version() != self._version), max),
             "finite": Term(float(finite), min),
@@ -196,6 +196,12 @@ class ConvergePhase:
     def is_finite(self) -> bool:
         """Whether the outer optimizer has left the parameters finite; without one they are, after an average."""
         return self._outer is None or all(bucket.is_finite() for bucket in self._averager.buckets())
+
+    def broadcast(self) -> None:
+        """Make all replicas what replica 0 is: weights and optimizer state. Collective."""
+        self._averager.broadcast()
+        self._optimizer_state.copy_from_first()
+        self.restart()
 
     def settle(self) -> None:
         """What is written from here on was written since the replicas converged."""

@@ -44,6 +44,7 @@ class StateSync:
         bucket_bytes: size of one bucket.
         all_ranks: whether all members of a replica hold copies, which are averaged together.
         explored: keys of the parameter groups in which replicas are to differ.
+        own: ids of parameters that are each rank's own; their state is left out.
     """
 
     def __init__(
@@ -54,10 +55,11 @@ class StateSync:
         *,
         all_ranks: bool,
         explored: Collection[str] = (),
+        own: frozenset[int] = frozenset(),
     ) -> None:
         self._explored = frozenset(explored)
         self._optimizer, self._replicas, self._bucket_bytes = optimizer, replicas, bucket_bytes
-        self._all_ranks = all_ranks
+        self._all_ranks, self._own = all_ranks, own
         self.has_quantised = False
         """Whether a quantised value has been seen."""
 
@@ -73,7 +75,7 @@ class StateSync:
             part, parts: of the parameters, those whose index is ``part`` modulo ``parts``.
         """
         for index, p in enumerate(self.parameters()):
-            if index % parts != part:
+            if index % parts != part or id(p) in self._own:
                 continue
             own = substitutes is None or index not in substitutes
             state = self._optimizer.state.get(p) if own else substitutes[index]  # type: ignore[index]

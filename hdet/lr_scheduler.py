@@ -7,11 +7,12 @@ from typing import Any, Literal
 
 from torch import Tensor
 from torch.optim import Optimizer, lr_scheduler
-from typing_extensions import Unpack
+from typing_extensions import Self, Unpack
 
 from hdet.ensemble import Ensemble
 from hdet.errors import check_batches, check_mapping, check_number, check_whole
-from hdet.explore import ParamGroupField, copied
+from hdet.explore import ParamGroupField, copied, hand_over, keep_fan_out
+from hdet.model import check_unsharded
 from hdet.monitor import Report
 from hdet.observe import Loss, check_loss
 from hdet.schedules.forecast import forecast
@@ -47,6 +48,7 @@ class OneCycleLR(lr_scheduler.OneCycleLR):
     """
 
     _ensemble: Ensemble | None = None
+    _is_closed = False
 
     def __init__(
         self,
@@ -76,11 +78,16 @@ class OneCycleLR(lr_scheduler.OneCycleLR):
             )
         if cycle_momentum and any(isinstance(h, ParamGroupField) and h.is_momentum for h in given["hyperparameters"]):
             raise ValueError("cycle_momentum=True sets the momentum in every step. To explore it, pass False.")
-        if isinstance(max_lr, str):
-            if max_lr != "auto":
-                raise ValueError(f"Invalid {max_lr=}. Must be a learning rate, a list of them by group, or 'auto'.")
-            max_lr = _find(optimizer, resolved)
-        with AllOrNothing(optimizer):
+        if isinstance(max_lr, str) and max_lr != "auto":
+            raise ValueError(f"Invalid {max_lr=}. Must be a learning rate, a list of them by group, or 'auto'.")
+        with AllOrNothing() as transaction:
+            transaction.on_failure(keep_fan_out(resolved.optimizer))
+            transaction.keep(optimizer, *resolved.modules)
+            if differs:
+                check_unsharded(optimizer)
+                hand_over(resolved.optimizer)
+            if isinstance(max_lr, str):
+                max_lr = _find(optimizer, resolved)
             super().__init__(
                 optimizer,
                 max_lr,
@@ -103,6 +110,7 @@ class OneCycleLR(lr_scheduler.OneCycleLR):
                 # What could be read only once has been.
                 again = {name: value for name, value in given.items() if name in settings}
                 self._ensemble = Ensemble(optimizer, total_steps=length, **again)  # type: ignore[arg-type]
+                self._ensemble.recomputed_by("OneCycleLR")
                 if ahead is not None:
                     self._ensemble.look_ahead(ahead)
                 if self.last_epoch:
@@ -135,6 +143,7 @@ class OneCycleLR(lr_scheduler.OneCycleLR):
         if ensemble is None:
             if loss is not None:  # a script with virtual replicas may run with one
                 check_loss(loss[0] if isinstance(loss, (list, tuple)) and len(loss) == 1 else loss)
+            self._check_open()
             _step_schedule(self, epoch)
         else:
             ensemble.end_step(loss, batch)
@@ -150,6 +159,30 @@ class OneCycleLR(lr_scheduler.OneCycleLR):
         """Average the replicas now; see :meth:`hdet.Ensemble.converge`. Without an ensemble there is nothing to do."""
         return None if self._ensemble is None else self._ensemble.converge()
 
+    def close(self) -> None:
+        """Converge, and hand model and optimizer back; see :meth:`hdet.Ensemble.close`. Also at the end of a ``with``
+        block::
+
+            with hdet.OneCycleLR(optimizer, max_lr, total_steps, model=model, spread=1 / 9) as scheduler:
+                ...
+        """
+        self._is_closed = True
+        if self._ensemble is not None:
+            self._ensemble.close()
+
+    def __enter__(self) -> Self:
+        self._check_open()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
+        self._is_closed = True
+        if self._ensemble is not None:
+            self._ensemble.__exit__(kind, error, trace)
+
+    def _check_open(self) -> None:
+        if self._is_closed:
+            raise RuntimeError("This hdet scheduler is closed. Build another one to go on.")
+
     def get_last_lr(self) -> list[float | Tensor]:
         """This replica's learning rates, by parameter group."""
         return super().get_last_lr() if self._ensemble is None else self._ensemble.get_last_lr()
@@ -159,6 +192,7 @@ class OneCycleLR(lr_scheduler.OneCycleLR):
         replicas have just converged. Makes no collective call; loads with ``torch.load(weights_only=True)``."""
         state = super().state_dict()
         state.pop("_ensemble", None)
+        state.pop("_is_closed", None)
         if self._ensemble is not None:
             state["hdet"] = self._ensemble.own_state()
         return state

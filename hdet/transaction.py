@@ -7,7 +7,8 @@ from types import TracebackType
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.autograd.grad_mode import _unsafe_preserve_version_counter
 from torch.optim import Optimizer
 
 _CONTAINERS = (dict, list, set)
@@ -17,8 +18,8 @@ class AllOrNothing:
     """A ``with`` block after whose failure the things passed are as they were before it, whatever was raised.
 
     Of an optimizer: the settings of its parameter groups (learning rates that are tensors in place), their order and
-    number, its hooks and its ``step``. Its state and the parameters are not copied. Of any other object: its
-    attributes; of those that are a dict, list or set, what is in them.
+    number, its hooks and its ``step``. Its state and the parameters are not copied. Of any other object, and of all
+    modules in a module: its attributes; of those that are a dict, list or set, what is in them.
 
     Args:
         things: optimizers and other objects.
@@ -26,16 +27,17 @@ class AllOrNothing:
 
     def __init__(self, *things: Any) -> None:
         self._undo: list[Callable[[], None]] = []
-        for thing in things:
-            self.keep(thing)
+        self.keep(*things)
 
-    def keep(self, thing: Any) -> None:
-        """Put this back, too, as it is now."""
-        self._undo.append(_attributes_of(thing))
-        if isinstance(thing, Optimizer):
-            self._undo.append(_groups_of(thing))
-            if isinstance(inner := getattr(thing, "optimizer", None), Optimizer):  # one that wraps another
-                self.keep(inner)
+    def keep(self, *things: Any) -> None:
+        """Put these back, too, as they are now."""
+        for thing in things:
+            inside = thing.modules() if isinstance(thing, nn.Module) else (thing,)
+            self._undo += [attributes_of(one) for one in inside]
+            if isinstance(thing, Optimizer):
+                self._undo.append(_groups_of(thing))
+                if isinstance(inner := getattr(thing, "optimizer", None), Optimizer):  # one that wraps another
+                    self.keep(inner)
 
     def on_failure(self, undo: Callable[[], None]) -> None:
         """Call this if the block fails. The last one is called first."""
@@ -53,7 +55,8 @@ class AllOrNothing:
         self._undo.clear()
 
 
-def _attributes_of(thing: Any) -> Callable[[], None]:
+def attributes_of(thing: Any) -> Callable[[], None]:
+    """What puts an object's attributes back as they are now, and what is in those that are a dict, list or set."""
     attributes: dict[str, Any] = getattr(thing, "__dict__", {})
     before = dict(attributes)
     # Of an optimizer these are its hooks and defaults: the groups have a copy of their own, the state is not copied.
@@ -75,7 +78,10 @@ def _groups_of(optimizer: Optimizer) -> Callable[[], None]:
     # A list of parameters is kept as it is; where a group was added, it is taken away.
     settings = [{k: v.copy() if isinstance(v, _CONTAINERS) else v for k, v in group.items()} for group in before]
     inside = [v for group in before for k, value in group.items() if k != "params" for v in _items(value)]
-    tensors = [(v, v.detach().clone()) for v in inside if isinstance(v, Tensor)]
+    # Afterwards their versions are as they were, too: by these it is seen who has written them.
+    tensors = [(v, v.detach().clone(), _unsafe_preserve_version_counter(v)) for v in inside if isinstance(v, Tensor)]
+    for _, _, versions in tensors:
+        versions.__enter__()
 
     def undo() -> None:
         groups[:] = before
@@ -86,8 +92,9 @@ def _groups_of(optimizer: Optimizer) -> Callable[[], None]:
                     content[name] = group[name]
             _refill(group, content)
         with torch.no_grad():
-            for tensor, value in tensors:
+            for tensor, value, versions in tensors:
                 tensor.copy_(value)
+                versions.__exit__()
 
     return undo
 

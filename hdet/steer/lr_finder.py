@@ -9,11 +9,12 @@ hardly lower the loss, chance decides which candidate is the best.
 
 from __future__ import annotations
 
+import functools
 import inspect
 import logging
 import math
 import statistics
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -37,17 +38,9 @@ from hdet.errors import (
 from hdet.explore.fan_out import check_lr
 from hdet.model.snapshot import Snapshot
 from hdet.model.weights import check_modules, is_sharded
-from hdet.observe.probe import (
-    LossFunction,
-    check_loss_function,
-    cycle,
-    evaluation,
-    preserved_rng,
-    scalar,
-    unwrapped,
-)
+from hdet.observe.probe import LossFunction, check_loss_function, cycle, evaluation, preserved_rng, scalar
 from hdet.replicas.topology import Replicas, ReplicasLike
-from hdet.transaction import AllOrNothing
+from hdet.steer.untouched import untouched
 
 logger = logging.getLogger("hdet")
 
@@ -143,16 +136,21 @@ def find_lr(
     Candidates are first factors of 10 apart over the whole range, then ``10 ** (1 / 3)`` to both sides of the best one
     (and of another, if the first turns out to be best by chance): with ``N`` replicas and the default range
     ``ceil(8 / N) + ceil(2 / N)`` times ``steps`` steps. With ``auto_lr`` the factors of 10 only. Where no candidate
-    lowers the loss, as on a plateau, the search begins again with twice the steps, up to three times. Model, buffers
-    optimizer and torch's random number generators are afterwards as they were, whatever is raised; the data loader has
-    advanced.
+    lowers the loss, as on a plateau, the search begins again with twice the steps, up to three times.
+
+    All is afterwards as it was, whatever is raised: parameters, buffers, training flags and attributes of modules,
+    gradients, the optimizer's state and settings, the random number generators of Python, numpy and torch, and those of
+    a ``DataLoader``. Only an iterator passed as ``batches`` has advanced. ``DistributedDataParallel`` is taken off at
+    whatever depth, with ``torch.compile`` around it, and is not run. Gradients are taken without the hooks that run
+    when they are accumulated, and the optimizer steps without its hooks. ``loss_fn`` must call the model that it is
+    given, and no collective.
 
     A candidate's batches are of one replica's size, not of all replicas': where the noise of the gradient limits the
     learning rate, the suggestion is too low, by at most a factor of ``N``. A run with ``auto_lr=True`` corrects that,
     and a suggestion that is coarse.
 
     Args:
-        model: the module or modules to train; ``DistributedDataParallel`` is taken off.
+        model: the module or modules to train.
         optimizer: its groups' learning rates keep their proportions, the largest becomes the candidate.
         loss_fn: ``loss_fn(model, batch)``, the mean training loss; the same as ``probe=``.
         batches: this replica's training batches, for example the data loader. Begun again when it ends.
@@ -164,9 +162,10 @@ def find_lr(
         replicas: as for :class:`hdet.Ensemble`.
 
     Raises:
-        TypeError, ValueError: for a bad argument, an empty ``batches``, an optimizer whose learning rates are all 0 or
-            whose ``step()`` needs a closure, or a sharded model.
-        HdetError: on every rank, if no candidate lowers the loss in ``8 * steps`` steps either.
+        TypeError, ValueError: for a bad argument, an empty ``batches``, a sharded model, learning rates that are all 0,
+            or an optimizer whose ``step()`` needs a closure, such as LBFGS.
+        HdetError: on every rank, if no candidate lowers the loss in ``8 * steps`` steps either. On the ranks whose
+            ``loss_fn``, ``batches`` or optimizer raised nothing, if those of another did.
 
     Examples:
         >>> import torch, hdet
@@ -188,18 +187,19 @@ def find_lr(
     auto_lr = check_flag("auto_lr", auto_lr)
     check_loss_function("loss_fn", loss_fn)
     check_batches("batches", batches)
-    _check_optimizer(optimizer)
-    models = tuple(unwrapped(m) for m in check_modules("model", model))
+    models = check_modules("model", model)
     if not models:
         raise ValueError("Invalid model=(). Must be the module or modules to train.")
+    _check_optimizer(optimizer)
     group = Replicas(replicas)
+    group.doing = "find_lr()"
     if group.members > 1 or is_sharded(models):
         raise ValueError(
             "find_lr trains one whole model per rank, and here a replica is several ranks. Find max_lr with the "
             "unsharded model, or a smaller one, and replicas=None."
         )
-    with AllOrNothing(optimizer), preserved_rng(models):  # a loader that shuffles draws from the generators, too
-        search = _Search(models, optimizer, loss_fn, cycle(batches), steps, max_grad_norm, group)
+    with untouched(models, optimizer, batches) as bare:
+        search = _Search(bare, optimizer, loss_fn, cycle(batches), steps, max_grad_norm, group)
         search.run(_spaced(low, high, _COARSE), refine=not auto_lr)
         found = search.finding(auto_lr=auto_lr)
     if not found.conclusive and group.writer:
@@ -220,8 +220,9 @@ def learning_rates(optimizer: Optimizer) -> list[float]:
     rates = [float(check_lr(i, group)) for i, group in enumerate(optimizer.param_groups)]
     if not max(rates) > 0:
         raise ValueError(
-            f"Invalid learning rates {rates} of the optimizer's parameter groups. Must not all be 0: find_lr keeps "
-            "their proportions. Call it before a schedule is built that begins at 0, or set group['lr'] = 1."
+            f"Invalid learning rates {rates} of the optimizer's parameter groups. Must be finite and >= 0, and not all "
+            "0: find_lr keeps their proportions. Call it before a schedule is built that begins at 0, or set "
+            "group['lr'] = 1."
         )
     return rates
 
@@ -231,11 +232,11 @@ def _check_optimizer(optimizer: Optimizer) -> None:
     learning_rates(optimizer)
     if not any(p.requires_grad for group in optimizer.param_groups for p in group["params"]):
         raise ValueError("Invalid optimizer: no parameter of it requires a gradient. Must train at least one.")
-    closure = inspect.signature(optimizer.step).parameters.get("closure")
-    if isinstance(optimizer, torch.optim.LBFGS) or (closure is not None and closure.default is inspect.Parameter.empty):
-        raise TypeError(
-            f"Invalid optimizer: {type(optimizer).__name__}.step() needs a closure, which find_lr does not have. Must "
-            "be one whose step() can be called without; for this one try learning rates in runs of their own."
+    closure = inspect.signature(type(optimizer).step).parameters.get("closure")
+    if closure is not None and closure.default is inspect.Parameter.empty:
+        raise ValueError(
+            f"find_lr cannot train with {type(optimizer).__name__}, whose step() needs a closure that evaluates the "
+            "loss several times. Pass another optimizer, or try learning rates for this one in runs of their own."
         )
 
 
@@ -268,10 +269,31 @@ class _Search:
     ) -> None:
         self._models, self._optimizer, self._loss_fn, self._max_grad_norm = models, optimizer, loss_fn, max_grad_norm
         self._batches, self._steps, self._replicas = batches, steps, replicas
-        self._held_out = [next(batches) for _ in range(_HELD_OUT)]
         self._trials: dict[float, _Trial] = {}
+        self._held_out: list[Any] = []
+        self._before: list[float] = []
+        self._start_loss = _mean([loss for (loss,) in self._gather(self._begin)])
+
+    def _begin(self) -> tuple[float]:
+        """Draw what candidates are compared on; the mean loss there."""
+        self._held_out = [next(self._batches) for _ in range(_HELD_OUT)]
         self._before = self._evaluate()
-        self._start_loss = _mean([loss for (loss,) in self._replicas.all_gather([_mean(self._before)])])
+        return (_mean(self._before),)
+
+    def _gather(self, own: Callable[[], Sequence[float]], size: int = 1) -> list[list[float]]:
+        """By replica, what ``own`` returns; if it raises on one, all raise. Collective."""
+        failure: Exception | None = None
+        values: Sequence[float] = (0.0,) * size
+        try:
+            values = own()
+        except Exception as error:
+            failure = error
+        rows = self._replicas.all_gather([float(failure is not None), *values])
+        if failure is not None:
+            raise failure
+        if failed := [self._replicas.name_of(i) for i, row in enumerate(rows) if row[0]]:
+            raise HdetError(f"find_lr failed on {', '.join(failed)}: see there.")
+        return [row[1:] for row in rows]
 
     def run(self, coarse: Sequence[float], *, refine: bool) -> None:
         """Try the candidates, then more around the best; again with twice the steps where none lowers the loss."""
@@ -294,9 +316,8 @@ class _Search:
         size, rank = self._replicas.size, self._replicas.rank
         for first in range(0, len(lrs), size):
             now = lrs[first : first + size]
-            own = self._try(now[rank]) if rank < len(now) else _Trial(0.0, 0.0)
-            found = (_Trial(*row) for row in self._replicas.all_gather(own))
-            self._trials.update(zip(now, found, strict=False))
+            own = functools.partial(self._try, now[rank]) if rank < len(now) else lambda: _Trial(0.0, 0.0)
+            self._trials.update(zip(now, (_Trial(*row) for row in self._gather(own, 2)), strict=False))
 
     def _untried(self, coarse: Sequence[float]) -> list[float]:
         """The fine candidates around the best one that are still to be tried; none if the best is itself a fine one."""
@@ -333,15 +354,12 @@ class _Search:
         rates = [group["lr"] for group in self._optimizer.param_groups]
         rates = [rate.clone() if isinstance(rate, Tensor) else rate for rate in rates]
         parameters = [p for group in self._optimizer.param_groups for p in group["params"] if p.requires_grad]
-        gradients = [p.grad for p in parameters]
         try:
             with preserved_rng(self._models):
                 finite = self._train(lr, [float(rate) / max(map(float, rates)) for rate in rates], parameters)
             after = self._evaluate() if finite else [math.inf] * _HELD_OUT
         finally:
             snapshot.restore()
-            for p, gradient in zip(parameters, gradients, strict=True):
-                p.grad = gradient
             _set_rates(self._optimizer, rates)
         changes = [a - b for a, b in zip(after, self._before, strict=True)]
         if not all(map(math.isfinite, changes)):
@@ -354,7 +372,6 @@ class _Search:
         for step in range(self._steps):
             now = lr * min(1.0, (step + 1) / (self._steps / 3))
             _set_rates(self._optimizer, [now * proportion for proportion in proportions])
-            self._optimizer.zero_grad()
             loss = self._loss_fn(self._subject, next(self._batches))
             if not math.isfinite(scalar(loss)):
                 return False
@@ -363,7 +380,7 @@ class _Search:
                     f"loss_fn returned {shown(loss)}, of which there is no gradient. Must return the loss on which "
                     "backward() is called."
                 )
-            loss.backward()
+            self._take_gradients(loss, parameters)
             if self._max_grad_norm is not None:
                 nn.utils.clip_grad_norm_(parameters, self._max_grad_norm)
             self._optimizer.step()
@@ -374,6 +391,21 @@ class _Search:
         with torch.no_grad():
             torch._foreach_copy_([p.detach() for p in parameters], average)
         return True
+
+    def _take_gradients(self, loss: Any, parameters: Sequence[Tensor]) -> None:
+        """Write the parameters' gradients. ``backward()`` would run what hangs on their accumulation: the reducer of a
+        DDP that is around the model, which counts what it sees, or optimizers that step there."""
+        try:
+            gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
+        except RuntimeError as error:
+            if "Checkpointing is not compatible" not in str(error):
+                raise
+            raise HdetError(
+                "find_lr cannot take gradients through torch.utils.checkpoint with use_reentrant=True. Pass "
+                "use_reentrant=False there."
+            ) from error
+        for p, gradient in zip(parameters, gradients, strict=True):
+            p.grad = gradient
 
     @property
     def _subject(self) -> Any:

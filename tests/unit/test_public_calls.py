@@ -188,7 +188,7 @@ def test_a_state_without_a_key_is_refused_and_nothing_has_changed():
     model, optimizer, scheduler = _examples.one_cycle()
     good = scheduler.state_dict()
     before = picture(model, optimizer, scheduler)
-    for key in set(good["hdet"]) - {"outer", "shard"}:  # which states of one process may lack
+    for key in set(good["hdet"]) - {"outer", "shard", "loss_level", "undone_jump"}:  # which older states lack
         bad = {**good, "hdet": {k: v for k, v in good["hdet"].items() if k != key}}
         with pytest.raises(ValueError, match=key):
             scheduler.load_state_dict(bad)
@@ -254,9 +254,9 @@ def test_good_states_of_torchs_schedulers_load(make):
 def test_a_learning_rate_of_0_is_named_by_find_lr():
     model = nn.Linear(3, 1)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
-    with pytest.raises(ValueError, match=r"learning rates \[0.0\].*Must not all be 0"):
+    with pytest.raises(ValueError, match=r"learning rates \[0.0\].*not all 0"):
         hdet.find_lr(model, optimizer, _examples.loss_fn, _examples.BATCHES)
-    with pytest.raises(TypeError, match=r"LBFGS.*closure"):
+    with pytest.raises(ValueError, match=r"LBFGS.*closure"):
         hdet.find_lr(model, torch.optim.LBFGS(model.parameters()), _examples.loss_fn, _examples.BATCHES)
 
 

@@ -243,6 +243,7 @@ def _scheduler_method(name: str, /, **arguments: Any) -> None:
 
 _scheduler_method("step", loss=0.5)
 _scheduler_method("converge")
+_scheduler_method("close")
 _scheduler_method("get_last_lr")
 _scheduler_method("state_dict")
 _scheduler_method("each", micro_batches=[1])
@@ -275,6 +276,7 @@ _ensemble_method("check_state", lambda e, folder: {"state": e.state_dict()})
 _ensemble_method("load_own_state", lambda e, folder: {"state": e.own_state()})
 _ensemble_method("resume_at", lambda e, folder: {"steps": 3, "base_lr": e.get_base_lr()})
 _ensemble_method("look_ahead", lambda e, folder: {"ahead": Forecast(0.1, (1.0, 0.0))})
+_ensemble_method("recomputed_by", lambda e, folder: {"name": "OneCycleLR"})
 for _name in ("found_schedule", "get_base_lr", "own_state"):
     _ensemble_method(_name, lambda e, folder: {})
 

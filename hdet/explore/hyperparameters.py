@@ -169,8 +169,8 @@ class Hyperparameter:
         given = check_list(f"starts of {self.name}", starts, rule)
         if len(given) != len(self.starts):
             raise ValueError(
-                f"The saved state has {self.name} in {len(given)} places, this run in {len(self.starts)}: other "
-                "parameter groups or modules."
+                f"Invalid starts: The saved state has {self.name} in {len(given)} places, this run in "
+                f"{len(self.starts)}: other parameter groups or modules."
             )
         checked = [float(check_number(f"starts of {self.name}", start, rule)) for start in given]
         reached = [abs(position) <= _FARTHEST] + [

@@ -114,7 +114,7 @@ class LRFinding:
 
 
 def _numbers(name: str, value: Any, length: int | None = None) -> tuple[float, ...]:
-    rule = "a number for each candidate"
+    rule = "a number for each candidate of lrs"
     return tuple(check_number(name, x, rule, finite=False) for x in check_list(name, value, rule, length=length))
 
 

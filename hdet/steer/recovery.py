@@ -52,14 +52,14 @@ def check_recovery(state: Mapping[str, Any]) -> None:
     rule = f"in [0, {MAX_ROLLBACKS}]"
     check_whole("rollbacks", check_item(what, state, "rollbacks"), rule, lambda n: 0 <= n <= MAX_ROLLBACKS)
     rule = "four finite numbers: rounds, lowest and highest mean loss, variance; or none"
-    if level := check_list("loss_level", state.get("loss_level") or (), rule):
+    if level := check_list("loss_level", state.get("loss_level", ()), rule):
         rounds, lowest, highest, variance = check_list("loss_level", level, rule, length=4)
         check_whole("loss_level rounds", rounds, ">= 1", lambda n: n >= 1)
         check_number("loss_level highest", highest, rule)
         check_number("loss_level lowest", lowest, f"{rule}; lowest <= highest", lambda x: x <= highest)
         check_number("loss_level variance", variance, ">= 0", lambda x: x >= 0)
     rule = "two finite numbers > 0: the last jump that was undone, and a factor; or none"
-    if undone := check_list("undone_jump", state.get("undone_jump") or (), rule):
+    if undone := check_list("undone_jump", state.get("undone_jump", ()), rule):
         for x in check_list("undone_jump", undone, rule, length=2):
             check_number("undone_jump", x, rule, lambda x: x > 0)
 

@@ -28,7 +28,7 @@ class Call(NamedTuple):
     watched: tuple[Any, ...] = ()
     """What must be as before if it is refused."""
     theirs: frozenset[str] = frozenset()
-    """Arguments that are torch's own: torch's errors may stay as they are."""
+    """Arguments that go to torch or to the user's own code, whose errors may stay as they are."""
 
 
 # Records hold what they are given: they are what hdet hands out, and its functions check them where they are read.
@@ -434,7 +434,8 @@ def _(folder: Path) -> Call:
     w = world()
     arguments = {"model": w.model, "optimizer": w.optimizer, "loss_fn": loss_fn, "batches": BATCHES,
                  "low": 1e-3, "high": 1e-2, "steps": 4}  # fmt: skip
-    return Call(hdet.find_lr, arguments, tuple(w))
+    # What a loss function raises of its own is raised.
+    return Call(hdet.find_lr, arguments, tuple(w), frozenset({"model", "loss_fn", "batches"}))
 
 
 _FINDING: dict[str, Any] = {

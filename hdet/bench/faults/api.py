@@ -24,8 +24,8 @@ FULL = 5000
 _STATES = 0.3
 """Share of damaged states among the calls."""
 _CLEAN = (TypeError, ValueError, hdet.HdetError)
-_ANYTHING = {"Monitor.start", "Monitor.report"}
-"""Methods that do nothing, for others to override."""
+_ANYTHING = {"Monitor.start", "Monitor.report", "OneCycleLR.each", "Ensemble.each"}
+"""Methods that do nothing, for others to override, or take what can be iterated over, texts too."""
 _FILES = {"path", "log_dir", "prior"}
 """Arguments that name files: the system's errors name them, too."""
 _MAY_BE_NAN = {

@@ -7,6 +7,7 @@ import importlib
 import math
 import os
 import re
+import secrets
 import statistics
 import sys
 from collections.abc import Iterator, Sequence
@@ -121,7 +122,9 @@ class TensorBoard(WriterMonitor):
         from torch.utils.tensorboard import SummaryWriter
 
         self._settings = {**{f"hdet/{name}": value for name, value in config.items()}, **self._own}
-        self._events = SummaryWriter(self.log_dir, purge_step=step + 1)
+        # A name that nobody can guess: the file is opened through whatever stands there.
+        suffix = f".{secrets.token_hex(8)}"
+        self._events = SummaryWriter(self.log_dir, purge_step=step + 1, filename_suffix=suffix)
         self._described = False
         self._add_summary(self._hparams()[1])
         for tag, number, at in self._held:

@@ -184,6 +184,13 @@ class Replicas:
         return torch.device(types[0], torch.accelerator.current_device_index())
 
 
+def forget_groups() -> None:
+    """Drop the process groups made here, before they are destroyed: a group that is still referred to is freed at the
+    interpreter's end."""
+    _groups.clear()
+    _groups_of[0] = None
+
+
 class GradientScope:
     """Over whom :func:`average_gradients` averages: a replica's members, or the whole group of the DDP module.
 

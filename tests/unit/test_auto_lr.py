@@ -741,7 +741,9 @@ def test_find_lr_for_auto_lr_is_coarse_and_begins_above_what_is_conclusive(monke
         lambda self, lr: hdet.steer.lr_finder._Trial(change[min(change, key=lambda x: abs(math.log(x / lr)))], error),
     )
     for_replicas = hdet.steer.lr_finder.head_start
-    monkeypatch.setattr(hdet.steer.lr_finder, "head_start", lambda _, conclusive: for_replicas(4, conclusive=conclusive))
+    monkeypatch.setattr(
+        hdet.steer.lr_finder, "head_start", lambda _, conclusive: for_replicas(4, conclusive=conclusive)
+    )
     model, batches, loss_fn = regression()
     optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
     found = hdet.find_lr(model, optimizer, loss_fn, batches, low=1e-3, high=10.0, auto_lr=True)

@@ -11,13 +11,13 @@ ROOT = Path(hdet.__file__).parent
 
 # Lowest first: a package, or a module directly under hdet, imports from those that stand before it.
 LAYERS = [
-    "errors", "ops", "schedules",
+    "errors", "files", "ops", "schedules",
     "replicas", "model", "explore", "converge", "observe", "steer", "monitor",
     "config", "arguments", "ensemble", "lr_scheduler",
     "integrations", "train", "bench",
 ]  # fmt: skip
 PURE = [  # no torch
-    "errors", "schedules/shapes", "explore/spread", "explore/design", "explore/prior", "observe/slopes",
+    "errors", "files", "schedules/shapes", "explore/spread", "explore/design", "explore/prior", "observe/slopes",
     "steer/centres",
     "steer/checks", "steer/observation", "steer/one_slope", "steer/published", "steer/running", "steer/two_slope",
     "monitor/report", "config",
@@ -32,6 +32,8 @@ LIFE_CYCLE = {
     "checkpoint",
     "init_process_group",
     "PrefixStore",
+    "Store",
+    "TCPStore",
     "rendezvous",
     "destroy_process_group",
     "barrier",

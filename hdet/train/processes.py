@@ -51,43 +51,46 @@ class _Watch:
     """What the processes tell each other beside the collectives, in which a process may be stuck.
 
     Args:
-        store: in which they found each other.
+        store: in which they found each other. In one of the processes it is the server, for as long as it is referred
+            to.
+        names: what the names in it begin with.
     """
 
-    def __init__(self, store: dist.Store, rank: int, world_size: int) -> None:
-        self._store, self._rank, self._world_size = store, rank, world_size
+    def __init__(self, store: Any, names: str, rank: int, world_size: int) -> None:
+        self._server, self._rank, self._world_size = store, rank, world_size
+        # A connection of its own: one that waits for an answer keeps others from asking.
+        client = dist.TCPStore(store.host, store.port, is_master=False, timeout=_START, wait_for_workers=False)
+        self._store = dist.PrefixStore(names, client)
         self._failing = threading.Lock()
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._look, name="hdet-watch", daemon=True)
         self._thread.start()
 
     def stop(self) -> None:
-        """The run has ended well."""
+        """The run has ended well, on all ranks. The one that may have the store leaves last."""
         self._ended.set()
         self._thread.join()
+        with contextlib.suppress(Exception):
+            self._count("left", wait=not self._rank)
 
     def fail(self, text: str, status: int) -> NoReturn:
         """Print ``text`` unless another process has failed before, wait until the others know, and end."""
         self._failing.acquire()
         self._ended.set()
         self._thread.join()  # the store's client is not to be shared with it
-        first: dict[str, Any] = {"text": "", "status": status}
-        try:
+        first: dict[str, Any] = {"text": None, "status": status}
+        with contextlib.suppress(Exception):  # the store has died with its process
             number = self._store.add("failures", 1)
-            if number == 1:
-                say_error(text)
-                self._store.set("failure", json.dumps({"text": text, "status": status}))
-            else:
+            if number > 1:
                 self._store.wait(["failure"], datetime.timedelta(seconds=_PATIENCE))
                 first = json.loads(self._store.get("failure"))
-                if status == 2 and text != first["text"]:
-                    say_error(text)
-            self._store.add("informed", 1)
-            deadline = time.monotonic() + _PATIENCE
-            while self._store.add("informed", 0) < self._world_size and time.monotonic() < deadline:
-                time.sleep(0.02)
-        except Exception:  # the store has died with its process
+        mine = first["text"] is None
+        if mine or (status == 2 and text != first["text"]):
             say_error(text)
+        with contextlib.suppress(Exception):
+            if mine:
+                self._store.set("failure", json.dumps({"text": text, "status": status}))
+            self._inform(wait=mine)
         leave(first["status"])
 
     def _look(self) -> None:
@@ -106,8 +109,22 @@ class _Watch:
                 status = 1
                 with contextlib.suppress(Exception):
                     status = json.loads(self._store.get("failure"))["status"]
-                    self._store.add("informed", 1)
+                    self._inform(wait=False)
                 leave(status)
+
+    def _inform(self, *, wait: bool) -> None:
+        """Tell the one that failed first that this one knows; ``wait`` until all do. The one that may have the store
+        waits in any case, and a little longer."""
+        self._count("informed", wait=wait or not self._rank)
+        if not self._rank:
+            time.sleep(0.2)
+
+    def _count(self, name: str, *, wait: bool) -> None:
+        """Add one to a number, and ``wait``, not for ever, until all processes have."""
+        self._store.add(name, 1)
+        deadline = time.monotonic() + _PATIENCE
+        while wait and self._store.add(name, 0) < self._world_size and time.monotonic() < deadline:
+            time.sleep(0.02)
 
 
 _watch: _Watch | None = None
@@ -210,18 +227,12 @@ def _meet() -> dist.Store:
         store, rank, world_size = next(_meetings())
     except ValueError as error:
         raise ConfigError(f"The environment is not as torchrun sets it: {error}") from error
-    watched = dist.PrefixStore(f"{names}/watch", _second_client(store))
-    _watch = _Watch(watched, rank, world_size)
+    _watch = _Watch(store, f"{names}/watch", rank, world_size)
     return dist.PrefixStore(names, store)
 
 
 def _meetings() -> Iterator[Any]:
     return rendezvous("env://", timeout=_START)
-
-
-def _second_client(store: Any) -> dist.Store:
-    """Another connection to the same store: one that waits for an answer would keep the other from asking."""
-    return dist.TCPStore(store.host, store.port, is_master=False, timeout=_START, wait_for_workers=False)
 
 
 def _number(name: str) -> int:

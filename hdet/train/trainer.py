@@ -169,6 +169,7 @@ class Trainer:
             if self.step == config.total_steps and validated_at != self.step:
                 self._validate()
             self._save()
+            self._mean(losses)  # when a process leaves, the checkpoint is there
         if self.step == config.total_steps:
             stopped_by = 0
             self._summarise(lr)

@@ -118,7 +118,7 @@ def _merge(kind: type, into: dict[str, Any], new: Mapping[str, Any], prefix: str
         elif isinstance(value, Mapping):
             _merge(section, into.setdefault(name, {}), value, f"{full}.", source)
         else:
-            raise ConfigError(f"Invalid {full}={_short(value)}. Must be a section with settings in it.")
+            raise ConfigError(f"{source}: Invalid {full}={_short(value)}. Must be a section with settings in it.")
 
 
 def _set(kind: Any, into: dict[str, Any], path: Sequence[str], value: _Text, full: str) -> None:
@@ -378,3 +378,13 @@ def _docstrings(kind: type) -> dict[str, str]:
         ):
             found[field_node.target.id] = str(after.value.value)
     return found
+
+
+def settings(kind: Any = Config, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Name and annotation of every setting, section by section."""
+    for name, hint in _hints(kind).items():
+        section = _section(hint)
+        if section is None:
+            yield f"{prefix}{name}", hint
+        else:
+            yield from settings(section, f"{prefix}{name}.")

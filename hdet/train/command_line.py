@@ -230,7 +230,10 @@ def _fit(hint: Any, value: Any, full: str) -> Any:
         return [_fit(arguments[0], item, full) for item in value]
     elif _is_mapping(hint) and isinstance(value, Mapping):
         of = arguments[1] if arguments else Any
-        files.check_plain_keys(dict(value), full)
+        try:
+            files.check_plain_keys(dict(value), full)
+        except ValueError as error:
+            raise ConfigError(str(error)) from error
         return {key: _convert(of, item, f"{full}.{key}") for key, item in value.items()}
     raise _Misfit("")
 

@@ -158,7 +158,7 @@ def _default(name: str) -> Any:
 
 
 def _near(chance: random.Random, name: str) -> Any:
-    """A default, or what is as good. What a controller is made of keeps its default: only one of them may be changed."""
+    """A default, or what is as good. What controllers are made of keeps its default: only one of them may change."""
     value = _default(name)
     if isinstance(value, float) and 0 < value < 1 and name.count(".") == 1:
         return chance.choice([value, 0.9 * value])

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 import os
 import pickle
 import zipfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import IO, Any, BinaryIO
 
 import torch
 from torch import Tensor, nn
@@ -39,6 +40,7 @@ _FREE = {
 }
 _NEEDED = ("step", "config", "max_lr", "model", "optimizer", "scheduler")
 _DEEP = 100
+_DIGITS = 64
 
 
 def save(path: Path, state: dict[str, Any]) -> None:
@@ -48,11 +50,32 @@ def save(path: Path, state: dict[str, Any]) -> None:
         ConfigError: naming the file, if it cannot be written: a full disk, a directory without permission, a link or a
             FIFO in its place. The old file is still there.
     """
-    beside = f"{path.name}.tmp"
+
+    def write(file: IO[bytes]) -> None:
+        digested = _Digested(file)
+        torch.save({"version": VERSION, **state}, digested)  # type: ignore[arg-type]
+        # The archive's last two bytes are the length of the comment that follows.
+        file.seek(-2, os.SEEK_END)
+        file.write(_DIGITS.to_bytes(2, "little") + digested.digest.hexdigest().encode())
+
     try:
-        files.write_at_once(path, lambda file: torch.save({"version": VERSION, **state}, file), beside=beside)
+        files.write_at_once(path, write, beside=f"{path.name}.tmp")
     except (OSError, RuntimeError, ValueError) as error:
         raise ConfigError(f"Cannot write {path}: {_reason(error)}") from error
+
+
+class _Digested:
+    """A file, and the digest of what is written into it."""
+
+    def __init__(self, file: IO[bytes]) -> None:
+        self._file, self.digest = file, hashlib.sha256()
+
+    def write(self, data: Any) -> int:
+        self.digest.update(data)
+        return self._file.write(data)
+
+    def flush(self) -> None:
+        self._file.flush()
 
 
 def load(path: Path, config: dict[str, dict[str, Any]], needed: tuple[str, ...] = _NEEDED) -> dict[str, Any]:
@@ -145,7 +168,8 @@ def _check_optimizer(path: Path, state: Any, parameters: list[Tensor], groups: i
 
 
 def _verify(file: BinaryIO) -> None:
-    """Raise ``ValueError`` or ``BadZipFile`` unless every part of an archive is what its checksum says.
+    """Raise ``ValueError`` or ``BadZipFile`` unless an archive is what was written: by the digest of the whole file,
+    which :func:`save` puts into the archive's comment, and by the checksum of every part, which others write too.
 
     torch's loader does not compare the checksums, so that a flipped bit would be a wrong number.
     """
@@ -164,9 +188,24 @@ def _verify(file: BinaryIO) -> None:
             raise ValueError("its archive was not written by torch.save.")
         if any(name.endswith("/constants.pkl") for name in names):
             raise ValueError("it is a TorchScript program.")
+        digest = archive.comment
         damaged = archive.testzip()
         if damaged is not None:
             raise ValueError(f"it is damaged: the checksum of {damaged!r} is wrong. Use an older checkpoint.")
+    if digest and digest != _digest_of(file, size - len(digest)):
+        raise ValueError("it is damaged: the file's digest is wrong. Use an older checkpoint.")
+
+
+def _digest_of(file: BinaryIO, length: int) -> bytes:
+    """Of the first ``length`` bytes, as they were before there was a comment."""
+    found = hashlib.sha256()
+    file.seek(0)
+    left = length - 2
+    while left > 0 and (part := file.read(min(left, 2**20))):
+        found.update(part)
+        left -= len(part)
+    found.update(b"\0\0")
+    return found.hexdigest().encode()
 
 
 def _check_content(path: Path, state: Any, needed: tuple[str, ...]) -> None:
@@ -193,7 +232,10 @@ def _check_content(path: Path, state: Any, needed: tuple[str, ...]) -> None:
     for name, value in _leaves(state):
         if not isinstance(value, (Tensor, str, int, float, bool, type(None))) or type(value) is nn.Parameter:
             raise ConfigError(f"{path}: {name} is a {type(value).__name__}. Must be a plain value or a tensor.")
-    for steps, name in _scheduler_steps(state.get("scheduler")):
+    told = list(_scheduler_steps(state.get("scheduler")))
+    if "scheduler" in needed and not told:
+        raise ConfigError(f"{path}: the scheduler's state is incomplete: it tells of no step.")
+    for steps, name in told:
         if steps != step:
             raise ConfigError(
                 f"{path}: the scheduler's {name} is {steps!r}, and the model's step is {step}. They are not of one "

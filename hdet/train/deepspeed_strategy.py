@@ -154,13 +154,16 @@ class DeepSpeedStrategy(DDPStrategy):
     def load(self, state: dict[str, Any], model: nn.Module, optimizer: Optimizer) -> dict[str, Any]:
         """Restore what :meth:`state` wrote; returns the scheduler's state. Collective.
 
-        DeepSpeed reads its files with pickle. They are verified, and read as plain values, tensors and DeepSpeed's loss
-        scalers: nothing else is imported or called.
+        DeepSpeed reads its files with pickle. They are verified, and read as plain values, tensors and four classes
+        of DeepSpeed's that are no more than values: nothing else is imported or called.
         """
         for path in sorted(self._directory.glob(f"replica*/step{state['step']}/*")):
             checkpoint.verify(path)
-        scalers = self._deepspeed.runtime.fp16.loss_scaler
-        known = [scalers.LossScaler, scalers.DynamicLossScaler, *_PLAIN]
+        from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
+        from deepspeed.runtime.zero.config import ZeroStageEnum
+        from deepspeed.utils.tensor_fragment import fragment_address
+
+        known = [DynamicLossScaler, LossScaler, ZeroStageEnum, fragment_address, *_PLAIN]
         with torch.serialization.safe_globals(known), _weights_only():
             self._integration.load_checkpoint(self.engine, self._directory, f"step{state['step']}")
         return self.engine.lr_scheduler.state_dict()

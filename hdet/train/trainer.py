@@ -6,6 +6,7 @@ import contextlib
 import itertools
 import math
 import os
+import pickle
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, replace
@@ -118,6 +119,8 @@ class Trainer:
             self.schedule.load_state_dict(self._strategy.load(saved, self.model, self.optimizer))
         except ConfigError:
             raise
+        except pickle.UnpicklingError as error:
+            raise ConfigError(f"The files beside {self._checkpoint} hold more than values: {error}") from error
         except (ArithmeticError, AttributeError, LookupError, OSError, RuntimeError, TypeError, ValueError) as error:
             raise ConfigError(f"{self._checkpoint} does not fit this run: {type(error).__name__}: {error}") from error
         if saved["config"].get("train", {}).get("total_steps") != self.config.train.total_steps:

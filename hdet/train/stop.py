@@ -58,8 +58,9 @@ class StopRequest:
         for number, handler in self._previous.items():
             signal.signal(number, handler)
         self._left.set()
-        os.close(self._write)
+        os.write(self._write, b"\0")  # closing it is not enough: a process forked meanwhile has it too
         self._thread.join()
+        os.close(self._write)
         os.close(self._read)
 
     def after_step(self) -> int:
@@ -93,8 +94,8 @@ class StopRequest:
         """The interpreter writes the number of every signal into the pipe when it arrives, also while the main thread
         is in a call that does not return."""
         presses = _Presses(forwarded=self._presses.forwarded)
-        while received := os.read(self._read, 1):
-            if received[0] == signal.SIGINT and presses.again() and not self._left.wait(_GRACE):
+        while number := os.read(self._read, 1)[0]:
+            if number == signal.SIGINT and presses.again() and not self._left.wait(_GRACE):
                 say_error("interrupted again: ended at once.")
                 leave(128 + signal.SIGINT)
 

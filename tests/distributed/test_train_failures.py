@@ -1,5 +1,6 @@
 """One process of a run fails: it says why, with its rank, and all end within seconds, with its status."""
 
+import gc
 import os
 import re
 import socket
@@ -8,7 +9,9 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 from forked import CONTEXT
+from torch.nn.parallel import DistributedDataParallel
 
 pytestmark = [pytest.mark.distributed, pytest.mark.timeout(300)]
 LIMIT = 120
@@ -49,7 +52,14 @@ def _rank(rank, size, port, arguments, kind, output):
 
         return call
 
-    if kind == "model":
+    def destroy(original=torch.distributed.destroy_process_group):
+        alive = sum(isinstance(thing, DistributedDataParallel) for thing in gc.get_objects())
+        print(f"rank {rank}: {alive} models alive", flush=True)
+        original()
+
+    if kind == "counts":
+        torch.distributed.destroy_process_group = destroy
+    elif kind == "model":
         models.build = fail
     elif kind in ("loss", "bad data", "no memory", "dies"):
         models.loss_of = later(models.loss_of, 7)
@@ -131,6 +141,24 @@ def test_a_mistake_on_all_ranks_is_told_once(tmp_path):
     statuses, told = run(tmp_path, 0, None, "--model.dropout=2", size=3)
     assert statuses == [2, 2, 2]
     assert told.count("model.dropout=2") == 1
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["--hdet.probe=true", "--train.save_every=1"],
+        ["--hdet.spread=0", "--schedule.name=cosine"],
+        ["--hdet.gradients=local", "--hdet.outer_momentum=0.5"],
+        ["--optimizer.max_lr=auto", "--train.accumulate=2", "--hdet.virtual_replicas=true"],
+        ["--hdet.overlap_steps=1", "--model.dropout=0.1"],
+        ["--hdet.probe=held_out", "--hdet.gradients=local", "--hdet.hyperparameters={weight_decay: 0.5}"],
+    ],
+)
+def test_nothing_refers_to_the_model_when_the_process_group_is_destroyed(tmp_path, arguments):
+    """Else its end would free the group, with Python's lock held, for which a thread of the group may wait."""
+    statuses, told = run(tmp_path, 1, "counts", "--train.total_steps=4", *arguments)
+    assert statuses == [0, 0], told
+    assert "rank 1: 0 models alive" in told
 
 
 def test_a_process_that_dies_ends_the_others(tmp_path):

@@ -43,8 +43,10 @@ class Nursery:
 
     def __exit__(self, *_: object) -> None:
         assert self._process.stdin is not None
+        assert self._process.stdout is not None
         self._process.stdin.close()
         self._process.wait()
+        self._process.stdout.close()
 
     def start(self, arguments: Sequence[str], environment: Mapping[str, str], output: Path) -> int:
         """Run ``python -m hdet.train`` with these arguments; returns the process id."""

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from hdet import files
+from hdet import files, plain
 from hdet.replicas.topology import ReplicasLike
 from hdet.train import checkpoint
 from hdet.train.config import Config, ConfigError
@@ -192,7 +192,7 @@ def _read(config: Config) -> dict[str, Any]:
         )
     try:
         settings = files.read_json(path)
-        files.check_plain_keys(settings)
+        plain.check_plain_keys(settings)
     except (OSError, ValueError) as error:
         raise ConfigError(f"Invalid train.deepspeed_config={path}: {error}") from error
     if not isinstance(settings, dict):

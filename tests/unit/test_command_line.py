@@ -9,7 +9,7 @@ import pytest
 
 from hdet.bench.faults import configs
 from hdet.train import __main__ as program
-from hdet.train import command_line
+from hdet.train import annotations, command_line
 from hdet.train.config import Config, ConfigError, parse
 
 
@@ -74,7 +74,7 @@ def test_a_value_of_another_type_is_named(tree, named):
 def test_a_dataclass_made_at_run_time_is_a_section_too():
     made = make_dataclass("Made", [("a", int, field(default=1, metadata={"doc": "What it is."}))])
     assert command_line._build(made, {"a": 2}, "") == made(a=2)
-    assert "What it is." in "\n".join(command_line._describe_settings(made, "x."))
+    assert "What it is." in "\n".join(annotations.describe_settings(made, "x."))
 
 
 def test_the_parts_of_a_mapping_can_be_set_on_the_command_line(tmp_path):
@@ -152,7 +152,7 @@ def test_help_tells_of_every_setting(capsys):
         parse(["--help"])
     assert ended.value.code == 0
     told = capsys.readouterr().out
-    assert all(f"--{name} (" in told for name, _ in command_line.settings())
+    assert all(f"--{name} (" in told for name, _ in annotations.settings(Config))
     assert "Seeds initial parameters, batches and dropout." in told
     assert parse([]) == Config()
 

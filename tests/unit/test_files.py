@@ -9,7 +9,7 @@ import pytest
 import yaml
 
 import hdet
-from hdet import files
+from hdet import files, plain
 from hdet.explore.prior import Prior
 from hdet.monitor.base import read_jsonl
 
@@ -28,7 +28,7 @@ BOMB = "a0: &a0 [1, 1]\n" + "".join(f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 9
     ],
 )
 def test_yaml_is_plain_values(text, value):
-    assert files.parse_yaml(text) == value
+    assert plain.parse_yaml(text) == value
 
 
 @pytest.mark.parametrize(
@@ -57,10 +57,10 @@ def test_yaml_is_plain_values(text, value):
 )
 def test_other_yaml_is_refused(text, said):
     if said is None:
-        assert files.parse_yaml(text) is not None
+        assert plain.parse_yaml(text) is not None
         return
     with pytest.raises(ValueError, match=said):
-        files.parse_yaml(text)
+        plain.parse_yaml(text)
 
 
 def special_files(folder):

@@ -11,14 +11,14 @@ ROOT = Path(hdet.__file__).parent
 
 # Lowest first: a package, or a module directly under hdet, imports from those that stand before it.
 LAYERS = [
-    "errors", "files", "ops", "schedules",
+    "errors", "plain", "files", "ops", "schedules",
     "replicas", "model", "explore", "converge", "observe", "steer", "monitor",
     "config", "arguments", "ensemble", "lr_scheduler",
     "integrations", "train", "bench",
 ]  # fmt: skip
 PURE = [  # no torch
-    "errors", "files", "schedules/shapes", "explore/spread", "explore/design", "explore/prior", "observe/slopes",
-    "steer/centres",
+    "errors", "plain", "files", "schedules/shapes", "explore/spread", "explore/design", "explore/prior",
+    "observe/slopes", "steer/centres",
     "steer/checks", "steer/observation", "steer/one_slope", "steer/published", "steer/running", "steer/two_slope",
     "monitor/report", "config",
 ]  # fmt: skip

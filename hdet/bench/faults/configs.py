@@ -21,7 +21,7 @@ import yaml
 
 from hdet.bench.faults.sections import Outcome, cases
 from hdet.train import __main__ as program
-from hdet.train.command_line import settings
+from hdet.train.annotations import settings
 from hdet.train.config import Config
 from hdet.train.trainer import Trainer
 
@@ -73,7 +73,7 @@ def run(share: float, seed: int) -> Outcome:
     """Try the section."""
     chance = random.Random(f"configs {seed}")
     outcome = Outcome()
-    names = [name for name, _ in settings() if name != "train.log_dir"]
+    names = [name for name, _ in settings(Config) if name != "train.log_dir"]
     with tempfile.TemporaryDirectory() as directory, _canary(Path(directory)) as touched:
         os.mkfifo(f"{directory}/fifo")
         for number in range(cases(FULL, share)):

@@ -7,6 +7,7 @@ program does, so that what happens at the interpreter's end is tried too.
 from __future__ import annotations
 
 import contextlib
+import faulthandler
 import json
 import os
 import signal
@@ -121,6 +122,10 @@ class Group:
         while None in (statuses := self.statuses()) and time.monotonic() < deadline:
             time.sleep(0.01)
         if None in statuses:
+            for pid, status in zip(self.pids, statuses, strict=True):
+                if status is None:
+                    os.kill(pid, signal.SIGUSR1)  # they print where they are
+            time.sleep(1.0)
             self.kill()
         return [HUNG if status is None else status for status in statuses]
 
@@ -157,6 +162,7 @@ def main() -> int:
     import torch._dynamo
     import torch.utils.tensorboard
 
+    import hdet.train.command_line  # noqa: F401
     from hdet.train.__main__ import main as program
 
     torch.set_num_threads(1)
@@ -165,6 +171,7 @@ def main() -> int:
     null = os.open(os.devnull, os.O_RDONLY)
     for number, file in enumerate((null, output, output)):
         os.dup2(file, number)
+    faulthandler.register(signal.SIGUSR1, all_threads=True)
     os.environ |= question["environment"]
     sys.argv = ["hdet.train", *question["arguments"]]
     return program()

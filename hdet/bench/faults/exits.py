@@ -7,7 +7,7 @@ import tempfile
 from pathlib import Path
 
 from hdet.bench.faults._nursery import HUNG, Group, Nursery
-from hdet.bench.faults.sections import Outcome, cases
+from hdet.bench.faults.sections import Outcome, cases, tell
 
 FULL = 500
 LIMIT = 120.0
@@ -55,7 +55,7 @@ def _finish(kind: str, output: Path, group: Group, outcome: Outcome) -> None:
     outcome.tried += 1
     expected = _KINDS[kind][2]
     if HUNG in statuses or any(status != expected for status in statuses):
-        outcome.failures.append(f"{kind}: {statuses} instead of {expected} on every rank\n{told[-2000:]}")
+        outcome.failures.append(tell(f"{kind}: {statuses} instead of {expected} on every rank\n{told[-4000:]}"))
     elif expected and (told.count("error on rank") != 1 or "Traceback" in told):
         outcome.failures.append(f"{kind}: not told once, in words\n{told[-2000:]}")
     elif expected:

@@ -317,6 +317,13 @@ class Replicas:
         return torch.device(types[0], torch.accelerator.current_device_index())
 
 
+def forget_groups() -> None:
+    """Drop the process groups made here, before they are destroyed: a group that is still referred to is freed at the
+    interpreter's end."""
+    _groups.clear()
+    _groups_world[0] = None
+
+
 class GradientScope:
     """State of the hook :func:`average_gradients`: over which ranks it averages.
 

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from hdet.converge.averager import Averager, Inspection
-from hdet.converge.optimizer_state import NOT_INSPECTED, OptimizerState, StateInspection
+from hdet.converge.optimizer_state import OptimizerState, StateInspection
 from hdet.converge.outer import OuterMomentum
 from hdet.converge.pending import Averaged, Pending
 from hdet.converge.slow_average import SlowAverage
@@ -26,6 +26,11 @@ class Findings(NamedTuple):
 
     weights: Inspection
     optimizer: StateInspection
+
+    @property
+    def finite(self) -> bool:
+        """Whether parameters, buffers and optimizer state are."""
+        return self.weights.finite and self.weights.untrained_finite and self.optimizer.finite
 
 
 class ConvergePhase:
@@ -82,6 +87,7 @@ class ConvergePhase:
         """Watch no more."""
         if self._watch is not None:
             self._watch.close()
+        self._lost: tuple[str, ...] = ()  # of the average under way
 
     @property
     def policy(self) -> str:
@@ -93,13 +99,14 @@ class ConvergePhase:
         """Rounds of progress between the slow average and its trail."""
         return self.slow.lag if self.slow else 1.0
 
-    def terms(self, *, converges: bool) -> dict[str, Term]:
-        """What this rank tells the others of its model; not collective. ``converges``: whether they may average."""
-        self.layout, finite, constants = self._averager.inspect()
-        state = self._optimizer_state.inspect() if converges else NOT_INSPECTED
+    def terms(self) -> dict[str, Term]:
+        """What this rank tells the others of its model before they may average. Not collective."""
+        self.layout, finite, constants, untrained_finite = self._averager.inspect()
+        state = self._optimizer_state.inspect()
         return {
             "written": Term(2.0 if self._has_loaded else float(self._averager.version() != self._version), max),
             "finite": Term(float(finite), min),
+            "untrained finite": Term(float(untrained_finite), min),
             "constants": Term(float(constants), same),
             "state layout": Term(float(state.layout), same),
             "state finite": Term(float(state.finite), min),
@@ -120,7 +127,7 @@ class ConvergePhase:
         """What the replicas' terms say, by replica."""
         return [
             Findings(
-                Inspection(self.layout, bool(one["finite"]), int(one["constants"])),
+                Inspection(self.layout, bool(one["finite"]), int(one["constants"]), bool(one["untrained finite"])),
                 StateInspection(
                     int(one["state layout"]),
                     bool(one["state finite"]),
@@ -155,19 +162,23 @@ class ConvergePhase:
         averaged = self._averager.average([one.weights for one in found], slow, return_points=return_points)
         states = [one.optimizer for one in found]
         excluded, sent = self._optimizer_state.converge(states, averaged.excluded, complete=complete)
-        return averaged._replace(excluded=excluded, bytes=averaged.bytes + sent)
+        return averaged._replace(excluded=excluded, bytes=averaged.bytes + sent, nonfinite=_lost(found))
 
     def start(self, found: Sequence[Findings]) -> Pending:
         """Send what is to be averaged and return at once; :meth:`land` applies the mean. Collective."""
-        pending = self._averager.start([one.weights for one in found])
+        weights = [one.weights for one in found]
+        if any(one.finite for one in found):  # by when the mean is applied, state that is not finite will have spread
+            weights = [one.weights._replace(finite=one.weights.finite and one.optimizer.finite) for one in found]
+        pending = self._averager.start(weights)
         self._optimizer_state.converge([one.optimizer for one in found], (), complete=True)
+        self._lost = _lost(found)
         return pending
 
     def land(self, pending: Pending) -> Averaged:
         """Apply the average that has been under way."""
         averaged = pending.finish()
         self._optimizer_state.heal(averaged.excluded)
-        return averaged
+        return averaged._replace(nonfinite=self._lost)
 
     def step_outer(self) -> None:
         """Take the mean, at which all replicas are, as far as the outer optimizer says."""
@@ -181,6 +192,16 @@ class ConvergePhase:
     def _say(self, what: str) -> None:
         if self._replicas.writer:
             logger.info(f"Other parameters are trained than in the last round: {what} begins again.")
+
+    def is_finite(self) -> bool:
+        """Whether the outer optimizer has left the parameters finite; without one they are, after an average."""
+        return self._outer is None or all(bucket.is_finite() for bucket in self._averager.buckets())
+
+    def broadcast(self) -> None:
+        """Make all replicas what replica 0 is: weights and optimizer state. Collective."""
+        self._averager.broadcast()
+        self._optimizer_state.copy_from_first()
+        self.restart()
 
     def settle(self) -> None:
         """What is written from here on was written since the replicas converged."""
@@ -233,3 +254,12 @@ class ConvergePhase:
             self.slow.load(state["slow_average"], state["slow_rounds"])
         if self._outer is not None:
             self._outer.load(state.get("outer", ()))
+
+
+def _lost(found: Sequence[Findings]) -> tuple[str, ...]:
+    """What is finite on no replica, beside parameters: without these there is no average."""
+    kinds = {
+        "buffers": [one.weights.untrained_finite for one in found],
+        "optimizer state": [one.optimizer.finite for one in found],
+    }
+    return tuple(kind for kind, finite in kinds.items() if not any(finite))

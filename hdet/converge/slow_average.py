@@ -56,7 +56,7 @@ class SlowAverage:
         self._layout = layout
         return changed
 
-    def unpack(self, index: int, bucket: Bucket, wire: Tensor, count: int, anchor: Tensor | None = None) -> Tensor:
+    def unpack(self, index: int, bucket: Bucket, wire: Tensor, count: float, anchor: Tensor | None = None) -> Tensor:
         """``bucket.unpack(wire, count, anchor=anchor)``, and update bucket ``index`` of both averages. To be called for
         the buckets in their order; bucket 0 begins a round."""
         if index == 0:

@@ -11,7 +11,9 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.optim import Optimizer
 
+from hdet import ops
 from hdet.converge.buckets import Bucket, fill_buckets
+from hdet.converge.pending import smaller_scale
 from hdet.converge.state_entries import (
     Entry,
     Value,
@@ -42,6 +44,7 @@ class StateSync:
         bucket_bytes: size of one bucket.
         all_ranks: whether all members of a replica hold copies, which are averaged together.
         explored: keys of the parameter groups in which replicas are to differ.
+        own: ids of parameters that are each rank's own; their state is left out.
     """
 
     def __init__(
@@ -52,10 +55,11 @@ class StateSync:
         *,
         all_ranks: bool,
         explored: Collection[str] = (),
+        own: frozenset[int] = frozenset(),
     ) -> None:
         self._explored = frozenset(explored)
         self._optimizer, self._replicas, self._bucket_bytes = optimizer, replicas, bucket_bytes
-        self._all_ranks = all_ranks
+        self._all_ranks, self._own = all_ranks, own
         self.has_quantised = False
         """Whether a quantised value has been seen."""
 
@@ -63,13 +67,16 @@ class StateSync:
         """Of all groups, in their order."""
         return [p for group in self._optimizer.param_groups for p in group["params"]]
 
-    def values(self, substitutes: Mapping[int, Any] | None = None) -> Iterator[Value]:
+    def values(self, substitutes: Mapping[int, Any] | None = None, *, part: int = 0, parts: int = 1) -> Iterator[Value]:
         """Every value in the state, in the same order on every rank.
 
         Args:
             substitutes: by parameter, a state to read in place of the optimizer's.
+            part, parts: of the parameters, those whose index is ``part`` modulo ``parts``.
         """
         for index, p in enumerate(self.parameters()):
+            if index % parts != part or id(p) in self._own:
+                continue
             own = substitutes is None or index not in substitutes
             state = self._optimizer.state.get(p) if own else substitutes[index]  # type: ignore[index]
             if state:
@@ -142,9 +149,16 @@ class StateSync:
             work = self._replicas.all_reduce(wire, op, all_ranks=self._all_ranks)
             if work is not None:
                 work.wait()
+            count: float = len(sources) * (self._replicas.members if self._all_ranks else 1)
+            if is_mean and not bool(ops.all_finite([wire])):  # of finite values the sum has overflowed
+                scale = smaller_scale(count)
+                wire = bucket.pack().mul_(scale) if self._replicas.rank in sources else torch.zeros_like(wire)
+                count *= scale
+                if (work := self._replicas.all_reduce(wire, op, all_ranks=self._all_ranks)) is not None:
+                    work.wait()
             if writes:
                 if is_mean:
-                    wire.div_(len(sources) * (self._replicas.members if self._all_ranks else 1))
+                    wire.div_(count)
                 bucket.write(wire)
             sent += wire.nbytes
         return sent

@@ -8,7 +8,7 @@ from torch.optim import Optimizer
 
 from hdet.converge import Averager, ConvergePhase, OptimizerState, OuterMomentum, SlowAverage
 from hdet.explore import ExplorePhase, ParamGroupField
-from hdet.model import GradientWatch, JoinGuard, LoadWatch, Weights, weights_of
+from hdet.model import GradientWatch, JoinGuard, LoadWatch, Start, Weights, weights_of
 from hdet.monitor import Publisher
 from hdet.observe import MovementMeter, ObservePhase, PairedProbe, RoundLosses
 from hdet.schedules.base import BaseSchedule, ScheduleLike
@@ -27,6 +27,7 @@ class Phases(NamedTuple):
     publisher: Publisher
     gradients: GradientWatch
     join: JoinGuard
+    start: Start
     schedule: BaseSchedule
     course: Course
 
@@ -48,6 +49,13 @@ def build(given: Optimizer, schedule: ScheduleLike, schedule_every: int, resolve
         course.forecast = base.forecast(resolved.total_steps)
     converge = _converge_phase(optimizer, resolved)
     explore = _explore_phase(optimizer, resolved, converge.weights, base)
+    start = Start(
+        optimizer,
+        converge.weights,
+        resolved.modules,
+        resolved.replicas,
+        [place for h in explore.hyperparameters if isinstance(h, ParamGroupField) for place in h.places],
+    )
     recovery = Recovery(resolved.modules, optimizer, resolved.snapshot_device) if resolved.rolls_back else None
     _watch_loads(resolved, converge, explore, recovery)
     return Phases(
@@ -56,11 +64,17 @@ def build(given: Optimizer, schedule: ScheduleLike, schedule_every: int, resolve
         _observe_phase(optimizer, resolved, converge, explore, recovery),
         _steer_phase(resolved, course, len(groups), recovery),
         Publisher(resolved.monitors, resolved.replicas),
-        GradientWatch(resolved.given["gradients"], optimizer, resolved.modules, resolved.replicas),
+        GradientWatch(resolved.given["gradients"], optimizer, resolved.modules, resolved.replicas, _own_ids(resolved)),
         JoinGuard(resolved.modules, resolved.replicas),
+        start,
         base,
         course,
     )
+
+
+def _own_ids(resolved: Resolved) -> frozenset[int]:
+    """Of parameters that are each rank's own."""
+    return resolved.exclusion.ids() | {id(p) for p in resolved.outside}
 
 
 def _explore_phase(optimizer: Optimizer, resolved: Resolved, weights: Weights, base: BaseSchedule) -> ExplorePhase:
@@ -90,9 +104,7 @@ def _watch_loads(resolved: Resolved, converge: ConvergePhase, explore: ExplorePh
 def _converge_phase(optimizer: Optimizer, resolved: Resolved) -> ConvergePhase:
     given, modules, replicas, probe = resolved.given, resolved.modules, resolved.replicas, resolved.probe
     averaging, outer = given["averaging"], given["outer"]
-    owned = {p for m in modules for p in m.parameters()}
-    extra = [p for group in optimizer.param_groups for p in group["params"] if p not in owned] if modules else []
-    weights = weights_of(modules, extra)
+    weights = weights_of(modules, resolved.exclusion)
     averager = Averager(
         weights,
         replicas,
@@ -100,6 +112,7 @@ def _converge_phase(optimizer: Optimizer, resolved: Resolved) -> ConvergePhase:
         wire_dtype=averaging.low_precision,
         piggyback=averaging.overlap_steps == 0,
         has_virtual=given["virtual_replicas"] > 1,
+        watches=resolved.rolls_back,
     )
     state = OptimizerState(
         optimizer,
@@ -110,6 +123,8 @@ def _converge_phase(optimizer: Optimizer, resolved: Resolved) -> ConvergePhase:
         automatic=averaging.optimizer_state == "auto",
         overlapped=averaging.overlap_steps > 0,
         explored=[h.key for h in given["hyperparameters"] if isinstance(h, ParamGroupField)],
+        watches=resolved.rolls_back or given["virtual_replicas"] > 1,
+        own=_own_ids(resolved),
     )
     return ConvergePhase(
         averager,

@@ -13,6 +13,8 @@ VERSION = 6
 _ABSENT = {
     "first_loss": math.nan,
     "rollbacks": 0,
+    "loss_level": [],
+    "undone_jump": [],
 }
 
 

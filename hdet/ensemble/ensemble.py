@@ -17,7 +17,7 @@ from hdet.ensemble import checkpoint
 from hdet.ensemble.build import build
 from hdet.ensemble.rounds import Rounds
 from hdet.explore import Prior, hand_over
-from hdet.model import RivalWatch, check_whole, outside_inference, set_gradients, warn_of_batch_norm
+from hdet.model import RivalWatch, check_whole, outside_inference, set_gradients, warn_of_batch_norm, warn_of_outside
 from hdet.monitor import Report
 from hdet.observe import Loss
 from hdet.schedules.base import ScheduleLike
@@ -108,6 +108,8 @@ class Ensemble:
             self._begin_from(resolved.prior)
         self._restore_gradients = set_gradients(resolved.given["gradients"], resolved.modules, self.replicas)
         warn_of_batch_norm(resolved.modules, resolved.given["gradients"], self.replicas)
+        given_out = resolved.exclusion.ids()
+        warn_of_outside([p for p in resolved.outside if id(p) not in given_out], self.replicas)
         rival = RivalWatch(resolved.modules, self, self.replicas)
         self._rounds = Rounds(resolved, phases, self._group_names, rival)
         # For adapters around a scheduler of their own, step() in two parts. Bound once: they are called in every step.

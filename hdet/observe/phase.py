@@ -70,11 +70,15 @@ class ObservePhase:
         """How far the weights have moved in so many rounds; see :meth:`MovementMeter.measure`. Collective."""
         return () if self._meter is None else self._meter.measure(rounds)
 
+    def begin(self) -> None:
+        """The run begins, or goes on: the weights are where a round begins, or near."""
+        if self._meter is not None:
+            self._meter.begin()
+
     def begin_round(self) -> None:
         """The round's losses have been used, and the weights are where the next one begins."""
         self._losses.begin_round()
-        if self._meter is not None:
-            self._meter.begin()
+        self.begin()
 
     def restart(self) -> None:
         """Forget all losses, batches and where the round began."""

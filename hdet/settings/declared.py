@@ -16,6 +16,7 @@ from typing_extensions import TypedDict
 
 from hdet.errors import check_choice, check_flag, check_number, check_whole
 from hdet.explore.hyperparameters import Hyperparameter
+from hdet.model.exclusion import ExcludeLike, check_exclude
 from hdet.monitor.base import MonitorLike
 from hdet.observe.probe import LossFunction, Probe
 from hdet.replicas.topology import ReplicasLike
@@ -88,7 +89,17 @@ class Settings(TypedDict, total=False):
     """What :class:`hdet.OneCycleLR` and :class:`hdet.Ensemble` take by keyword."""
 
     model: Annotated[nn.Module | Iterable[nn.Module] | None, Setting(None)]
-    """The module or modules whose parameters and buffers are averaged. Required when replicas differ."""
+    """The module or modules whose parameters and buffers are averaged. Required when replicas differ.
+    Parameters that the optimizer trains beside theirs are not averaged, and warned of."""
+    exclude: Annotated[ExcludeLike, Setting((), check_exclude)]
+    """Parameters and buffers of ``model`` that are each rank's own, such as experts, queues and heads: neither averaged
+    nor compared, and neither is what the optimizer keeps for them. Name patterns as ``fnmatch`` reads them
+    (``"experts.*"``; a ``module.`` of ``DistributedDataParallel`` may be there or not), tensors, modules, or a list of
+    these. One that matches nothing is an error. What ``DistributedDataParallel`` was told to ignore is excluded, too.
+    """
+    broadcast: Annotated[bool, Setting(False, check_flag)]
+    """Whether the first ``step()``, and the first after a load, makes unequal replicas equal: parameters, buffers and
+    optimizer state become replica 0's, in place. Otherwise weights that differ at the start are an error there."""
     spread: Annotated[float, Setting(0.0, _number("in [0, 1)", lambda alpha: 0 <= alpha < 1))]
     """``alpha``, in [0, 1): replicas train under ``[1 - alpha, 1 + alpha]`` times the base learning rate. The paper
     uses 1/9."""
@@ -118,10 +129,12 @@ class Settings(TypedDict, total=False):
     prior: Annotated[str | os.PathLike[str] | None, Setting(None, _optional(_path))]
     """Gains and centres to start from: a file that :meth:`hdet.Ensemble.save_prior` wrote."""
     rollback: Annotated[bool | str | torch.device, Setting(True, _rollback)]
-    """With ``auto_lr``, whether a round that blew up is undone: the loss at twice the first round's (twice as high
-    again after each rollback), or no replica finite. Parameters, buffers and optimizer state go back to the last
-    converge whose round was not above 1.1 times the first one, and the gain falls to a third. It takes memory for one
-    copy of them, on the device named instead of ``True`` (``"cpu"``). Not with ``averaging.overlap_steps``."""
+    """With ``auto_lr``, whether a round that blew up is undone: parameters, buffers or optimizer state are finite on no
+    replica; or the loss jumped, in units of its own spread so far, while the weights moved
+    (:class:`hdet.steer.Recovery`; neither the loss's zero nor its sign matters). Parameters, buffers and optimizer
+    state go back to the last good converge, and the gain falls to a third; also in a ``converge()`` inside a round, if
+    nothing is finite. It takes memory for one copy of them, on the device named instead of ``True`` (``"cpu"``). Not
+    with ``averaging.overlap_steps``. Pass ``False`` for a loss whose jumps are meant."""
     replicas: Annotated[ReplicasLike, Setting(None)]
     """Who they are: a number of replicas (each of as many consecutive ranks), a ``ProcessGroup`` (every rank in it is
     one), a 1-D ``DeviceMesh``, or one dimension of a mesh (``mesh["replicate"]``; the ranks along the others are a

@@ -9,7 +9,7 @@ from dataclasses import dataclass, fields, is_dataclass
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from hdet.converge.optimizer_policy import policy_of
@@ -17,9 +17,11 @@ from hdet.errors import check_whole
 from hdet.explore.identification import check_identified
 from hdet.explore.prior import Prior
 from hdet.explore.rates import share_memory
+from hdet.model.exclusion import Exclusion
 from hdet.model.gradients import check_gradients
 from hdet.model.optimizers import inside
 from hdet.model.sharding import check_sharding
+from hdet.model.weights import Weights, weights_of
 from hdet.monitor.base import Monitor, as_monitors
 from hdet.observe.probe import Probe
 from hdet.replicas.topology import Replicas
@@ -50,6 +52,10 @@ class Resolved:
     probe: Probe | None
     prior: Prior | None
     modules: tuple[nn.Module, ...]
+    exclusion: Exclusion
+    """What of the modules is each rank's own."""
+    outside: tuple[Tensor, ...]
+    """Parameters that the optimizer trains and no module has."""
     monitors: tuple[Monitor, ...]
     replicas: Replicas
     optimizer: Optimizer
@@ -80,7 +86,7 @@ class Resolved:
         given = self.given
         values: dict[str, Any] = {}
         for name, value in given.items():
-            if name in ("model", "monitor", "prior", "replicas"):
+            if name in ("model", "exclude", "monitor", "prior", "replicas"):
                 continue  # objects, and what may differ between ranks
             if is_dataclass(value) and name in GROUPS:
                 for inner in fields(value):
@@ -125,6 +131,8 @@ def resolve(optimizer: Optimizer, total_steps: int | None, settings: Mapping[str
         raise ValueError("Pass converge_every, the round's length in steps, or total_steps, from which it follows.")
     given_probe = given["probe"]
     probe = given_probe if isinstance(given_probe, Probe) or given_probe is None else Probe(loss_fn=given_probe)
+    modules = _modules(given["model"])
+    outside = _outside(modules, optimizer)
     resolved = Resolved(
         given=given,
         total_steps=total_steps,
@@ -132,7 +140,9 @@ def resolve(optimizer: Optimizer, total_steps: int | None, settings: Mapping[str
         controller=given["controller"] or (Published() if probe is None else TwoSlope()),
         probe=probe,
         prior=None if given["prior"] is None else Prior.load(given["prior"]),
-        modules=_modules(given["model"]),
+        modules=modules,
+        exclusion=Exclusion(modules, given["exclude"], outside),
+        outside=outside,
         monitors=as_monitors(given["monitor"]),
         replicas=Replicas(given["replicas"]),
         optimizer=optimizer,
@@ -148,6 +158,7 @@ def resolve(optimizer: Optimizer, total_steps: int | None, settings: Mapping[str
     if given["per_group"]:
         _check_own_rates(optimizer)
     check_sharding(resolved.modules, resolved.replicas)
+    _check_exclusion(resolved)
     check_gradients(given["gradients"], resolved.modules, resolved.replicas)
     return resolved
 
@@ -179,6 +190,25 @@ def _modules(model: object) -> tuple[nn.Module, ...]:
         if not isinstance(module, nn.Module):
             raise TypeError(f"model= takes an nn.Module or several, got {type(module).__name__}.")
     return modules
+
+
+def _outside(modules: tuple[nn.Module, ...], optimizer: Optimizer) -> tuple[Tensor, ...]:
+    """Parameters of the optimizer that no module has; none where an adapter says what is trained."""
+    if not modules or type(weights_of(modules)) is not Weights:
+        return ()
+    inside = {id(slot.tensor) for slot in Weights(modules).slots()}
+    return tuple(p for group in optimizer.param_groups for p in group["params"] if id(p) not in inside)
+
+
+def _check_exclusion(resolved: Resolved) -> None:
+    weights = weights_of(resolved.modules, resolved.exclusion)
+    if type(weights) is not Weights:
+        if resolved.given["exclude"]:
+            raise ValueError(
+                "exclude= is not supported under DeepSpeed, whose masters hold several parameters each. Leave it out."
+            )
+    elif resolved.given["exclude"] and not weights.slots():
+        raise ValueError("exclude= leaves nothing of model= to be averaged. Exclude less, or leave model= out.")
 
 
 def _check_together(resolved: Resolved) -> None:

@@ -168,7 +168,7 @@ def train(run, rank, steps, first=0, blow=(), virtual=1):
 
 def plain_report(report):
     """All of a report but for the time that it took, and whose it is."""
-    left_out = ("converge_ms", "writer")
+    left_out = ("converge_ms", "movement", "writer")
     found = {f.name: getattr(report, f.name) for f in dataclasses.fields(report) if f.name not in left_out}
     return found | {"hyperparameters": [dataclasses.asdict(h) for h in report.hyperparameters]}
 
@@ -406,8 +406,8 @@ def per_group(rank, out):
 def per_group_independent(rank, out):
     model = ddp(plain())
     run = one_cycle(
-        model, two_groups(model), [0.02, 0.04], 40, per_group=True, exploration=hdet.Exploration(design="independent"), seed=7, converge_every=3,
-        auto_lr=True,
+        model, two_groups(model), [0.02, 0.04], 40, per_group=True, seed=7, converge_every=3,
+        exploration=hdet.Exploration(design="independent"), auto_lr=True,
     )  # fmt: skip
     return outcome(run, *train(run, rank, 26))
 

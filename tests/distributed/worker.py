@@ -877,7 +877,7 @@ def resume(rank, world):
         order = (1, 2) if at == 8 else (2, 1)  # the optimizer's state first, or the scheduler's
         for i in order:
             second[i].load_state_dict(loaded[["model", "optimizer", "scheduler"][i]])
-        lr_match = second[1].param_groups[0]["lr"] == first[1].param_groups[0]["lr"]
+        lr_match = second[2].get_last_lr() == first[2].get_last_lr() == [second[1].param_groups[0]["lr"]]
         advance(*second, at, 24)
         results[at] = {
             "equal": bits(second[0]) == bits(whole[0]),
@@ -885,7 +885,7 @@ def resume(rank, world):
             "lr_match": lr_match,
             "scheduler_equal": len({repr(s) for s in gather(state["scheduler"])}) == 1,
             "optimizer_lr_equal": len({s["param_groups"][0]["lr"] for s in gather(state["optimizer"])}) == 1,
-            "lrs_differ": len(set(gather(first[1].param_groups[0]["lr"]))),
+            "lrs_differ": len({lr for (lr,) in gather(first[2].get_last_lr())}),
         }
     # Another number of replicas: gains and step are kept, multipliers drawn anew.
     state = copy.deepcopy(loaded["scheduler"])

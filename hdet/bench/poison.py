@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import datetime
+import functools
 import logging
 import math
 import os
@@ -278,7 +279,7 @@ def _fork(cases: Sequence[Case], size: int = 2) -> list[list[Told]]:
         for rank in range(size):
             pid = os.fork()
             if not pid:
-                _child(lambda r=rank: _serve(cases, r, size, Path(folder)))
+                _child(functools.partial(_serve, cases, rank, size, Path(folder)))
             pids.append(pid)
         statuses = _await(pids, 60 + 2 * len(cases))
         if any(statuses):

@@ -7,10 +7,11 @@ from typing import Any, Literal
 
 from torch import Tensor
 from torch.optim import Optimizer, lr_scheduler
-from typing_extensions import Unpack
+from typing_extensions import Self, Unpack
 
 from hdet.ensemble import Ensemble
-from hdet.explore import ParamGroupField, copied
+from hdet.explore import ParamGroupField, copied, hand_over
+from hdet.model import check_whole
 from hdet.monitor import Report
 from hdet.observe import Loss, check_loss
 from hdet.schedules.forecast import forecast
@@ -44,6 +45,7 @@ class OneCycleLR(lr_scheduler.OneCycleLR):
     """
 
     _ensemble: Ensemble | None = None
+    _is_closed = False
 
     def __init__(
         self,
@@ -68,6 +70,9 @@ class OneCycleLR(lr_scheduler.OneCycleLR):
         given = resolved.given
         if cycle_momentum and any(isinstance(h, ParamGroupField) and h.is_momentum for h in given["hyperparameters"]):
             raise ValueError("cycle_momentum=True sets the momentum in every step. To explore it, pass False.")
+        if _differs(given):
+            check_whole(optimizer)
+            hand_over(resolved.optimizer)
         if max_lr == "auto":
             max_lr = _find(optimizer, resolved)
         super().__init__(
@@ -90,6 +95,7 @@ class OneCycleLR(lr_scheduler.OneCycleLR):
             # Before the learning rates fan out; without a probe nothing asks what is to come.
             ahead = None if resolved.probe is None else forecast(self, optimizer, self.total_steps)
             self._ensemble = Ensemble(optimizer, total_steps=length, **settings)
+            self._ensemble.recomputed_by("OneCycleLR")
             if ahead is not None:
                 self._ensemble.look_ahead(ahead)
             if self.last_epoch:
@@ -120,6 +126,7 @@ class OneCycleLR(lr_scheduler.OneCycleLR):
         if ensemble is None:
             if loss is not None:  # a script with virtual replicas may run with one
                 check_loss(loss[0] if isinstance(loss, (list, tuple)) and len(loss) == 1 else loss)
+            self._check_open()
             _step_schedule(self, epoch)
         else:
             ensemble.end_step(loss, batch)
@@ -134,6 +141,30 @@ class OneCycleLR(lr_scheduler.OneCycleLR):
         """Average the replicas now; see :meth:`hdet.Ensemble.converge`. Without an ensemble there is nothing to do."""
         return None if self._ensemble is None else self._ensemble.converge()
 
+    def close(self) -> None:
+        """Converge, and hand model and optimizer back; see :meth:`hdet.Ensemble.close`. Also at the end of a ``with``
+        block::
+
+            with hdet.OneCycleLR(optimizer, max_lr, total_steps, model=model, spread=1 / 9) as scheduler:
+                ...
+        """
+        self._is_closed = True
+        if self._ensemble is not None:
+            self._ensemble.close()
+
+    def __enter__(self) -> Self:
+        self._check_open()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
+        self._is_closed = True
+        if self._ensemble is not None:
+            self._ensemble.__exit__(kind, error, trace)
+
+    def _check_open(self) -> None:
+        if self._is_closed:
+            raise RuntimeError("This hdet scheduler is closed. Build another one to go on.")
+
     def get_last_lr(self) -> list[float | Tensor]:
         """This replica's learning rates, by parameter group."""
         return super().get_last_lr() if self._ensemble is None else self._ensemble.get_last_lr()
@@ -143,6 +174,7 @@ class OneCycleLR(lr_scheduler.OneCycleLR):
         replicas have just converged. Makes no collective call; loads with ``torch.load(weights_only=True)``."""
         state = super().state_dict()
         state.pop("_ensemble", None)
+        state.pop("_is_closed", None)
         if self._ensemble is not None:
             state["hdet"] = self._ensemble.own_state()
         return state

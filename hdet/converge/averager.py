@@ -126,10 +126,14 @@ class Averager:
             return self._replicas.all_gather(numbers)
         piggyback.write(numbers)
         work = self._replicas.all_reduce(piggyback.memory, dist.ReduceOp.SUM)
-        if work is not None:
-            work.wait()
+        self._replicas.wait(work)
         self._is_first_reduced = self._is_first_packed
         return piggyback.read()
+
+    @property
+    def sends_differences(self) -> bool:
+        """Whether what is sent is compared with a copy of the last mean."""
+        return self._reference.dtype is not None
 
     def version(self) -> int:
         """A number that grows whenever a trained tensor is written in place. Not collective."""
@@ -139,6 +143,12 @@ class Averager:
         """Forget what is known of the model, since it may have been changed. On all replicas, or on none."""
         self._plan = None
         self._reference.drop()
+
+    def forget(self) -> None:
+        """The model was given other weights since the last average: send them as they are. On all replicas, or on none;
+        after :meth:`gather`."""
+        self._reference.drop()
+        self._is_first_reduced = self._is_first_packed = False
 
     @torch.no_grad()
     def set_reference(self) -> None:
@@ -236,9 +246,26 @@ class Averager:
 
         return Pending(flights, self._weights, self._replicas, excluded, sent, again)
 
+    @torch.no_grad()
+    def broadcast(self) -> None:
+        """Write replica 0's weights into those of the others, in place, bit for bit. Collective."""
+        if self._replicas.size == 1:
+            return
+        plan = self._current_plan()
+        for bucket in plan.buckets + self._fill(plan.untrained):
+            wire = bucket.pack()
+            self._replicas.broadcast(wire)
+            if self._replicas.rank:
+                bucket.write(wire)
+        self._weights.written()
+
     def buckets(self) -> list[Bucket]:
         """Of the trainable parameters, as :meth:`inspect` found them."""
         return [] if self._plan is None else self._plan.buckets
+
+    def trained(self) -> list[Tensor]:
+        """The tensors that are trained now."""
+        return self._current_plan().trained
 
     def _compare(self, inspections: Sequence[Inspection]) -> tuple[Plan, tuple[int, ...], int]:
         """The plan, the replicas to exclude, and the bytes sent to find them. Collective."""

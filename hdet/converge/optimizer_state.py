@@ -8,16 +8,18 @@ By policy::
     reset     dropped at a round's end, and made anew by the optimizer's next step
 
 Under every policy weights that an optimizer keeps in its state (Schedule-Free's ``z``) are averaged, and a replica that
-was not finite gets the state of the others. ``average`` reads all of the state at every converge; so does every policy
-where rounds are undone. Else ``verify`` and ``keep`` read that of a sixteenth of the parameters at each, in turn:
-what is not finite is found after 16 converges at the latest. :mod:`hdet.converge.optimizer_policy` says which policy
-``auto`` selects.
+was not finite gets the state of the others. Numbers that an optimizer keeps in its parameter groups (Prodigy's ``d``)
+are state like any other, but that ``reset`` averages them. ``average`` reads all of the state at every converge; so
+does every policy where rounds are undone. Else ``verify`` and ``keep`` read that of a sixteenth of the parameters at
+each, in turn: what is not finite is found after 16 converges at the latest. :mod:`hdet.converge.optimizer_policy` says
+which policy ``auto`` selects.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+import math
+from collections.abc import Collection, Sequence
 from typing import NamedTuple
 
 import torch
@@ -69,7 +71,9 @@ class OptimizerState:
         automatic: whether a ``verify`` that fails turns into ``average`` instead of an error.
         overlapped: whether rounds' averages are applied late. Moments cannot be corrected late (a second moment might
             become negative), so that they are averaged only where training waits: in a ``converge()`` between rounds.
+        explored: keys of the parameter groups in which replicas are to differ.
         watches: whether all of the state is read at every converge, that of a single replica too.
+        own: ids of parameters that are each rank's own, whose state is neither averaged nor compared.
     """
 
     def __init__(
@@ -82,11 +86,13 @@ class OptimizerState:
         all_ranks: bool = False,
         automatic: bool = False,
         overlapped: bool = False,
+        explored: Collection[str] = (),
         watches: bool = False,
+        own: frozenset[int] = frozenset(),
     ) -> None:
         self._optimizer, self.policy, self._replicas = optimizer, policy, replicas
         self._automatic, self._overlapped = automatic, overlapped
-        self._sync = StateSync(optimizer, replicas, bucket_bytes, all_ranks=all_ranks)
+        self._sync = StateSync(optimizer, replicas, bucket_bytes, all_ranks=all_ranks, explored=explored, own=own)
         self._is_idle = replicas.size == 1
         self._watches = watches
         self._design = StateDesign(is_torch=type(optimizer).__module__.startswith("torch.optim"))
@@ -111,6 +117,7 @@ class OptimizerState:
         layout = digest([value.entry for value in values])
         reads_all, bits = averages or verifies or self._watches, -1
         finite = self._design.allows(values) if reads_all else self._is_finite()
+        finite = finite and all(math.isfinite(float(value.current)) for value in self._sync.group_values())
         if verifies:
             bits = digest([layout, *(fingerprint_of(value.current) for value in values)])
         return StateInspection(layout, finite, bits, any(value.entry.is_weight for value in values))
@@ -163,8 +170,11 @@ class OptimizerState:
         if self.policy == "average" and not is_late:
             sent += self._sync.run(layouts, sources, lambda entry: entry.kind != "quantised", copy=False)
             self._warn_of_quantised()
-        elif self._has_weights:
-            sent += self._sync.run(layouts, sources, lambda entry: entry.is_weight, copy=False)
+        elif self._has_weights or (self._may_reset and any(True for _ in self._sync.group_values())):
+            in_groups = len(self._sync.parameters()) if self._may_reset else math.inf
+            sent += self._sync.run(
+                layouts, sources, lambda entry: entry.is_weight or entry.parameter >= in_groups, copy=False
+            )
         if complete and self._may_reset:
             self._reset()
         elif nonfinite and not is_late:
@@ -180,6 +190,11 @@ class OptimizerState:
             return 0
         is_averaged = self.policy == "average" and not self._overlapped
         return self._sync.run(None, sources, lambda entry: not is_averaged or entry.kind == "quantised", copy=True)
+
+    def copy_from_first(self) -> None:
+        """Write replica 0's state into that of the others. Collective."""
+        if not self._is_idle:
+            self._sync.run(None, [0], lambda entry: True, copy=True)
 
     def _warn_of_quantised(self) -> None:
         if self._sync.has_quantised and self.policy == "average" and not self._has_warned:
@@ -216,7 +231,9 @@ class OptimizerState:
             if differing:
                 index, key, _ = differing[0]
                 ranks = f"{self._replicas.name_of(i)} against {self._replicas.name_of(0)}"
-                return f"{key!r} of parameter {index}, {ranks}"
+                count = len(self._sync.parameters())
+                owner = f"parameter {index}" if index < count else f"parameter group {index - count}"
+                return f"{key!r} of {owner}, {ranks}"
         return "its layout"
 
     def _reset(self) -> None:

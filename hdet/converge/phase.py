@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
+from torch import Tensor
+
 from hdet.converge.averager import Averager, Inspection
-from hdet.converge.optimizer_state import NOT_INSPECTED, OptimizerState, StateInspection
+from hdet.converge.optimizer_state import OptimizerState, StateInspection
 from hdet.converge.outer import OuterMomentum
 from hdet.converge.pending import Averaged, Pending
 from hdet.converge.slow_average import SlowAverage
+from hdet.model.load_watch import LoadWatch
 from hdet.model.weights import Weights
 from hdet.replicas.agreement import Term, same
 from hdet.replicas.topology import Replicas
+
+logger = logging.getLogger("hdet")
 
 
 class Findings(NamedTuple):
@@ -53,6 +59,34 @@ class ConvergePhase:
         self.layout = 0
         """Hash of the model as :meth:`terms` found it."""
         self._version = averager.version()
+        self._watch: LoadWatch | None = None
+
+    @property
+    def follows_loads(self) -> bool:
+        """Whether it keeps copies of the weights from one round to the next, which others make void."""
+        return self.slow is not None or self._outer is not None or self._averager.sends_differences
+
+    def watch(self, watch: LoadWatch) -> None:
+        """Let ``watch`` say whether the model was given other weights."""
+        self._watch = watch
+
+    def forget(self) -> None:
+        """The model was given other weights, on some replica: begin anew what is kept of the old ones."""
+        self._averager.forget()
+        for part in (self.slow, self._outer):
+            if part is not None:
+                part.restart()
+        if self._watch is not None:
+            self._watch.forget()
+
+    def trained(self) -> list[Tensor]:
+        """The tensors that are trained now."""
+        return self._averager.trained()
+
+    def close(self) -> None:
+        """Watch no more."""
+        if self._watch is not None:
+            self._watch.close()
         self._lost: tuple[str, ...] = ()  # of the average under way
 
     @property
@@ -65,12 +99,12 @@ class ConvergePhase:
         """Rounds of progress between the slow average and its trail."""
         return self.slow.lag if self.slow else 1.0
 
-    def terms(self, *, converges: bool) -> dict[str, Term]:
-        """What this rank tells the others of its model; not collective. ``converges``: whether they may average."""
+    def terms(self) -> dict[str, Term]:
+        """What this rank tells the others of its model before they may average. Not collective."""
         self.layout, finite, constants, untrained_finite = self._averager.inspect()
-        state = self._optimizer_state.inspect() if converges else NOT_INSPECTED
+        state = self._optimizer_state.inspect()
         return {
-            "written": Term(float(self._averager.version() != self._version), max),
+            "written": Term(2.0 if self._has_loaded else float(self._averager.version() != self._version), max),
             "finite": Term(float(finite), min),
             "untrained finite": Term(float(untrained_finite), min),
             "constants": Term(float(constants), same),
@@ -79,6 +113,15 @@ class ConvergePhase:
             "state bits": Term(float(state.bits), same),
             "state has weights": Term(float(state.has_weights), max),
         }
+
+    @property
+    def _has_loaded(self) -> bool:
+        return self._watch is not None and self._watch.has_loaded
+
+    @property
+    def was_written(self) -> bool:
+        """Whether a trained parameter was written here since the replicas converged. Not collective."""
+        return self._averager.version() != self._version
 
     def findings(self, told: Sequence[Mapping[str, float]]) -> list[Findings]:
         """What the replicas' terms say, by replica."""
@@ -114,6 +157,8 @@ class ConvergePhase:
             DivergedError: on every replica, with nothing changed, if none of them is finite.
         """
         slow = self.slow if move_slow else None
+        if slow is not None and slow.follow(self.layout):
+            self._say("the probe's slow average")
         averaged = self._averager.average([one.weights for one in found], slow, return_points=return_points)
         states = [one.optimizer for one in found]
         excluded, sent = self._optimizer_state.converge(states, averaged.excluded, complete=complete)
@@ -138,22 +183,38 @@ class ConvergePhase:
     def step_outer(self) -> None:
         """Take the mean, at which all replicas are, as far as the outer optimizer says."""
         if self._outer is not None:
+            if self._outer.follow(self.layout):
+                self._say("the outer momentum")
             self._outer.step(self._averager.buckets())
             self.weights.written()
             self._averager.set_reference()
+
+    def _say(self, what: str) -> None:
+        if self._replicas.writer:
+            logger.info(f"Other parameters are trained than in the last round: {what} begins again.")
 
     def is_finite(self) -> bool:
         """Whether the outer optimizer has left the parameters finite; without one they are, after an average."""
         return self._outer is None or all(bucket.is_finite() for bucket in self._averager.buckets())
 
+    def broadcast(self) -> None:
+        """Make all replicas what replica 0 is: weights and optimizer state. Collective."""
+        self._averager.broadcast()
+        self._optimizer_state.copy_from_first()
+        self.restart()
+
     def settle(self) -> None:
         """What is written from here on was written since the replicas converged."""
         self._version = self._averager.version()
+        if self._watch is not None:
+            self._watch.settle()
 
     def restart(self) -> None:
         """The model may be another from here on, on every replica."""
         self._averager.restart()
-        self.settle()
+        self._version = self._averager.version()
+        if self._watch is not None:
+            self._watch.restart()
 
     def roll_back(self) -> None:
         """The model has been put back: begin all averages again."""

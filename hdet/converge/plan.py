@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from torch import Tensor
 
@@ -29,7 +30,7 @@ class Plan:
     buckets: list[Bucket]
     """Of the trainable parameters."""
     layout: int
-    """Hash of the tensors' shapes, strides and dtypes."""
+    """Hash of the tensors' shapes, strides and dtypes, and of which are trained."""
     differing: tuple[int, ...] = ()
     """Indices of those in ``untrained`` that differed when last compared, such as BatchNorm's statistics. They are
     averaged from then on without comparing."""
@@ -67,7 +68,8 @@ def make_plan(
         (trained if is_trained else untrained).append(tensor)
         if not is_trained:
             positions.append(position)
-    facts = [[(tuple(t.shape), t.stride(), str(t.dtype)) for t in kind] for kind in (trained, untrained)]
+    facts: list[Any] = [[(tuple(t.shape), t.stride(), str(t.dtype)) for t in kind] for kind in (trained, untrained)]
+    facts.append([i for i, (_, is_trained) in enumerate(kinds) if not is_trained])
     return Plan(
         signature,
         tensors=[t for t, _ in kinds],

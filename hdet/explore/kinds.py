@@ -183,6 +183,11 @@ class ParamGroupField(Hyperparameter):
         self._indices: list[int] = []  # of the parameter groups explored
 
     @property
+    def places(self) -> list[tuple[int, str, int | None]]:
+        """Where it is: (parameter group, key, index in a setting of several numbers)."""
+        return [(i, self.key, self._index) for i in self._indices]
+
+    @property
     def is_momentum(self) -> bool:
         """Whether a schedule that cycles momentum writes the same field."""
         return self.key == "momentum" or (self.key == "betas" and self._index == 0)

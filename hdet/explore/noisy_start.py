@@ -14,6 +14,7 @@ from collections.abc import Iterable
 import torch
 from torch import nn
 
+from hdet.model.start import mark_noisy
 from hdet.model.weights import is_dtensor
 from hdet.replicas.topology import Replicas, ReplicasLike
 
@@ -27,7 +28,8 @@ def warm_noisy_start(
     Call it after the checkpoint was loaded and the model wrapped: ``DistributedDataParallel`` sends rank 0's
     parameters to all ranks when it is built. Buffers and frozen parameters stay as they are; tied parameters
     get noise once. The noise depends on (seed, replica, the parameter's name) alone, and no global random state is read
-    or changed.
+    or changed. The modules are marked: that their trained parameters differ between replicas is no error when the run
+    starts.
 
     Args:
         model: the module or modules.
@@ -54,6 +56,7 @@ def warm_noisy_start(
     named = [(name, p) for module in modules for name, p in module.named_parameters() if p.requires_grad]
     if sharded := [name for name, p in named if is_dtensor(p)]:
         raise TypeError(f"{sharded[0]} is sharded. Call warm_noisy_start() before fully_shard().")
+    mark_noisy(modules)
     replica = Replicas(replicas).rank
     seen: set[int] = set()
     for index, (name, p) in enumerate(named):

@@ -6,9 +6,10 @@ import math
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import yaml
+
+from hdet import files
 
 
 @dataclass(frozen=True)
@@ -25,29 +26,40 @@ class Prior:
     """The centre's value, by name."""
 
     def __post_init__(self) -> None:
+        for part, name in ((self.gains, "gains"), (self.hyperparameters, "hyperparameters")):
+            if not isinstance(part, dict) or not all(isinstance(key, str) for key in part):
+                raise ValueError(f"Invalid {name}={str(part)[:100]} in a prior. Must be a mapping of names to numbers.")
         for name, gain in self.gains.items():
-            if not (isinstance(gain, (int, float)) and 0 < gain < math.inf):
-                raise ValueError(f"Invalid gain {gain!r} of group {name!r} in a prior. Must be finite and > 0.")
+            if not (_is_number(gain) and 0 < gain < math.inf):
+                raise ValueError(
+                    f"Invalid gain {str(gain)[:100]!r} of group {name!r} in a prior. Must be finite and > 0."
+                )
         for name, value in self.hyperparameters.items():
-            if not (isinstance(value, (int, float)) and math.isfinite(value)):
-                raise ValueError(f"Invalid value {value!r} of {name!r} in a prior. Must be finite.")
+            if not _is_number(value):
+                raise ValueError(f"Invalid value {str(value)[:100]!r} of {name!r} in a prior. Must be finite.")
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write the file."""
+        """Write the file, at once or not at all, and through no link.
+
+        Raises:
+            ValueError, OSError: as :func:`hdet.files.write_at_once`.
+        """
         content = {
             "gains": dict(sorted(self.gains.items(), key=lambda item: item[1])),
             "hyperparameters": dict(self.hyperparameters),
         }
-        Path(path).write_text("# hdet prior 1\n" + yaml.safe_dump(content, sort_keys=False))
+        text = "# hdet prior 1\n" + yaml.safe_dump(content, sort_keys=False)
+        files.write_at_once(path, lambda file: file.write(text.encode()))
 
     @staticmethod
     def load(path: str | os.PathLike[str]) -> Prior:
         """Read a file that :meth:`save` wrote, or that was written by hand.
 
         Raises:
-            ValueError: if it has other sections or values.
+            ValueError: if it has other sections or values; the message names the file.
+            OSError: if it is missing or may not be read.
         """
-        content = yaml.safe_load(Path(path).read_text())
+        content = files.read_yaml(path)
         parts = {"gains", "hyperparameters"}
         if (
             not isinstance(content, dict)
@@ -58,7 +70,10 @@ class Prior:
                 f"{os.fspath(path)} is no prior. It must have the sections gains: (group: gain) and hyperparameters: "
                 "(name: value), as scheduler.ensemble.save_prior() writes them."
             )
-        return Prior(content.get("gains", {}), content.get("hyperparameters", {}))
+        try:
+            return Prior(content.get("gains", {}), content.get("hyperparameters", {}))
+        except ValueError as error:
+            raise ValueError(f"{os.fspath(path)}: {error}") from error
 
     def check(self, groups: Sequence[str], hyperparameters: Sequence[str], *, per_group: bool) -> None:
         """Raise ``ValueError`` unless it holds exactly these groups and hyperparameters."""
@@ -69,3 +84,13 @@ class Prior:
             )
         if not per_group and len(set(self.gains.values())) > 1:
             raise ValueError(f"The prior has several gains, {self.gains}. Pass per_group=True to start from them.")
+
+
+def _is_number(value: object) -> bool:
+    """A finite one. A bool is none."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return False
+    try:
+        return math.isfinite(float(value))
+    except OverflowError:
+        return False

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from hdet.model.finite import all_finite, is_float, wide
+from hdet.model.optimizers import group_state
 from hdet.model.weights import local, weights_of
 
 
@@ -23,7 +24,8 @@ class Snapshot:
 
     Args:
         models: whose parameters and buffers are copied.
-        optimizer: whose parameters and state are copied; the settings of its groups, such as learning rates, are not.
+        optimizer: whose parameters and state are copied, that in its groups too; the settings of its groups, such as
+            learning rates, are not.
         device: of the copies; ``None`` for that of the originals.
     """
 
@@ -32,6 +34,7 @@ class Snapshot:
         self._models = tuple(models)
         self._copies: list[Tensor] = []
         self._state: dict[Tensor, dict[str, Any]] = {}
+        self._groups: list[dict[str, Any]] = []
         self._early: list[tuple[nn.Module, str, Tensor]] = []
         self._versions: list[int] = []
 
@@ -53,6 +56,8 @@ class Snapshot:
             for copied, t in zip(self._copies, tensors, strict=True):
                 copied.copy_(t)
         self._state = {p: {k: self._copy_of(p, k, v) for k, v in s.items()} for p, s in self._optimizer.state.items()}
+        pairs = zip(self._optimizer.param_groups, group_state(self._optimizer), strict=True)
+        self._groups = [{key: copy.deepcopy(group[key]) for key in keys} for group, keys in pairs]
         early = self._early if self._versions == self._trained_versions() else []
         found = {id(t): copied for t, copied in zip(self._tensors(), self._copies, strict=True)}
         for module, key, buffer in early:
@@ -107,6 +112,9 @@ class Snapshot:
         for t, copied in zip(self._originals(), self._copies, strict=True):
             t.copy_(copied)
         self._weights.written()
+        for group, kept in zip(self._optimizer.param_groups, self._groups, strict=True):
+            for key, value in kept.items():
+                group[key] = copy.deepcopy(value)
         states = self._optimizer.state
         for p in [p for p in states if p not in self._state]:
             del states[p]

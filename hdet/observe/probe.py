@@ -33,6 +33,7 @@ from torch.utils._pytree import tree_map
 from hdet.converge.pending import Point
 from hdet.converge.slow_average import SlowAverage
 from hdet.model.weights import Weights
+from hdet.model.wrappers import without_ddp
 from hdet.observe.slopes import ProbeLosses
 
 REUSED_AFTER = 32
@@ -113,7 +114,7 @@ def evaluate(
     are not restored: those of torch's modules do not change in eval mode.
 
     Args:
-        models: evaluated without ``DistributedDataParallel``.
+        models: evaluated without ``DistributedDataParallel``, whose forward pass broadcasts buffers.
         loss_fn: as :attr:`Probe.loss_fn`.
         batch: what it is evaluated on.
         points: by bucket, the replicas' mean and this replica's displacement from it.
@@ -128,11 +129,10 @@ def evaluate(
     Raises:
         TypeError, ValueError: if ``loss_fn`` does not return a scalar.
     """
-    bare = tuple(unwrapped(model) for model in models)
-    subject = bare[0] if len(bare) == 1 else bare
     losses = []
     failures: list[Exception] = []
-    with evaluation(bare):
+    with without_ddp(models) as bare, evaluation(bare):
+        subject = bare[0] if len(bare) == 1 else bare
         try:
             for name in ProbeLosses._fields:
                 for i, (bucket, mean, displacement) in enumerate(points):
@@ -227,11 +227,6 @@ def scalar(loss: object) -> float:
         return loss
     what = f"a tensor of shape {tuple(loss.shape)}, {loss.dtype}" if isinstance(loss, Tensor) else type(loss).__name__
     raise TypeError(f"probe= returned {what}. Must be a scalar loss, such as F.cross_entropy(model(x), y).")
-
-
-def unwrapped(model: nn.Module) -> nn.Module:
-    """The model without ``DistributedDataParallel``, whose forward pass broadcasts buffers."""
-    return model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model
 
 
 @contextmanager

@@ -7,13 +7,23 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LambdaLR, LRScheduler, ReduceLROnPlateau
+from torch.optim.lr_scheduler import (
+    CosineAnnealingWarmRestarts,
+    CyclicLR,
+    LambdaLR,
+    LRScheduler,
+    OneCycleLR,
+    ReduceLROnPlateau,
+)
 
 from hdet.schedules.forecast import Forecast, forecast
 from hdet.schedules.found import FoundSchedule, Recorder
 
 ScheduleLike = LRScheduler | ReduceLROnPlateau | Callable[[int], float] | None
 """What an ensemble takes as its base schedule."""
+
+
+_CLOSED_FORM = (LambdaLR, OneCycleLR, CyclicLR, CosineAnnealingWarmRestarts)
 
 
 class BaseSchedule:
@@ -33,7 +43,8 @@ class BaseSchedule:
         if every < 1:
             raise ValueError(f"Invalid schedule_every={every}. Must be >= 1 step.")
         if isinstance(schedule, (LRScheduler, ReduceLROnPlateau)):
-            if schedule.optimizer is not optimizer:
+            # An optimizer and its wrapper, such as accelerate's, have their groups in common.
+            if schedule.optimizer.param_groups is not optimizer.param_groups:
                 raise ValueError("The schedule was built on another optimizer than the one passed to hdet.")
         elif schedule is not None:
             schedule = LambdaLR(optimizer, schedule)
@@ -44,7 +55,13 @@ class BaseSchedule:
 
     def forecast(self, steps: int) -> Forecast:
         """Its course over a run of ``steps`` calls of :meth:`step`."""
-        return forecast(self.scheduler, self._optimizer, -(-steps // self._every))
+        optimizer = self._optimizer if self.scheduler is None else self.scheduler.optimizer
+        return forecast(self.scheduler, optimizer, -(-steps // self._every))
+
+    @property
+    def overwrites(self) -> str:
+        """Its name, if it computes learning rates from the step alone; empty if it goes on from the last ones."""
+        return type(self.scheduler).__name__ if isinstance(self.scheduler, _CLOSED_FORM) else ""
 
     def step(self, steps: int, mean_loss: float) -> None:
         """Step it, if it is due.

@@ -7,6 +7,7 @@ learning rate that their mean trained under. The schedule is the user's; the gai
 from __future__ import annotations
 
 import bisect
+import hashlib
 import itertools
 import json
 import math
@@ -14,10 +15,11 @@ import os
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
+
+from hdet import files
 
 _FORMAT = "hdet schedule 1"
 _POINTS = 1000
@@ -39,12 +41,15 @@ class FoundSchedule:
     """[g][k] learning rate of group ``g`` in knot ``k``."""
 
     def __post_init__(self) -> None:
-        if not self.steps or self.steps[0] != 0 or list(self.steps) != sorted(set(self.steps)):
-            raise ValueError(f"Invalid steps={self.steps[:5]}... Must begin with 0 and increase.")
+        if not self.groups or not all(isinstance(name, str) for name in self.groups):
+            raise ValueError(f"Invalid groups={str(self.groups)[:60]}. Must be names of parameter groups.")
+        whole = all(isinstance(step, int) and not isinstance(step, bool) for step in self.steps)
+        if not whole or not self.steps or self.steps[0] != 0 or list(self.steps) != sorted(set(self.steps)):
+            raise ValueError(f"Invalid steps={str(self.steps[:5])[:60]}... Must be whole, begin with 0 and increase.")
         if len(self.lrs) != len(self.groups) or any(len(lrs) != len(self.steps) for lrs in self.lrs):
             raise ValueError("Invalid lrs. Must hold a learning rate for each of the groups and steps.")
-        if not all(math.isfinite(lr) and lr >= 0 for lrs in self.lrs for lr in lrs):
-            raise ValueError("Invalid lrs. Must be finite and >= 0.")
+        if not all(_is_number(lr) and lr >= 0 for lrs in self.lrs for lr in lrs):
+            raise ValueError("Invalid lrs. Must be finite numbers >= 0.")
 
     def lr(self, step: int, group: int = 0) -> float:
         """Learning rate of a group for the update after ``step`` others."""
@@ -126,24 +131,61 @@ class FoundSchedule:
         return FoundSchedule(("group0",), knots, (tuple(max_lr * x / max(shape) for x in shape),))
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write a JSON file of a few kilobytes. It appears under ``path`` only when it is complete."""
-        target = Path(path)
-        text = json.dumps({"format": _FORMAT, "groups": self.groups, "steps": self.steps, "lrs": self.lrs})
-        temporary = target.with_name(f"{target.name}.{os.getpid()}.tmp")
-        temporary.write_text(text + "\n", encoding="utf-8")
-        os.replace(temporary, target)
+        """Write a JSON file of a few kilobytes, at once or not at all, and through no link. Its ``digest`` is that of
+        the rest.
+
+        Raises:
+            ValueError, OSError: as :func:`hdet.files.write_at_once`.
+        """
+        found = {"groups": list(self.groups), "steps": list(self.steps), "lrs": [list(lrs) for lrs in self.lrs]}
+        text = json.dumps({"format": _FORMAT, **found, "digest": _digest(found)})
+        files.write_at_once(path, lambda file: file.write(text.encode() + b"\n"))
 
     @staticmethod
     def load(path: str | os.PathLike[str]) -> FoundSchedule:
-        """Read :meth:`save`'s file.
+        """Read :meth:`save`'s file. One without a ``digest`` is read too: a person may have written it.
 
         Raises:
-            ValueError: if it is another file.
+            ValueError: if it is not one, is damaged, or has values that make no schedule; the message names the file.
+            OSError: if it is missing or may not be read.
         """
-        found = json.loads(Path(path).read_text(encoding="utf-8"))
-        if not isinstance(found, Mapping) or found.get("format") != _FORMAT:
-            raise ValueError(f"{path} is not a schedule saved by hdet (format {_FORMAT!r}).")
-        return FoundSchedule(tuple(found["groups"]), tuple(found["steps"]), tuple(tuple(lrs) for lrs in found["lrs"]))
+        name = os.fspath(path)
+        content = files.read_json(path)
+        if not isinstance(content, Mapping) or content.get("format") != _FORMAT:
+            raise ValueError(f"{name} is not a schedule saved by hdet (format {_FORMAT!r}).")
+        parts = ("groups", "steps", "lrs")
+        if not all(isinstance(content.get(part), list) for part in parts) or not all(
+            isinstance(lrs, list) for lrs in content["lrs"]
+        ):
+            raise ValueError(f"{name} is no schedule: groups and steps must be lists, and lrs a list of lists.")
+        if "digest" in content and content["digest"] != _digest({part: content[part] for part in parts}):
+            raise ValueError(
+                f"{name} is damaged: it is not what was saved. Save it anew; if you have changed it by hand, remove "
+                "its digest."
+            )
+        unknown = set(content) - {"format", "digest", *parts}
+        if unknown:
+            raise ValueError(f"{name} has the unknown key {sorted(unknown)[0]!r}.")
+        try:
+            return FoundSchedule(
+                tuple(content["groups"]), tuple(content["steps"]), tuple(tuple(lrs) for lrs in content["lrs"])
+            )
+        except ValueError as error:
+            raise ValueError(f"{name}: {error}") from error
+
+
+def _digest(found: Mapping[str, object]) -> str:
+    return hashlib.sha256(json.dumps(found, sort_keys=True).encode()).hexdigest()
+
+
+def _is_number(value: object) -> bool:
+    """A finite one. A bool is none."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return False
+    try:
+        return math.isfinite(float(value))
+    except OverflowError:
+        return False
 
 
 class Recorder:

@@ -16,6 +16,7 @@ from typing_extensions import TypedDict
 
 from hdet.errors import check_choice, check_flag, check_number, check_whole
 from hdet.explore.hyperparameters import Hyperparameter
+from hdet.model.exclusion import ExcludeLike, check_exclude
 from hdet.monitor.base import MonitorLike
 from hdet.observe.probe import LossFunction, Probe
 from hdet.replicas.topology import ReplicasLike
@@ -88,7 +89,17 @@ class Settings(TypedDict, total=False):
     """What :class:`hdet.OneCycleLR` and :class:`hdet.Ensemble` take by keyword."""
 
     model: Annotated[nn.Module | Iterable[nn.Module] | None, Setting(None)]
-    """The module or modules whose parameters and buffers are averaged. Required when replicas differ."""
+    """The module or modules whose parameters and buffers are averaged. Required when replicas differ.
+    Parameters that the optimizer trains beside theirs are not averaged, and warned of."""
+    exclude: Annotated[ExcludeLike, Setting((), check_exclude)]
+    """Parameters and buffers of ``model`` that are each rank's own, such as experts, queues and heads: neither averaged
+    nor compared, and neither is what the optimizer keeps for them. Name patterns as ``fnmatch`` reads them
+    (``"experts.*"``; a ``module.`` of ``DistributedDataParallel`` may be there or not), tensors, modules, or a list of
+    these. One that matches nothing is an error. What ``DistributedDataParallel`` was told to ignore is excluded, too.
+    """
+    broadcast: Annotated[bool, Setting(False, check_flag)]
+    """Whether the first ``step()``, and the first after a load, makes unequal replicas equal: parameters, buffers and
+    optimizer state become replica 0's, in place. Otherwise weights that differ at the start are an error there."""
     spread: Annotated[float, Setting(0.0, _number("in [0, 1)", lambda alpha: 0 <= alpha < 1))]
     """``alpha``, in [0, 1): replicas train under ``[1 - alpha, 1 + alpha]`` times the base learning rate. The paper
     uses 1/9."""

@@ -179,6 +179,11 @@ class SteerPhase:
         if self._recovery is not None:
             self._recovery.copy_before_next_step()
 
+    def close(self) -> None:
+        """Keep no state for a rollback any more."""
+        if self._recovery is not None:
+            self._recovery.close()
+
     def facts(self) -> dict[str, Any]:
         """What must be the same on every rank."""
         return {

@@ -6,7 +6,7 @@ import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
-from weakref import WeakMethod, ref
+from weakref import ref
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +15,7 @@ from torch.utils.hooks import RemovableHandle
 
 from hdet.errors import DivergedError
 from hdet.model.snapshot import Snapshot
+from hdet.model.step_hook import BeforeStep
 from hdet.model.weights import Weights, reshard, weights_of
 from hdet.observe.training_loss import finite_mean
 from hdet.steer.loss_level import LossLevel
@@ -61,7 +62,8 @@ class Recovery:
         self._snapshot = Snapshot(models, optimizer, device)
         self._models, self._optimizer = models, optimizer
         self._has_snapshot = False
-        self._hooks: list[RemovableHandle] = []
+        self._before_step = BeforeStep(optimizer, self.begin)
+        self._before_forward: list[RemovableHandle] = []
         self.copy_before_next_step()
         self.level = LossLevel()
         """Of the rounds that were not undone."""
@@ -78,44 +80,52 @@ class Recovery:
         in several parts, the first copy is made at the first converge. In a forward pass that is compiled whole no
         buffers are copied: they go back to where that pass has taken them."""
         self._has_snapshot = False
-        self._remove_hooks()
+        self._remove_forward_hooks()
         if type(weights_of(tuple(self._models))) is not Weights:
             return
-        before_step, before_forward = WeakMethod(self.begin), _BeforeForward(self)
-
-        def begin(*_: object) -> None:
-            if (method := before_step()) is not None:
-                method()
-
-        self._hooks = [self._optimizer.register_step_pre_hook(begin)]
+        self._before_step.arm()
+        before_forward = _BeforeForward(self)
         owners = [m for model in self._models for m in model.modules() if m._buffers]
         for module in {id(m): m for m in (*self._models, *owners)}.values() if owners else ():
-            self._hooks.append(module.register_forward_pre_hook(before_forward, prepend=True))
+            self._before_forward.append(module.register_forward_pre_hook(before_forward, prepend=True))
 
     def begin(self) -> None:
         """Make the first copy, unless it was made: before the optimizer's first step, or in place of one that AMP
         skipped. It is not kept if it is not finite."""
-        if self._hooks:
-            self._remove_hooks()
+        if self._before_step.is_armed:
+            self._before_step.disarm()
+            self._remove_forward_hooks()
             reshard(self._models)
             self._snapshot.take()
             self._has_snapshot = self._snapshot.is_finite()
 
     def take_buffers(self) -> None:
         """Copy the buffers, before the first forward pass moves them."""
-        self._remove_hooks(first=1)
+        self._remove_forward_hooks()
         reshard(self._models)
         self._snapshot.take_buffers()
 
-    def _remove_hooks(self, first: int = 0) -> None:
-        for hook in self._hooks[first:]:
+    def _remove_forward_hooks(self) -> None:
+        for hook in self._before_forward:
             hook.remove()
-        del self._hooks[first:]
+        self._before_forward = []
 
     @property
     def can_restore(self) -> bool:
         """Whether there is a copy. Ranks may differ in it after their first step, since each looks at its own."""
         return self._has_snapshot
+
+    def renew(self) -> None:
+        """The model was given other weights: go back to these, not to the old ones."""
+        if self._has_snapshot:
+            reshard(self._models)
+            self.keep()
+
+    def close(self) -> None:
+        """Keep nothing any more."""
+        self._before_step.remove()
+        self._remove_forward_hooks()
+        self._has_snapshot = False
 
     def observe(self, losses: Sequence[float]) -> None:
         """Take in the [replica] mean ``losses`` of a round that was not undone."""

@@ -331,6 +331,7 @@ def simulation(rank, world):
             auto_lr=True,
             controller=hdet.controller.Published(warmup_rounds=0),
             averaging=hdet.Averaging(optimizer_state="keep"),  # as the simulation does
+            gradients=gradients,
         )
         real = train(wrapped, optimizer, scheduler.step, rank, steps)
         scheduler.converge()

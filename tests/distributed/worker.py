@@ -432,7 +432,7 @@ def blow_ups(rank, world):
     results = {}
 
     def train(
-        case, poison, at, *, steps=12, converges_at=None, buffers=None, moves=None, kind=torch.optim.AdamW, **settings
+        case, poison, at, *, steps=12, converges_at=-9, buffers=None, moves=None, kind=torch.optim.AdamW, **settings
     ):
         torch.manual_seed(0)
         model = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4), nn.Linear(4, 1))
@@ -454,6 +454,8 @@ def blow_ups(rank, world):
                 for p in model.parameters():
                     p.grad.nan_to_num_(0.0, 0.0, 0.0)
                 optimizer.step()
+                if step - 1 == converges_at:
+                    begun = [float(group["lr"]) for group in optimizer.param_groups]
                 with torch.no_grad():
                     if step == at:
                         poison(model, optimizer)
@@ -462,7 +464,6 @@ def blow_ups(rank, world):
                 ensemble.step(1.0)
                 if step == converges_at:
                     ensemble.converge()
-                    begun = [float(group["lr"]) for group in optimizer.param_groups]
         except hdet.DivergedError as raised:
             error = str(raised)
         tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}

@@ -263,6 +263,13 @@ class Averager:
         """Of the trainable parameters, as :meth:`inspect` found them."""
         return [] if self._plan is None else self._plan.buckets
 
+    def sizes(self) -> list[int] | None:
+        """Elements of the buckets of floating-point parameters, with the model as it is now; ``None`` where nothing is
+        averaged. Not collective."""
+        if self._is_idle:
+            return None
+        return [bucket.numel for bucket in self._current_plan().buckets if bucket.dtype.is_floating_point]
+
     def trained(self) -> list[Tensor]:
         """The tensors that are trained now."""
         return self._current_plan().trained

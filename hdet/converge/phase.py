@@ -6,6 +6,7 @@ import logging
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 from hdet.converge.averager import Averager, Inspection
@@ -13,6 +14,7 @@ from hdet.converge.optimizer_state import OptimizerState, StateInspection
 from hdet.converge.outer import OuterMomentum
 from hdet.converge.pending import Averaged, Pending
 from hdet.converge.slow_average import SlowAverage
+from hdet.errors import check_instance, check_item, check_list, check_whole, shown
 from hdet.model.load_watch import LoadWatch
 from hdet.model.weights import Weights
 from hdet.replicas.agreement import Term, same
@@ -31,6 +33,37 @@ class Findings(NamedTuple):
     def finite(self) -> bool:
         """Whether parameters, buffers and optimizer state are."""
         return self.weights.finite and self.weights.untrained_finite and self.optimizer.finite
+
+
+def check_parts(name: str, parts: Sequence[Any], sizes: Sequence[int] | None) -> None:
+    """Raise TypeError or ValueError unless these are pairs of flat tensors, one pair for each bucket.
+
+    Args:
+        name: of what was saved.
+        parts: it.
+        sizes: elements of each bucket; ``None`` where they are not known, or nothing will be done with it.
+    """
+    rule = "a pair of flat tensors, finite, for each bucket of the trainable parameters"
+    found = []
+    for part in parts:
+        tensors = check_list(name, part, rule, length=2)
+        for tensor in tensors:
+            check_instance(name, tensor, Tensor, rule)
+            if tensor.dtype not in (torch.float32, torch.float64, torch.bfloat16, torch.float16):
+                raise TypeError(f"Invalid {name} of dtype {tensor.dtype}. Must be {rule}.")
+            if tensor.dim() != 1 or tensor.is_meta or tensor.layout != torch.strided:
+                raise ValueError(f"Invalid {name} of shape {tuple(tensor.shape)}. Must be {rule}.")
+            if not bool(tensor.isfinite().all()):
+                raise ValueError(f"Invalid {name}: it is not finite. Must be {rule}. Load an earlier checkpoint.")
+        if tensors[0].shape != tensors[1].shape:
+            raise ValueError(f"Invalid {name}: a pair of {[t.numel() for t in tensors]} elements. Must be {rule}.")
+        found.append(tensors[0].numel())
+    if found and sizes is not None and found != list(sizes):
+        raise ValueError(
+            f"The saved {name} has buckets of {shown(found)} elements, and the trainable parameters of this run lie in "
+            f"buckets of {shown(list(sizes))}: other parameters are frozen, or another bucket_mib. Freeze or release "
+            "the same layers before loading, and resume with the same averaging=."
+        )
 
 
 class ConvergePhase:
@@ -239,14 +272,28 @@ class ConvergePhase:
         }
 
     def check_state(self, state: Mapping[str, Any]) -> None:
-        """Raise ValueError if :meth:`load` cannot."""
-        shard = tuple(state.get("shard", (0, 1)))
-        if (state["slow_average"] or state.get("outer")) and shard != self.shard:
+        """Raise TypeError or ValueError if :meth:`load` cannot."""
+        rule = "a pair of whole numbers"
+        shard = tuple(
+            check_whole("shard", n, rule) for n in check_list("shard", state.get("shard", (0, 1)), rule, length=2)
+        )
+        what, pairs = "The saved state", "a pair of flat tensors for each bucket"
+        slow = check_list("slow_average", check_item(what, state, "slow_average"), pairs)
+        rounds = check_whole("slow_rounds", check_item(what, state, "slow_rounds"), ">= 0", lambda n: n >= 0)
+        outer = check_list("outer", state.get("outer", ()), pairs)
+        if bool(slow) != bool(rounds):
+            raise ValueError(
+                f"The saved state has slow_rounds={rounds} and {len(slow)} buckets of slow averages: it was cut."
+            )
+        if (slow or outer) and shard != self.shard:
             raise ValueError(
                 f"The saved state is of shard {shard[0]} of {shard[1]}, and this rank holds shard {self.shard[0]} of "
                 f"{self.shard[1]}. The averages of the probe and of the outer momentum are sharded like the "
                 "parameters: save the state of every shard, load each where it was."
             )
+        sizes = self._averager.sizes()
+        check_parts("slow_average", slow, None if self.slow is None else sizes)
+        check_parts("outer", outer, None if self._outer is None else sizes)
 
     def load(self, state: Mapping[str, Any]) -> None:
         """Continue from a saved :meth:`state`."""

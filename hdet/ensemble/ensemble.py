@@ -16,14 +16,24 @@ from typing_extensions import Self, Unpack
 from hdet.ensemble import checkpoint
 from hdet.ensemble.build import build
 from hdet.ensemble.rounds import Rounds
-from hdet.explore import Prior, hand_over
-from hdet.model import RivalWatch, check_whole, outside_inference, set_gradients, warn_of_batch_norm, warn_of_outside
+from hdet.errors import check_file, check_instance, check_item, check_text, check_whole
+from hdet.explore import Prior, hand_over, keep_fan_out
+from hdet.model import (
+    RivalWatch,
+    check_unsharded,
+    outside_inference,
+    set_gradients,
+    warn_of_batch_norm,
+    warn_of_outside,
+)
 from hdet.monitor import Report
 from hdet.observe import Loss
 from hdet.schedules.base import ScheduleLike
 from hdet.schedules.forecast import Forecast
 from hdet.schedules.found import FoundSchedule
+from hdet.schedules.saved import check_scheduler_state, parts_of
 from hdet.settings import Settings, resolve
+from hdet.transaction import AllOrNothing
 
 logger = logging.getLogger("hdet")
 
@@ -72,9 +82,9 @@ class Ensemble:
     time; a learning rate that somebody else has written stands there as it is.
 
     Raises:
-        TypeError, ValueError: for a bad argument, before anything was changed. No argument causes communication: ranks
-            that disagree are found at the first :meth:`step`. An optimizer of which every rank updates a part
-            (``ZeroRedundancyOptimizer``) is refused.
+        TypeError, ValueError: for a bad argument. Optimizer, model, hyperparameters and an earlier scheduler are then
+            as they were. No argument causes communication: ranks that disagree are found at the first :meth:`step`. An
+            optimizer of which every rank updates a part (``ZeroRedundancyOptimizer``) is refused.
 
     Examples:
         >>> import torch, hdet
@@ -98,20 +108,26 @@ class Ensemble:
     ) -> None:
         self.settings = resolved = resolve(optimizer, total_steps, settings)
         """Complete and valid settings."""
-        check_whole(optimizer)
-        hand_over(resolved.optimizer)
+        check_unsharded(optimizer)
         self.optimizer, self.replicas = resolved.optimizer, resolved.replicas
         self._is_closed = False
         self._group_names = tuple(str(g.get("name", f"group{i}")) for i, g in enumerate(self.optimizer.param_groups))
-        self._phases = phases = build(optimizer, schedule, schedule_every, resolved)
-        if resolved.prior is not None:
-            self._begin_from(resolved.prior)
-        self._restore_gradients = set_gradients(resolved.given["gradients"], resolved.modules, self.replicas)
-        warn_of_batch_norm(resolved.modules, resolved.given["gradients"], self.replicas)
-        given_out = resolved.exclusion.ids()
-        warn_of_outside([p for p in resolved.outside if id(p) not in given_out], self.replicas)
-        rival = RivalWatch(resolved.modules, self, self.replicas)
-        self._rounds = Rounds(resolved, phases, self._group_names, rival)
+        with AllOrNothing() as transaction:
+            # What is kept first is put back last.
+            transaction.on_failure(keep_fan_out(self.optimizer))
+            for h in resolved.given["hyperparameters"]:
+                transaction.on_failure(h.keep())
+            transaction.keep(optimizer, *resolved.modules)
+            hand_over(self.optimizer)
+            self._phases = phases = build(optimizer, schedule, schedule_every, resolved)
+            if resolved.prior is not None:
+                self._begin_from(resolved.prior)
+            warn_of_batch_norm(resolved.modules, resolved.given["gradients"], self.replicas)
+            given_out = resolved.exclusion.ids()
+            warn_of_outside([p for p in resolved.outside if id(p) not in given_out], self.replicas)
+            rival = RivalWatch(resolved.modules, self, self.replicas)
+            self._rounds = Rounds(resolved, phases, self._group_names, rival)
+            self._restore_gradients = set_gradients(resolved.given["gradients"], resolved.modules, self.replicas)
         # For adapters around a scheduler of their own, step() in two parts. Bound once: they are called in every step.
         self.end_step = self._rounds.end_step
         """First part: take the loss, and converge if the round is over."""
@@ -133,7 +149,7 @@ class Ensemble:
         replicas the micro-batches are passed on as they are.
 
         Raises:
-            ValueError: if there are not exactly K.
+            TypeError, ValueError: if there are not exactly K.
         """
         self._check_open()
         return self._phases.explore.visit(micro_batches)
@@ -264,12 +280,23 @@ class Ensemble:
         return {h.name: h.value(position) for h, position in pairs}
 
     def multipliers(self, group: int = 0) -> tuple[float, ...]:
-        """Every replica's multiplier ``rho`` for one parameter group, in the round in progress."""
+        """Every replica's multiplier ``rho`` for one parameter group, in the round in progress.
+
+        Raises:
+            TypeError, ValueError: unless ``group`` is the index of one.
+        """
+        last = len(self._group_names) - 1
+        group = check_whole("group", group, f"in [0, {last}]", lambda g: 0 <= g <= last)
         return self._rounds.multipliers(group)
 
     def save_prior(self, path: str | os.PathLike[str]) -> None:
         """Write the gains of the parameter groups, in their order, and the centres of the other hyperparameters as
-        they are now into a small YAML file, from which another run can start: ``prior=path``."""
+        they are now into a small YAML file, from which another run can start: ``prior=path``.
+
+        Raises:
+            TypeError, ValueError: if ``path`` cannot be a file.
+        """
+        path = check_file("path", path)
         if self.replicas.writer:
             Prior(dict(zip(self._group_names, self.gains, strict=True)), self.centres).save(path)
 
@@ -308,18 +335,32 @@ class Ensemble:
 
         Another number of replicas, spread or round length may resume: multipliers are computed anew, and the loss sums
         of an unfinished round are kept only if the number of replicas is the same.
+
+        Raises:
+            TypeError, ValueError: if it is no such state, or holds what no run can have: a gain that is not above 0, a
+                number that is not finite, lists and tensors of another length. Nothing has changed then.
         """
         self.check_state(state_dict)
-        if self.schedule is not None and state_dict["schedule"] is not None:
-            self.schedule.load_state_dict(state_dict["schedule"])
-        self.load_own_state(state_dict)
+        saved = check_item("The saved state", state_dict, "schedule")
+        if self.schedule is None or saved is None:
+            self.load_own_state(state_dict)
+            return
+        check_scheduler_state("schedule", saved, self.schedule)
+        with AllOrNothing(self.optimizer, *parts_of(self.schedule)):
+            self.schedule.load_state_dict(saved)
+            self.load_own_state(state_dict)
 
     def recomputed_by(self, name: str) -> None:
         """For adapters around a scheduler of their own: its name, if it computes learning rates from the step alone."""
-        self._phases.explore.overwritten_by = name
+        self._phases.explore.overwritten_by = check_text("name", name)
 
     def look_ahead(self, ahead: Forecast) -> None:
-        """For adapters around a scheduler of their own: tell what is to come of it."""
+        """For adapters around a scheduler of their own: tell what is to come of it.
+
+        Raises:
+            TypeError: for what is no forecast.
+        """
+        check_instance("ahead", ahead, Forecast, "an hdet.schedules.forecast.Forecast")
         self._phases.course.forecast = ahead
 
     @outside_inference
@@ -345,17 +386,27 @@ class Ensemble:
         return causes + ([f"their own gradients ({given['gradients']})"] if given["gradients"] != "shared" else [])
 
     def check_state(self, state: Mapping[str, Any]) -> None:
-        """Raise ``ValueError`` if ``state`` cannot be loaded, before anything is changed."""
-        checkpoint.check(self._rounds.parts, state)
+        """Raise ``TypeError`` or ``ValueError`` if ``state`` cannot be loaded, before anything is changed."""
+        checkpoint.check(self._rounds.parts, state, len(self._group_names))
 
     def load_own_state(self, state: Mapping[str, Any]) -> None:
-        """Load what :meth:`own_state` saved."""
+        """Load what :meth:`own_state` saved.
+
+        Raises:
+            TypeError, ValueError: as :meth:`load_state_dict`.
+        """
         self._check_open()
-        self._rounds.resume_at(state["steps"], state["base_lr"], state)
+        self.check_state(state)
+        steps, base_lr = checkpoint.check_place(state["steps"], state["base_lr"], len(self._group_names))
+        self._rounds.resume_at(steps, base_lr, state)
 
     def resume_at(self, steps: int, base_lr: Sequence[float | Tensor]) -> None:
-        """Continue from a converged model after ``steps`` steps, with the schedule at ``base_lr``."""
-        self._rounds.resume_at(steps, base_lr)
+        """Continue from a converged model after ``steps`` steps, with the schedule at ``base_lr``.
+
+        Raises:
+            TypeError, ValueError: for a number of steps below 0, or learning rates that are not finite and >= 0.
+        """
+        self._rounds.resume_at(*checkpoint.check_place(steps, base_lr, len(self._group_names)))
 
     def _begin_from(self, prior: Prior) -> None:
         hyperparameters, per_group = self._phases.explore.hyperparameters, self.settings.given["per_group"]

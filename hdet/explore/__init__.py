@@ -7,7 +7,7 @@ replica in turn (:class:`VirtualReplicas`). All draws depend on (seed, round, hy
 
 from hdet.explore.design import Design, Effect
 from hdet.explore.dropout import Dropout
-from hdet.explore.fan_out import FanOut, hand_over
+from hdet.explore.fan_out import FanOut, hand_over, keep_fan_out
 from hdet.explore.hyperparameters import Hyperparameter
 from hdet.explore.identification import check_identified
 from hdet.explore.kinds import ParamGroupField, module_attribute, param_group, scalar
@@ -30,6 +30,7 @@ __all__ = [
     "check_identified",
     "copied",
     "hand_over",
+    "keep_fan_out",
     "module_attribute",
     "param_group",
     "scalar",

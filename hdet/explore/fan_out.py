@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 from weakref import WeakKeyDictionary, ref
 
+import torch
 from torch import Tensor
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
+from hdet.errors import check_number, shown
 from hdet.explore.by_hand import ByHand, read_by_hand
 from hdet.explore.hyperparameters import Hyperparameter
 from hdet.explore.kinds import ParamGroupField
 from hdet.explore.rates import copied, put, share_memory, version_of
 from hdet.model.step_hook import BeforeStep
+from hdet.transaction import AllOrNothing, attributes_of
 
 _ATTACHED: WeakKeyDictionary[Optimizer, ref[FanOut]] = WeakKeyDictionary()
-"""By optimizer: the last :class:`FanOut` built on it."""
+"""By optimizer: the last :class:`FanOut` that took it over."""
 
 
 class FanOut:
@@ -33,14 +36,20 @@ class FanOut:
     Args:
         optimizer: whose parameter groups are written.
         hyperparameters: what else differs; attached to the optimizer here.
+
+    Raises:
+        TypeError, ValueError: for a learning rate that is no finite number >= 0, or a hyperparameter that the optimizer
+            does not have; everything is then as it was.
     """
 
     def __init__(self, optimizer: Optimizer, hyperparameters: Sequence[Hyperparameter] = ()) -> None:
         self._optimizer, self._hyperparameters = optimizer, tuple(hyperparameters)
-        for h in self._hyperparameters:
-            h.attach(optimizer)
-        self.base: list[float | Tensor] = [group["lr"] for group in optimizer.param_groups]
-        """The schedule's learning rates, before gain and multiplier."""
+        with AllOrNothing(optimizer) as transaction:
+            for h in self._hyperparameters:
+                transaction.on_failure(h.keep())
+                h.attach(optimizer)
+            self.base: list[float | Tensor] = [check_lr(i, group) for i, group in enumerate(optimizer.param_groups)]
+            """The schedule's learning rates, before gain and multiplier."""
         count = len(self.base)
         self._gains, self._scales = [1.0] * count, [1.0] * count
         self._differs = [False] * count  # between replicas
@@ -67,6 +76,7 @@ class FanOut:
             optimizer.register_state_dict_post_hook(self._on_state_dict),
             optimizer.register_load_state_dict_post_hook(self._on_load),
         )
+        self.is_current = True
 
     def begin_round(
         self,
@@ -114,7 +124,9 @@ class FanOut:
         known, owners = self._owners
         if i >= len(known) or known[i] is not lr:
             known = [group["lr"] for group in self._optimizer.param_groups]
-            owners = [next(j for j, other in enumerate(known) if share_memory(other, one)) for one in known]
+            owners = [
+                next(j for j, other in enumerate(known) if other is one or share_memory(other, one)) for one in known
+            ]
             self._owners = known, owners
         return owners[i]
 
@@ -279,6 +291,7 @@ class FanOut:
                 h.write_centre(state_dict["param_groups"], position)
 
     def _on_load(self, _: Optimizer) -> None:
+        self.check_groups()
         self._end_parking()
         self.by_hand.clear()
         self.apply()
@@ -292,6 +305,44 @@ class FanOut:
                 f"The optimizer has {len(groups)} parameter groups and had {len(self.base)} when hdet was built. Build "
                 "the scheduler after the last add_param_group()."
             )
+
+
+def check_lr(index: int, group: Mapping[str, Any]) -> float | Tensor:
+    """The learning rate of parameter group ``index``: a finite number >= 0, or a tensor of one element that is.
+
+    Raises:
+        TypeError, ValueError: for anything else.
+    """
+    name, rule = f"optimizer.param_groups[{index}]['lr']", "finite and >= 0, for the schedule to begin from"
+    lr = group.get("lr")
+    if not isinstance(lr, Tensor):
+        check_number(name, lr, rule, lambda lr: lr >= 0)
+        return lr  # type: ignore[return-value]
+    if lr.numel() != 1 or lr.is_complex() or lr.dtype == torch.bool:
+        raise TypeError(f"Invalid {name}={shown(lr)}. Must be a tensor of one number, {rule}.")
+    if not lr.is_meta:
+        check_number(name, lr.item(), rule, lambda lr: lr >= 0)
+    return lr
+
+
+def keep_fan_out(optimizer: Optimizer) -> Callable[[], None]:
+    """What puts back, as it is now, who writes into the optimizer, and what that keeps; once the optimizer has been."""
+    attached = _ATTACHED.get(optimizer)
+    current = None if attached is None else attached()
+    if current is None:
+
+        def leave() -> None:
+            _ATTACHED.pop(optimizer, None)
+
+        return leave
+    parts = [attributes_of(current), attributes_of(current._before_step), *(h.keep() for h in current._hyperparameters)]
+
+    def undo() -> None:
+        for part in parts:
+            part()
+        _ATTACHED[optimizer] = ref(current)
+
+    return undo
 
 
 def hand_over(optimizer: Optimizer) -> None:

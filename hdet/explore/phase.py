@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from hdet.errors import check_batches, check_item, check_mapping
 from hdet.explore.by_hand import agree
 from hdet.explore.fan_out import FanOut
 from hdet.explore.hyperparameters import Hyperparameter
@@ -168,6 +169,7 @@ class ExplorePhase:
 
     def visit(self, micro_batches: Iterable[Any]) -> Iterator[Any]:
         """The micro-batches of a step, each at its virtual replica's point; see :meth:`hdet.Ensemble.each`."""
+        check_batches("micro_batches", micro_batches, text=True)
         return iter(micro_batches) if self.virtual is None else self.virtual.visit(micro_batches)
 
     def neutral(self, positions: Sequence[float]) -> list[AbstractContextManager[None]]:
@@ -194,16 +196,13 @@ class ExplorePhase:
         return {"starts": {h.name: list(h.starts) for h in self.hyperparameters}}
 
     def check_state(self, state: Mapping[str, Any]) -> None:
-        """Raise ValueError if :meth:`load` cannot."""
+        """Raise TypeError or ValueError if :meth:`load` cannot. The centres' positions, which the last phase has saved,
+        have been checked."""
+        starts = check_mapping("starts", check_item("The saved state", state, "starts"), "a mapping by hyperparameter")
         for h in self.hyperparameters:
-            starts = state["starts"].get(h.name, ())
-            if len(starts) != len(h.starts):
-                raise ValueError(
-                    f"The saved state has {h.name} in {len(starts)} places, this run in {len(h.starts)}: other "
-                    "parameter groups or modules."
-                )
+            h.check_place(starts.get(h.name, ()), state["hyperparameters"][h.name][0])
 
     def load(self, state: Mapping[str, Any]) -> None:
         """Continue from a saved :meth:`state`."""
         for h in self.hyperparameters:
-            h.starts = list(state["starts"][h.name])
+            h.starts = [float(start) for start in state["starts"][h.name]]

@@ -10,7 +10,7 @@ from hdet.model.gradients import check_gradients, fingerprint_gradients, set_gra
 from hdet.model.guards import JoinGuard, another_averages, check_caller, warn_of_batch_norm
 from hdet.model.inference import outside_inference
 from hdet.model.load_watch import LoadWatch
-from hdet.model.optimizers import check_whole, inside
+from hdet.model.optimizers import check_unsharded, inside
 from hdet.model.sharding import check_sharding
 from hdet.model.snapshot import Snapshot
 from hdet.model.start import Start, warn_of_outside
@@ -30,7 +30,7 @@ __all__ = [
     "check_caller",
     "check_gradients",
     "check_sharding",
-    "check_whole",
+    "check_unsharded",
     "fingerprint_gradients",
     "inside",
     "local",

@@ -10,6 +10,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.optim import Optimizer
 
+from hdet.errors import shown
 from hdet.replicas.topology import ranks_of
 
 _INSIDE = ("optimizer", "optim", "base", "base_optimizer", "original_optimizer", "inner_optimizer", "_optimizer")
@@ -43,7 +44,8 @@ def inside(optimizer: object) -> Optimizer:
             if within is not None:
                 name = next(name for name in _INSIDE if vars(current).get(name) is within)
                 hint = f". Pass the one that it wraps, optimizer.{name}"
-            raise TypeError(f"{type(optimizer).__name__} is not an Optimizer{hint}")
+            kind = type(optimizer).__name__
+            raise TypeError(f"Invalid optimizer={shown(optimizer)}. {kind} is not an Optimizer{hint}.")
         if within is None:
             raise TypeError(
                 f"{type(optimizer).__name__} is an Optimizer that never called Optimizer.__init__(), and wraps none "
@@ -53,7 +55,7 @@ def inside(optimizer: object) -> Optimizer:
         current = within
 
 
-def check_whole(optimizer: object) -> None:
+def check_unsharded(optimizer: object) -> None:
     """Check that every rank updates the whole model, and leaves averaging to hdet.
 
     Args:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 from weakref import WeakKeyDictionary
 
 from torch import Tensor, nn
 from torch.nn import Parameter
 
+from hdet.errors import check_instance, shown
 from hdet.model.exclusion import Exclusion
 from hdet.model.wrappers import Slot, slots
 
@@ -64,6 +65,25 @@ class Weights:
     def written(self) -> None:
         """Must be called after trained tensors were written, before the model runs."""
         reshard(self._models)
+
+
+def check_modules(name: str, value: Any) -> tuple[nn.Module, ...]:
+    """A module, or several, as a tuple.
+
+    Raises:
+        TypeError: for anything else.
+    """
+    if isinstance(value, nn.Module):
+        return (value,)
+    rule = "an nn.Module or several"
+    if isinstance(value, (str, bytes, type, Tensor, Mapping)) or not isinstance(value, Iterable):
+        raise TypeError(f"Invalid {name}={shown(value)}. Must be {rule}, got {type(value).__name__}.")
+    if getattr(value, "ndim", 1) == 0:
+        raise TypeError(f"Invalid {name}={shown(value)}. Must be {rule}.")
+    modules = tuple(value)
+    for module in modules:
+        check_instance(name, module, nn.Module, f"{rule}, got {type(module).__name__} among them")
+    return modules
 
 
 def is_instance(value: object, module: str, name: str) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import functools
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, is_dataclass
 from typing import Any
 
@@ -118,11 +118,10 @@ def resolve(optimizer: Optimizer, total_steps: int | None, settings: Mapping[str
     """
     optimizer = inside(optimizer)
     _check_known(settings)
-    given = Settings(**{name: settings.get(name, setting.default) for name, setting in DECLARED.items()})  # type: ignore[typeddict-item]
-    for name, setting in DECLARED.items():
-        setting.check(name, given[name])
+    checked = {name: setting.check(name, settings.get(name, setting.default)) for name, setting in DECLARED.items()}
+    given = Settings(**checked)  # type: ignore[typeddict-item]
     if total_steps is not None:
-        check_whole("total_steps", total_steps, ">= 1 step", lambda steps: steps >= 1)
+        total_steps = check_whole("total_steps", total_steps, ">= 1 step", lambda steps: steps >= 1)
 
     spread, hyperparameters, converge_every = given["spread"], given["hyperparameters"], given["converge_every"]
     if converge_every is None and total_steps is not None:
@@ -182,14 +181,8 @@ def _check_known(settings: Mapping[str, Any]) -> None:
         raise TypeError(f"Unknown setting {name}=.{hint}")
 
 
-def _modules(model: object) -> tuple[nn.Module, ...]:
-    if not isinstance(model, (nn.Module, Iterable, type(None))):
-        raise TypeError(f"model= takes an nn.Module or several, got {type(model).__name__}.")
-    modules = () if model is None else (model,) if isinstance(model, nn.Module) else tuple(model)
-    for module in modules:
-        if not isinstance(module, nn.Module):
-            raise TypeError(f"model= takes an nn.Module or several, got {type(module).__name__}.")
-    return modules
+def _modules(model: Any) -> tuple[nn.Module, ...]:
+    return () if model is None else (model,) if isinstance(model, nn.Module) else tuple(model)
 
 
 def _outside(modules: tuple[nn.Module, ...], optimizer: Optimizer) -> tuple[Tensor, ...]:

@@ -11,7 +11,7 @@ from hdet.observe.slopes import ProbeLosses
 from hdet.replicas.agreement import Term
 from hdet.schedules.course import Course
 from hdet.steer.controllers import Controller, Controllers, RoundObservation
-from hdet.steer.recovery import GAIN_DIVISOR, Recovery
+from hdet.steer.recovery import GAIN_DIVISOR, Recovery, check_recovery
 from hdet.steer.report import ControllerReport
 
 
@@ -199,10 +199,9 @@ class SteerPhase:
         return state if self._recovery is None else state | self._recovery.state()
 
     def check_state(self, state: Mapping[str, Any]) -> None:
-        """Raise ValueError if :meth:`load` cannot."""
+        """Raise TypeError or ValueError if :meth:`load` cannot."""
         self._controllers.check_state(state)
-        if self._recovery is not None:
-            self._recovery.check_state(state)
+        check_recovery(state)
 
     def load(self, state: Mapping[str, Any]) -> None:
         """Continue from a saved :meth:`state`."""

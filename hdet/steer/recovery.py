@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
-from hdet.errors import DivergedError
+from hdet.errors import DivergedError, check_item, check_list, check_number, check_whole
 from hdet.model.snapshot import Snapshot
 from hdet.model.step_hook import BeforeStep
 from hdet.model.weights import Weights, reshard, weights_of
@@ -42,6 +42,26 @@ _MOVED = 0.05
 _RISING = 0.5
 """A state is not kept if its round's mean loss jumped by more than this: it may have begun to blow up, and restored, it
 would do so at a smaller learning rate too."""
+
+
+def check_recovery(state: Mapping[str, Any]) -> None:
+    """Raise TypeError or ValueError if :meth:`Recovery.load` cannot go on from ``state``."""
+    what = "The saved state"
+    rule = "a finite loss, or NaN for none"
+    check_number("first_loss", check_item(what, state, "first_loss"), rule, lambda x: not math.isinf(x), finite=False)
+    rule = f"in [0, {MAX_ROLLBACKS}]"
+    check_whole("rollbacks", check_item(what, state, "rollbacks"), rule, lambda n: 0 <= n <= MAX_ROLLBACKS)
+    rule = "four finite numbers: rounds, lowest and highest mean loss, variance; or none"
+    if level := check_list("loss_level", state.get("loss_level") or (), rule):
+        rounds, lowest, highest, variance = check_list("loss_level", level, rule, length=4)
+        check_whole("loss_level rounds", rounds, ">= 1", lambda n: n >= 1)
+        check_number("loss_level highest", highest, rule)
+        check_number("loss_level lowest", lowest, f"{rule}; lowest <= highest", lambda x: x <= highest)
+        check_number("loss_level variance", variance, ">= 0", lambda x: x >= 0)
+    rule = "two finite numbers > 0: the last jump that was undone, and a factor; or none"
+    if undone := check_list("undone_jump", state.get("undone_jump") or (), rule):
+        for x in check_list("undone_jump", undone, rule, length=2):
+            check_number("undone_jump", x, rule, lambda x: x > 0)
 
 
 class Recovery:
@@ -226,25 +246,13 @@ class Recovery:
 
     @staticmethod
     def check_state(state: Mapping[str, Any]) -> None:
-        """Raise ValueError if :meth:`load` cannot."""
-        level, undone = state.get("loss_level") or [1, 0.0, 0.0, 0.0], state.get("undone_jump") or [1.0, 1.0]
-        numbers = isinstance(level, (list, tuple)) and all(type(x) in (int, float) for x in level)
-        if not (numbers and len(level) == 4 and all(map(math.isfinite, level)) and level[1] <= level[2]):
-            raise ValueError(
-                f"The saved state has loss_level={level!r}. Must be four finite numbers: rounds, lowest and highest "
-                "mean loss, variance."
-            )
-        numbers = isinstance(undone, (list, tuple)) and all(type(x) in (int, float) for x in undone)
-        if not (numbers and len(undone) == 2 and all(map(math.isfinite, undone)) and min(undone) > 0):
-            raise ValueError(
-                f"The saved state has undone_jump={undone!r}. Must be two finite numbers > 0: the last jump that was "
-                "undone, and a factor."
-            )
+        """Raise TypeError or ValueError if :meth:`load` cannot; see :func:`check_recovery`."""
+        check_recovery(state)
 
     def load(self, state: Mapping[str, Any]) -> None:
         """Continue from a saved :meth:`state`. One of an older version holds the first round's loss alone."""
-        self.count = state["rollbacks"]
-        first = state["first_loss"]
+        self.count = int(state["rollbacks"])
+        first = float(state["first_loss"])
         old = [1, first, first, 0.0] if math.isfinite(first) else []
         self.level = LossLevel(*(state.get("loss_level") or old))
         self._last_jump, self._times = state.get("undone_jump") or (math.inf, 1.0)

@@ -498,7 +498,7 @@ def blow_ups(rank, world):
 
     train("state", in_state("exp_avg"), 7)
     train("frozen", in_state("exp_avg_sq"), 7, auto_lr=False)
-    train("frozen, kept", in_state("exp_avg_sq"), 13, auto_lr=False, steps=56,
+    train("frozen, kept", in_state("exp_avg_sq"), 13, auto_lr=False, steps=84,
           averaging=hdet.Averaging(optimizer_state="keep"))  # fmt: skip
     train("statistics", in_statistics, 7)
     train("statistics, one", lambda m, o: in_statistics(m, o) if rank == 0 else None, 7)

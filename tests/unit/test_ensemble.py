@@ -70,7 +70,11 @@ BAD_AVERAGING = [
     ({"bucket_mib": 0}, ValueError, "Invalid bucket_mib=0"),
     ({"overlap_steps": -1}, ValueError, "Invalid overlap_steps=-1"),
     ({"overlap_steps": 0.5}, TypeError, "Invalid overlap_steps=0.5"),
-    ({"wire_dtype": torch.bfloat16}, TypeError, "Invalid wire_dtype=torch.bfloat16. Must be one of float32, bfloat16"),
+    (
+        {"wire_dtype": torch.bfloat16},
+        TypeError,
+        "Invalid wire_dtype=torch.bfloat16. Must be one of 'float32', 'bfloat16'",
+    ),
     ({"wire_dtype": "float16"}, ValueError, "Invalid wire_dtype='float16'"),
     ({"wire_dtype": "bfloat16", "overlap_steps": 1}, ValueError, "exclude one another: replicas send how far"),
 ]

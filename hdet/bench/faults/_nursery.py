@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import faulthandler
+import gc
 import json
 import os
 import signal
@@ -166,6 +167,7 @@ def main() -> int:
     from hdet.train.__main__ import main as program
 
     torch.set_num_threads(1)
+    gc.freeze()  # what is imported is not looked through again in every process
     question = _serve()
     output = os.open(question["output"], os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
     null = os.open(os.devnull, os.O_RDONLY)

@@ -44,7 +44,10 @@ class OneCycleLR(lr_scheduler.OneCycleLR):
         ensemble: the :class:`hdet.Ensemble`. Where this is torch's OneCycleLR and nothing else there is none, and
             reading it raises AttributeError.
 
-    A checkpoint of torch's OneCycleLR loads into this class, and the other way round.
+    A checkpoint of torch's OneCycleLR loads into this class, and the other way round. What is said of learning rates
+    written by hand, and of handing the optimizer back, in :class:`hdet.Ensemble` holds here: the schedule overwrites
+    the former at every step, as torch's does. With replicas it is no part of a SequentialLR or ChainedScheduler: give
+    these to :class:`hdet.Ensemble`.
     """
 
     _ensemble: Ensemble | None = None
@@ -125,6 +128,15 @@ class OneCycleLR(lr_scheduler.OneCycleLR):
                 "example spread=1/9, to get one."
             )
         return self._ensemble
+
+    def _initial_step(self) -> None:
+        if self._ensemble is not None:  # the constructor of a SequentialLR or ChainedScheduler
+            raise TypeError(
+                "A hdet.OneCycleLR with replicas cannot be a part of another scheduler, which would step it without "
+                "the loss, and others on its learning rates. Make that the base schedule of the replicas: "
+                "hdet.Ensemble(optimizer, SequentialLR(...), model=...), of torch's own schedulers."
+            )
+        super()._initial_step()
 
     def step(  # type: ignore[override]
         self, loss: Loss = None, *, batch: Any = None, epoch: int | None = None

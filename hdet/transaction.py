@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Callable, Iterable
 from types import TracebackType
 from typing import Any
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 from torch.autograd.grad_mode import _unsafe_preserve_version_counter
 from torch.optim import Optimizer
 
-_CONTAINERS = (dict, list, set)
+_CONTAINERS = (dict, OrderedDict, list, set)
 
 
 class AllOrNothing:
@@ -61,7 +62,7 @@ def attributes_of(thing: Any) -> Callable[[], None]:
     before = dict(attributes)
     # Of an optimizer these are its hooks and defaults: the groups have a copy of their own, the state is not copied.
     own = {"state", "param_groups"} if isinstance(thing, Optimizer) else set()
-    held = {k: v.copy() for k, v in before.items() if isinstance(v, _CONTAINERS) and k not in own}
+    held = {k: v.copy() for k, v in before.items() if type(v) in _CONTAINERS and k not in own}
 
     def undo() -> None:
         attributes.clear()
@@ -76,7 +77,7 @@ def _groups_of(optimizer: Optimizer) -> Callable[[], None]:
     groups = optimizer.param_groups
     before = list(groups)
     # A list of parameters is kept as it is; where a group was added, it is taken away.
-    settings = [{k: v.copy() if isinstance(v, _CONTAINERS) else v for k, v in group.items()} for group in before]
+    settings = [{k: v.copy() if type(v) in _CONTAINERS else v for k, v in group.items()} for group in before]
     inside = [v for group in before for k, value in group.items() if k != "params" for v in _items(value)]
     # Afterwards their versions are as they were, too: by these it is seen who has written them.
     tensors = [(v, v.detach().clone(), _unsafe_preserve_version_counter(v)) for v in inside if isinstance(v, Tensor)]
@@ -87,7 +88,7 @@ def _groups_of(optimizer: Optimizer) -> Callable[[], None]:
         groups[:] = before
         for group, content in zip(before, settings, strict=True):
             for name, value in list(content.items()):
-                if isinstance(value, _CONTAINERS) and type(value) is type(group.get(name)):
+                if type(value) in _CONTAINERS and type(value) is type(group.get(name)):
                     _refill(group[name], value)
                     content[name] = group[name]
             _refill(group, content)

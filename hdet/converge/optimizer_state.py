@@ -10,9 +10,9 @@ By policy::
 Under every policy weights that an optimizer keeps in its state (Schedule-Free's ``z``) are averaged, and a replica that
 was not finite gets the state of the others. Numbers that an optimizer keeps in its parameter groups (Prodigy's ``d``)
 are state like any other, but that ``reset`` averages them. ``average`` reads all of the state at every converge; so
-does every policy where rounds are undone. Else ``verify`` and ``keep`` read an eighth of the parameters' at each, in
-turn: what is not finite is found after 8 converges at the latest. :mod:`hdet.converge.optimizer_policy` says which
-policy ``auto`` selects.
+does every policy where rounds are undone. Else ``verify`` and ``keep`` read that of a sixteenth of the parameters at
+each, in turn: what is not finite is found after 16 converges at the latest. :mod:`hdet.converge.optimizer_policy` says
+which policy ``auto`` selects.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ ALWAYS_CHECKED = 3
 """The first converges, at each of which ``verify`` reads all of the state."""
 CHECKED_EVERY = 32
 """After them ``verify`` reads it at every converge whose number is a multiple of this."""
-PARTS = 8
+PARTS = 16
 """At other converges ``verify`` and ``keep`` look for what is not finite in one of so many parts of the parameters."""
 
 

@@ -330,6 +330,7 @@ class Rounds:
     def _compare(self, call: Call) -> None:
         """Compare names, settings and, at a first step, bits and gradients. Collective."""
         replicas, begun = self._replicas, self._begun
+        self._join.check()
         replicas.check_world()
         replicas.doing = call.at(self.steps)
         facts, layout = {**self._facts(), **begun.facts()}, begun.layout()

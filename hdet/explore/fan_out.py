@@ -76,7 +76,6 @@ class FanOut:
             optimizer.register_state_dict_post_hook(self._on_state_dict),
             optimizer.register_load_state_dict_post_hook(self._on_load),
         )
-        self.is_current = True
 
     def begin_round(
         self,

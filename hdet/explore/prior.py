@@ -5,10 +5,10 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import yaml
 
+from hdet import files
 from hdet.errors import (
     check_field,
     check_flag,
@@ -18,7 +18,6 @@ from hdet.errors import (
     check_number,
     check_path,
     check_text,
-    shown,
 )
 
 
@@ -49,20 +48,25 @@ class Prior:
         check_field(self, "hyperparameters", _numbers, check_number, "value of")
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write the file."""
+        """Write the file, at once or not at all, and through no link.
+
+        Raises:
+            ValueError, OSError: as :func:`hdet.files.write_at_once`.
+        """
         path = check_path("path", path)
         content = {
             "gains": dict(sorted(self.gains.items(), key=lambda item: item[1])),
             "hyperparameters": dict(self.hyperparameters),
         }
-        Path(path).write_text("# hdet prior 1\n" + yaml.safe_dump(content, sort_keys=False))
+        text = "# hdet prior 1\n" + yaml.safe_dump(content, sort_keys=False)
+        files.write_at_once(path, lambda file: file.write(text.encode()))
 
     @staticmethod
     def load(path: str | os.PathLike[str]) -> Prior:
         """Read a file that :meth:`save` wrote, or that was written by hand.
 
         Raises:
-            TypeError, ValueError: if it cannot be read, or has other sections or values.
+            TypeError, ValueError: if it cannot be read, or has other sections or values; the message names the file.
         """
         path = check_path("prior", path, "the path of a file that save_prior() wrote")
         form = (
@@ -70,11 +74,9 @@ class Prior:
             "scheduler.ensemble.save_prior() writes them."
         )
         try:
-            content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+            content = files.read_yaml(path)
         except OSError as error:
             raise ValueError(f"Cannot read the prior {path}: {error.strerror}. {form}") from error
-        except (yaml.YAMLError, ValueError, RecursionError, OverflowError) as error:
-            raise ValueError(f"{path} is no prior: {shown(str(error))}. {form}") from error
         parts = {"gains", "hyperparameters"}
         if (
             not isinstance(content, dict)

@@ -19,6 +19,7 @@ from typing import Any, TypeAlias
 
 from torch import Tensor
 
+from hdet import files
 from hdet.errors import (
     HdetError,
     check_callable,
@@ -164,11 +165,12 @@ class JsonLines(WriterMonitor):
 
     def _open(self, config: Settings, step: int) -> None:
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        with self.path.open("a+b") as file:
-            if file.tell():
-                file.seek(-1, os.SEEK_END)
-                if file.read() != b"\n":  # a crash cut the last line short
-                    file.write(b"\n")
+        with files.open_to_write(self.path, append=True) as file:
+            if file.seek(0, os.SEEK_END):
+                with files.open_to_read(self.path) as written:
+                    written.seek(-1, os.SEEK_END)
+                    if written.read() != b"\n":  # a crash cut the last line short
+                        file.write(b"\n")
         self._append({"config": dict(config), "step": step})
 
     def _write(self, report: Report) -> None:
@@ -176,20 +178,28 @@ class JsonLines(WriterMonitor):
 
     def _append(self, record: dict[str, Any]) -> None:
         # Opened for each line, so that every line is flushed at once and there is nothing to close.
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(_strict(record), allow_nan=False) + "\n")
+        with files.open_to_write(self.path, append=True) as file:
+            file.write(json.dumps(_strict(record), allow_nan=False).encode() + b"\n")
 
 
 def read_jsonl(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
     """The reports that :class:`JsonLines` wrote, in order, without those that a resume from an earlier step made void.
 
     NaN and infinity are read as ``None``. A line that a crash cut short is left out.
+
+    Raises:
+        ValueError: if ``path`` is no regular file.
+        OSError: if it is missing or may not be read.
     """
     reports: list[dict[str, Any]] = []
-    for line in Path(check_path("path", path)).read_text(encoding="utf-8").splitlines():
+    with files.open_to_read(check_path("path", path)) as file:
+        lines = file.read().decode("utf-8", errors="replace").splitlines()
+    for line in lines:
         try:
             record = json.loads(line)
-        except json.JSONDecodeError:
+        except (json.JSONDecodeError, RecursionError):
+            continue
+        if not isinstance(record, dict) or "step" not in record:
             continue
         if "config" in record:
             reports = [report for report in reports if report["step"] <= record["step"]]

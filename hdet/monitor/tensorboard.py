@@ -7,6 +7,7 @@ import importlib
 import math
 import os
 import re
+import secrets
 import statistics
 import sys
 from collections.abc import Iterator, Sequence
@@ -130,7 +131,9 @@ class TensorBoard(WriterMonitor):
         from torch.utils.tensorboard import SummaryWriter
 
         self._settings = {**{f"hdet/{name}": value for name, value in config.items()}, **self._hparams_given}
-        self._events = SummaryWriter(self.log_dir, purge_step=step + 1)
+        # The file is opened through whatever stands under its name, which must not be predictable.
+        suffix = f".{secrets.token_hex(8)}"
+        self._events = SummaryWriter(self.log_dir, purge_step=step + 1, filename_suffix=suffix)
         self._described = False
         self._add_summary(self._hparams()[1])
         for tag, number, at in self._pending:

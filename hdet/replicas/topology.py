@@ -313,6 +313,13 @@ class Replicas:
         return torch.device(types[0], torch.accelerator.current_device_index())
 
 
+def forget_groups() -> None:
+    """Drop the process groups made here, before they are destroyed: a group that is still referred to is freed at the
+    interpreter's end."""
+    _groups.clear()
+    _groups_world[0] = None
+
+
 def check_replicas(name: str, value: Any) -> ReplicasLike:
     """``value``, if its type is one that :class:`Replicas` takes."""
     if isinstance(value, bool) or not isinstance(value, (dist.ProcessGroup, DeviceMesh, numbers.Integral, type(None))):

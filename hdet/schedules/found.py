@@ -7,22 +7,22 @@ learning rate that their mean trained under. The schedule is the user's; the gai
 from __future__ import annotations
 
 import bisect
+import hashlib
 import itertools
 import json
 import os
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
+from hdet import files
 from hdet.errors import (
     check_field,
     check_file,
     check_instance,
-    check_item,
     check_list,
     check_number,
     check_path,
@@ -148,34 +148,55 @@ class FoundSchedule:
         return FoundSchedule(("group0",), knots, (tuple(max_lr * x / max(shape) for x in shape),))
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write a JSON file of a few kilobytes. It appears under ``path`` only when it is complete."""
-        target = Path(check_file("path", path))
-        text = json.dumps({"format": _FORMAT, "groups": self.groups, "steps": self.steps, "lrs": self.lrs})
-        temporary = target.with_name(f"{target.name}.{os.getpid()}.tmp")
-        temporary.write_text(text + "\n", encoding="utf-8")
-        os.replace(temporary, target)
+        """Write a JSON file of a few kilobytes, at once or not at all, and through no link. Its ``digest`` is that of
+        the rest.
+
+        Raises:
+            ValueError, OSError: as :func:`hdet.files.write_at_once`.
+        """
+        path = check_file("path", path)
+        found = {"groups": list(self.groups), "steps": list(self.steps), "lrs": [list(lrs) for lrs in self.lrs]}
+        text = json.dumps({"format": _FORMAT, **found, "digest": _digest(found)})
+        files.write_at_once(path, lambda file: file.write(text.encode() + b"\n"))
 
     @staticmethod
     def load(path: str | os.PathLike[str]) -> FoundSchedule:
-        """Read :meth:`save`'s file.
+        """Read :meth:`save`'s file. One without a ``digest`` is read too: a person may have written it.
 
         Raises:
-            TypeError, ValueError: if it cannot be read, or is another file.
+            TypeError, ValueError: if it cannot be read, is another file, is damaged, or has values that make no
+                schedule; the message names the file.
         """
-        path = check_path("path", path)
-        what = f"{path} is not a schedule saved by hdet (format {_FORMAT!r})"
+        name = check_path("path", path)
         try:
-            found = json.loads(Path(path).read_text(encoding="utf-8"))
+            content = files.read_json(name)
         except OSError as error:
-            raise ValueError(f"Cannot read the schedule {path}: {error.strerror}. Must be a file of save().") from error
-        except (ValueError, RecursionError) as error:
-            raise ValueError(f"{what}: {shown(str(error))}.") from error
-        if not isinstance(found, Mapping) or found.get("format") != _FORMAT:
-            raise ValueError(f"{what}.")
+            raise ValueError(f"Cannot read the schedule {name}: {error.strerror}. Must be a file of save().") from error
+        if not isinstance(content, Mapping) or content.get("format") != _FORMAT:
+            raise ValueError(f"{name} is not a schedule saved by hdet (format {_FORMAT!r}).")
+        parts = ("groups", "steps", "lrs")
+        if not all(isinstance(content.get(part), list) for part in parts) or not all(
+            isinstance(lrs, list) for lrs in content["lrs"]
+        ):
+            raise ValueError(f"{name} is no schedule: groups and steps must be lists, and lrs a list of lists.")
+        if "digest" in content and content["digest"] != _digest({part: content[part] for part in parts}):
+            raise ValueError(
+                f"{name} is damaged: it is not what was saved. Save it anew; if you have changed it by hand, remove "
+                "its digest."
+            )
+        unknown = set(content) - {"format", "digest", *parts}
+        if unknown:
+            raise ValueError(f"{name} has the unknown key {sorted(unknown)[0]!r}.")
         try:
-            return FoundSchedule(*(check_item("The file", found, key) for key in ("groups", "steps", "lrs")))
+            return FoundSchedule(
+                tuple(content["groups"]), tuple(content["steps"]), tuple(tuple(lrs) for lrs in content["lrs"])
+            )
         except (TypeError, ValueError) as error:
-            raise ValueError(f"{what}: {error}") from error
+            raise ValueError(f"{name}: {error}") from error
+
+
+def _digest(found: Mapping[str, object]) -> str:
+    return hashlib.sha256(json.dumps(found, sort_keys=True).encode()).hexdigest()
 
 
 def _groups(name: str, value: object) -> tuple[str, ...]:

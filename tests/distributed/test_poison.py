@@ -2,7 +2,7 @@
 
 import pytest
 
-from hdet.bench import poison
+from hdet.bench.faults import poison
 
 
 @pytest.mark.parametrize("seed", [0])

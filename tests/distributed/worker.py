@@ -432,7 +432,7 @@ def blow_ups(rank, world):
     results = {}
 
     def train(
-        case, poison, at, *, steps=12, converges_at=None, buffers=None, moves=None, kind=torch.optim.AdamW, **settings
+        case, poison, at, *, steps=12, converges_at=-9, buffers=None, moves=None, kind=torch.optim.AdamW, **settings
     ):
         torch.manual_seed(0)
         model = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4), nn.Linear(4, 1))
@@ -454,6 +454,8 @@ def blow_ups(rank, world):
                 for p in model.parameters():
                     p.grad.nan_to_num_(0.0, 0.0, 0.0)
                 optimizer.step()
+                if step - 1 == converges_at:
+                    begun = [float(group["lr"]) for group in optimizer.param_groups]
                 with torch.no_grad():
                     if step == at:
                         poison(model, optimizer)
@@ -462,7 +464,6 @@ def blow_ups(rank, world):
                 ensemble.step(1.0)
                 if step == converges_at:
                     ensemble.converge()
-                    begun = [float(group["lr"]) for group in optimizer.param_groups]
         except hdet.DivergedError as raised:
             error = str(raised)
         tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
@@ -498,7 +499,7 @@ def blow_ups(rank, world):
 
     train("state", in_state("exp_avg"), 7)
     train("frozen", in_state("exp_avg_sq"), 7, auto_lr=False)
-    train("frozen, kept", in_state("exp_avg_sq"), 13, auto_lr=False, steps=56,
+    train("frozen, kept", in_state("exp_avg_sq"), 13, auto_lr=False, steps=84,
           averaging=hdet.Averaging(optimizer_state="keep"))  # fmt: skip
     train("statistics", in_statistics, 7)
     train("statistics, one", lambda m, o: in_statistics(m, o) if rank == 0 else None, 7)
@@ -877,7 +878,7 @@ def resume(rank, world):
         order = (1, 2) if at == 8 else (2, 1)  # the optimizer's state first, or the scheduler's
         for i in order:
             second[i].load_state_dict(loaded[["model", "optimizer", "scheduler"][i]])
-        lr_match = second[1].param_groups[0]["lr"] == first[1].param_groups[0]["lr"]
+        lr_match = second[2].get_last_lr() == first[2].get_last_lr() == [second[1].param_groups[0]["lr"]]
         advance(*second, at, 24)
         results[at] = {
             "equal": bits(second[0]) == bits(whole[0]),
@@ -885,7 +886,7 @@ def resume(rank, world):
             "lr_match": lr_match,
             "scheduler_equal": len({repr(s) for s in gather(state["scheduler"])}) == 1,
             "optimizer_lr_equal": len({s["param_groups"][0]["lr"] for s in gather(state["optimizer"])}) == 1,
-            "lrs_differ": len(set(gather(first[1].param_groups[0]["lr"]))),
+            "lrs_differ": len({lr for (lr,) in gather(first[2].get_last_lr())}),
         }
     # Another number of replicas: gains and step are kept, multipliers drawn anew.
     state = copy.deepcopy(loaded["scheduler"])

@@ -1,199 +1,161 @@
-"""``python -m hdet.bench.faults --runs 20``: does a run survive the death of its processes?
+"""Runs whose processes are killed while they start, train and save: do they go on as if nothing had happened?
 
-Every run is the training program under torchrun's elastic agent, with local gradients and the paired probe, which have
-the most state. While it trains, random processes of it are killed with SIGKILL at random moments: while it starts, in
-a step, while it converges or saves. torchrun starts all of them again, and they go on from the last checkpoint. Asked
-for:
+Every run is the training program with local gradients and the paired probe, which have the most state. While it trains,
+random processes of it are killed with SIGKILL: at random moments, and, in every third run, while a checkpoint is
+written. Then all are started again, as torchrun would, and go on from the last checkpoint. Asked for:
 
 - no run hangs;
 - the checkpoint can be loaded after every kill, and never goes back;
 - every run ends with the same parameters, optimizer state and gains as the undisturbed one, bit for bit.
-
-Ends with status 1 if one of them fails.
 """
 
 from __future__ import annotations
 
-import argparse
+import contextlib
 import os
 import random
 import signal
-import subprocess
-import sys
 import tempfile
 import time
-from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
+from hdet.bench.faults._nursery import Group, Nursery
+from hdet.bench.faults.sections import Outcome, cases
+from hdet.train import checkpoint
+
+FULL = 100
+LIMIT = 240.0
+"""Seconds after which a run counts as hanging."""
+_PROCESSES, _STEPS, _MOST_KILLS = 2, 40, 2
 _RUN = [
     "--task.name=digits",
     "--model.channels=4",
     "--train.batch_size=8",
     "--train.eval_every=0",
+    "--train.eval_batches=1",
     "--train.log_every=1",
+    "--train.save_every=5",
+    f"--train.total_steps={_STEPS}",
     "--hdet.converge_every=5",
     "--hdet.spread=0.2",
     "--hdet.gradients=local",
     "--hdet.probe=true",
     "--train.resume=true",
 ]
-_KILLS = 2
-"""Most kills in a run; torchrun may restart as often."""
 
 
-class Run(NamedTuple):
-    """What became of one run."""
+def run(share: float, seed: int) -> Outcome:
+    """Try the section."""
+    chance = random.Random(f"kills {seed}")
+    outcome = Outcome()
+    with Nursery() as nursery, tempfile.TemporaryDirectory() as directory:
+        undisturbed = _Run(nursery, Path(directory) / "undisturbed")
+        failures = undisturbed.watch([], chance, False)
+        if failures:
+            outcome.tried = 1
+            outcome.failures.append(f"the undisturbed run: {'; '.join(failures)}\n{undisturbed.told()}")
+            return outcome
+        expected = torch.load(undisturbed.checkpoint, weights_only=True)
+        for number in range(cases(FULL, share)):
+            run = _Run(nursery, Path(directory) / f"run{number}")
+            moments = sorted(chance.randrange(-1, _STEPS) for _ in range(chance.randint(1, _MOST_KILLS)))
+            failures = run.watch(moments, chance, number % 3 == 0)
+            failures = failures or differences(expected, torch.load(run.checkpoint, weights_only=True))
+            outcome.tried += 1
+            if failures:
+                outcome.failures.append(f"{', '.join(run.kills)}: {'; '.join(failures)}\n{run.told()}")
+    return outcome
 
-    kills: list[str]
-    """Which process died, and when."""
-    seconds: float
-    failures: list[str]
-    """Empty if all went well."""
 
+class _Run:
+    """One run, and its restarts."""
 
-class _Launch:
-    """The training program under torchrun, in a session of its own."""
+    def __init__(self, nursery: Nursery, directory: Path) -> None:
+        self._nursery, self._directory = nursery, directory
+        self.checkpoint = directory / "checkpoint.pt"
+        self._beside = directory / "checkpoint.pt.tmp"
+        self._output = directory.with_suffix(".txt")
+        self.kills: list[str] = []
+        """Which process died, and when."""
 
-    def __init__(self, directory: Path, processes: int, steps: int) -> None:
-        self.directory = directory
-        self.checkpoint, self._metrics = directory / "checkpoint.pt", directory / "metrics.jsonl"
-        self.output = directory.with_suffix(".txt")
-        torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
-        run = [*_RUN, f"--train.total_steps={steps}", f"--train.save_every={max(1, steps // 20)}"]
-        with self.output.open("w") as output:
-            self.process = subprocess.Popen(
-                [*torchrun, f"--max-restarts={_KILLS}", "-m", "hdet.train", *run, f"--train.log_dir={directory}"],
-                stdout=output,
-                stderr=subprocess.STDOUT,
-                env=os.environ | {"OMP_NUM_THREADS": "1"},
-                start_new_session=True,
-            )
+    def told(self) -> str:
+        """The end of what it printed."""
+        return self._output.read_text(errors="replace")[-2000:]
 
-    def workers(self) -> list[int]:
-        """Process ids, in the order of the ranks."""
-        try:
-            children = Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children").read_text()
-        except OSError:  # it has ended
-            return []
-        return [int(pid) for pid in children.split()]
+    def watch(self, moments: list[int], chance: random.Random, while_saving: bool) -> list[str]:
+        """Kill a process at each moment, a step of the run (-1: while it starts), and wait for the end; returns what
+        went wrong."""
+        failures: list[str] = []
+        deadline, saved, left = time.monotonic() + LIMIT, -1, list(moments)
+        attempt = 0
+        group = self._start(attempt)
+        while not failures:
+            statuses = group.statuses()
+            if all(status == 0 for status in statuses):
+                break
+            if time.monotonic() > deadline:
+                failures.append(f"no end after {LIMIT:g} s")
+            elif any(statuses):  # one has died: as torchrun does, end the others, and start all again
+                if attempt == len(moments):
+                    failures.append(f"exit statuses {statuses}")
+                else:
+                    group.kill()
+                    saved = self._check_saved(saved, failures)
+                    attempt += 1
+                    group = self._start(attempt)
+            elif left and self._step() >= left[0]:
+                left.pop(0)
+                self._await_moment(group, chance, while_saving)
+                self._kill(group.pids[0 if while_saving else chance.randrange(_PROCESSES)], group)
+            time.sleep(0.002)
+        group.kill()
+        self._check_saved(saved, failures)
+        return failures
 
-    def step(self) -> int:
+    def _start(self, attempt: int) -> Group:
+        arguments = [*_RUN, f"--train.log_dir={self._directory}"]
+        return Group(self._nursery, self._output, arguments, _PROCESSES, attempt=attempt)
+
+    def _await_moment(self, group: Group, chance: random.Random, while_saving: bool) -> None:
+        """Some milliseconds; or until a checkpoint is being written."""
+        deadline = time.monotonic() + (5.0 if while_saving else chance.uniform(0, 0.05))
+        while time.monotonic() < deadline and not (while_saving and self._beside.exists()):
+            if not while_saving:
+                time.sleep(0.001)
+            elif any(status is not None for status in group.statuses()):
+                break
+
+    def _kill(self, pid: int, group: Group) -> None:
+        step, saving = self._step(), self._beside.exists()
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+            when = "while starting" if step < 0 else f"after step {step}"
+            self.kills.append(f"rank {group.pids.index(pid)} {when}{', saving' if saving else ''}")
+
+    def _step(self) -> int:
         """The last step that the run has told of, or -1."""
         try:
-            return max(self._metrics.read_text().count('"train_loss"') - 1, -1)
+            return max((self._directory / "metrics.jsonl").read_text().count('"train_loss"') - 1, -1)
         except OSError:
             return -1
 
-    def saved_step(self) -> int:
-        """Of the checkpoint; -1 if there is none. Raises if it cannot be loaded."""
-        if not self.checkpoint.exists():
-            return -1
-        return int(torch.load(self.checkpoint, weights_only=True)["step"])
-
-    def end(self) -> None:
-        """Kill whatever still runs."""
-        for pid in self.workers():
-            _kill(pid)
-        if self.process.poll() is None:
-            self.process.kill()
-        self.process.wait()
+    def _check_saved(self, before: int, failures: list[str]) -> int:
+        """The checkpoint's step; it must be there if it was, and not go back."""
+        try:
+            now = checkpoint.load(self.checkpoint, {})["step"] if self.checkpoint.exists() else -1
+        except Exception as error:
+            failures.append(f"the checkpoint cannot be loaded: {error}")
+            return before
+        if now < before:
+            failures.append(f"the checkpoint went back from step {before} to {now}")
+        return now
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run the fault test; returns the exit status."""
-    parser = argparse.ArgumentParser(prog="python -m hdet.bench.faults", description=__doc__.splitlines()[0])
-    parser.add_argument("--runs", type=int, default=20, help="disturbed runs")
-    parser.add_argument("--processes", type=int, default=3, help="replicas of each")
-    parser.add_argument("--steps", type=int, default=200, help="steps of each")
-    parser.add_argument("--seed", type=int, default=0, help="of the moments and the ranks")
-    parser.add_argument("--limit", type=float, default=240.0, help="seconds after which a run counts as hanging")
-    arguments = parser.parse_args(argv)
-    chance = random.Random(arguments.seed)
-    with tempfile.TemporaryDirectory() as directory:
-        first = _Launch(Path(directory) / "undisturbed", arguments.processes, arguments.steps)
-        undisturbed = _watch(first, [], chance, arguments.limit)
-        if undisturbed.failures:
-            print("The undisturbed run failed:", *undisturbed.failures, first.output.read_text(), sep="\n")
-            return 1
-        expected = torch.load(first.checkpoint, weights_only=True)
-        print(f"undisturbed: {arguments.steps} steps in {undisturbed.seconds:.1f} s\n")
-        print(f"{'run':>4}  {'killed':<44} {'seconds':>7}  result", flush=True)
-        failed = 0
-        for number in range(1, arguments.runs + 1):
-            moments = sorted(chance.randrange(-1, arguments.steps) for _ in range(chance.randint(1, _KILLS)))
-            launch = _Launch(Path(directory) / f"run{number}", arguments.processes, arguments.steps)
-            run = _watch(launch, moments, chance, arguments.limit)
-            failures = run.failures or _differences(expected, torch.load(launch.checkpoint, weights_only=True))
-            failed += bool(failures)
-            result = "; ".join(failures) or "as undisturbed"
-            print(f"{number:>4}  {', '.join(run.kills):<44} {run.seconds:>7.1f}  {result}", flush=True)
-            if failures:
-                print(launch.output.read_text()[-4000:], flush=True)
-    print(f"\n{arguments.runs - failed} of {arguments.runs} runs ended as the undisturbed one did")
-    return 1 if failed else 0
-
-
-def _watch(launch: _Launch, moments: Sequence[int], chance: random.Random, limit: float) -> Run:
-    """Kill a process at each moment, a step of the run (-1: while it starts), and wait for the end."""
-    started = time.monotonic()
-    kills: list[str] = []
-    failures: list[str] = []
-    left, saved = list(moments), -1
-    try:
-        while launch.process.poll() is None:
-            if time.monotonic() - started > limit:
-                failures.append(f"no end after {limit:g} s")
-                break
-            workers = launch.workers()
-            if left and workers and launch.step() >= left[0]:
-                left.pop(0)
-                time.sleep(chance.uniform(0, 0.1))
-                rank = chance.randrange(len(workers))
-                step = launch.step()
-                if not _kill(workers[rank]):
-                    continue  # it had ended by itself
-                kills.append(f"rank {rank} " + (f"after step {step}" if step >= 0 else "while starting"))
-                saved = _check_saved(launch, saved, failures)
-                _await_others(workers, started + limit)
-            time.sleep(0.005)
-        if not failures and launch.process.returncode:
-            failures.append(f"exit status {launch.process.returncode}")
-        _check_saved(launch, saved, failures)
-    finally:
-        launch.end()
-    return Run(kills, time.monotonic() - started, failures)
-
-
-def _check_saved(launch: _Launch, before: int, failures: list[str]) -> int:
-    """The checkpoint's step; it must be there if it was, and not go back."""
-    try:
-        now = launch.saved_step()
-    except Exception as error:
-        failures.append(f"the checkpoint cannot be loaded: {error}")
-        return before
-    if now < before:
-        failures.append(f"the checkpoint went back from step {before} to {now}")
-    return now
-
-
-def _await_others(workers: Sequence[int], deadline: float) -> None:
-    """Until torchrun has ended the processes that were left: a second kill is for those that come after."""
-    while any(Path(f"/proc/{pid}").exists() for pid in workers) and time.monotonic() < deadline:
-        time.sleep(0.02)
-
-
-def _kill(pid: int) -> bool:
-    try:
-        os.kill(pid, signal.SIGKILL)
-    except ProcessLookupError:
-        return False
-    return True
-
-
-def _differences(expected: dict[str, Any], found: dict[str, Any]) -> list[str]:
+def differences(expected: dict[str, Any], found: dict[str, Any]) -> list[str]:
+    """The parts of a state that are not the same, bit for bit."""
     return [
         f"{name} differs"
         for name in ("step", "model", "optimizer", "scheduler")
@@ -202,7 +164,6 @@ def _differences(expected: dict[str, Any], found: dict[str, Any]) -> list[str]:
 
 
 def _same(a: Any, b: Any) -> bool:
-    """Bit for bit."""
     if isinstance(a, torch.Tensor):
         return isinstance(b, torch.Tensor) and torch.equal(a, b)
     if isinstance(a, dict):
@@ -210,7 +171,3 @@ def _same(a: Any, b: Any) -> bool:
     if isinstance(a, (list, tuple)):
         return len(a) == len(b) and all(_same(x, y) for x, y in zip(a, b, strict=True))
     return repr(a) == repr(b)  # NaN is NaN
-
-
-if __name__ == "__main__":
-    sys.exit(main())

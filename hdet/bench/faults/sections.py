@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
+import sys
 from collections import Counter
 from dataclasses import dataclass, field
 from types import ModuleType
@@ -48,6 +49,12 @@ def sections() -> dict[str, ModuleType]:
             if hasattr(loaded, "run"):
                 found[module.name] = loaded
     return found
+
+
+def tell(failure: str) -> str:
+    """Print a failure when it happens, on standard error; returns it."""
+    print(f"FAILED: {failure}", file=sys.stderr, flush=True)
+    return failure
 
 
 def cases(full: int, share: float) -> int:

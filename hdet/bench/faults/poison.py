@@ -1,4 +1,4 @@
-"""``python -m hdet.bench.poison [--share 0.1]``: NaN, infinities and huge numbers, written into runs at random.
+"""NaN, infinities and huge numbers, written into runs at random: is what comes of them excluded, undone or reported?
 
 A run is 24 steps of a small net with BatchNorm, in rounds of 4: two virtual replicas in one process, or two processes.
 At a random step a value goes into a parameter, a buffer, a gradient, the optimizer's state or a loss, on one replica or
@@ -13,7 +13,6 @@ on all. Some runs converge inside the round after it. Asked for:
 
 from __future__ import annotations
 
-import argparse
 import datetime
 import functools
 import logging
@@ -25,9 +24,7 @@ import sys
 import tempfile
 import time
 import traceback
-from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -36,6 +33,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 import hdet
+from hdet.bench.faults.sections import Outcome, cases
 
 FULL = 300
 """Runs."""
@@ -82,28 +80,11 @@ class Told(NamedTuple):
     bits: bytes
 
 
-@dataclass
-class Outcome:
-    """What became of a section's cases."""
-
-    tried: int = 0
-    """Cases."""
-    failures: list[str] = field(default_factory=list)
-    """Of the cases in which hdet did the wrong thing, what happened."""
-    refused: Counter[str] = field(default_factory=Counter)
-    """Of the cases that are refused by design, how many by which rule; they have held."""
-
-    @property
-    def held(self) -> int:
-        """Cases in which hdet did the right thing."""
-        return self.tried - len(self.failures)
-
-
 def run(share: float, seed: int) -> Outcome:
     """Try the section: two thirds of the runs in this process, a third over two forked processes."""
-    cases = list(_generate(max(1, round(FULL * share)), seed))
-    outcome = Outcome(tried=len(cases))
-    alone, together = [c for c in cases if c.number % 3], [c for c in cases if c.number % 3 == 0]
+    tried = list(_generate(cases(FULL, share), seed))
+    outcome = Outcome(tried=len(tried))
+    alone, together = [c for c in tried if c.number % 3], [c for c in tried if c.number % 3 == 0]
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -337,20 +318,3 @@ def _await(pids: Sequence[int], seconds: float) -> list[int]:
                 statuses[pid] = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
         time.sleep(0.01)
     return [statuses[pid] for pid in pids]
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run the section alone; returns the exit status."""
-    parser = argparse.ArgumentParser(prog="python -m hdet.bench.poison", description=__doc__.splitlines()[0])
-    parser.add_argument("--share", type=float, default=1.0, help="share of the runs, in (0, 1]")
-    parser.add_argument("--seed", type=int, default=0, help="of what is written where")
-    arguments = parser.parse_args(argv)
-    outcome = run(arguments.share, arguments.seed)
-    print(f"poison: tried {outcome.tried}, held {outcome.held}, failed {len(outcome.failures)}")
-    for failure in outcome.failures:
-        print(f"FAILED: {failure}")
-    return int(bool(outcome.failures))
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -3,7 +3,6 @@
 import gc
 import os
 import re
-import socket
 import sys
 import time
 from pathlib import Path
@@ -12,6 +11,8 @@ import pytest
 import torch
 from forked import CONTEXT
 from torch.nn.parallel import DistributedDataParallel
+
+from hdet.bench.faults._nursery import free_port
 
 pytestmark = [pytest.mark.distributed, pytest.mark.timeout(300)]
 LIMIT = 120
@@ -72,8 +73,7 @@ def _rank(rank, size, port, arguments, kind, output):
 
 def run(tmp_path, rank, kind, *arguments, of_rank=(), size=2):
     """(exit status of each rank, output, seconds) of a run in which ``kind`` goes wrong on one rank."""
-    with socket.create_server(("localhost", 0)) as free:
-        port = free.getsockname()[1]
+    port = free_port()
     output = tmp_path / "output.txt"
     common = [*RUN, f"--train.log_dir={tmp_path}/run", *arguments]
     processes = []

@@ -11,6 +11,7 @@ import faulthandler
 import gc
 import json
 import os
+import secrets
 import signal
 import socket
 import subprocess
@@ -89,10 +90,8 @@ class Group:
         attempt: int = 0,
     ) -> None:
         self._nursery = nursery
-        with socket.create_server(("localhost", 0)) as free:
-            port = free.getsockname()[1]
         facts = {"WORLD_SIZE": processes, "LOCAL_WORLD_SIZE": processes, "MASTER_ADDR": "localhost"}
-        facts |= {"MASTER_PORT": port, "TORCHELASTIC_RESTART_COUNT": attempt}
+        facts |= {"MASTER_PORT": free_port(), "TORCHELASTIC_RESTART_COUNT": attempt}
         environment = {name: str(value) for name, value in facts.items()}
         self.pids = [
             nursery.start(
@@ -129,6 +128,15 @@ class Group:
             time.sleep(1.0)
             self.kill()
         return [HUNG if status is None else status for status in statuses]
+
+
+def free_port() -> int:
+    """A port that nobody listens on. Not one of those that the system gives to connections: it might do so before the
+    run gets to it."""
+    while True:
+        port = secrets.choice(range(15_000, 32_000))
+        with contextlib.suppress(OSError), socket.create_server(("localhost", port)):
+            return port
 
 
 def _serve() -> dict[str, Any]:

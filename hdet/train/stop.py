@@ -12,7 +12,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from hdet.ensemble import Ensemble
 from hdet.replicas.topology import Replicas
+from hdet.train.config import Config
 from hdet.train.processes import leave, say_error
 
 _ONE_PRESS = 1.0
@@ -119,3 +121,14 @@ class _Presses:
             self._first = now
             return False
         return not self.forwarded or self._count > 2 or now - self._first > _ONE_PRESS
+
+
+def round_end(config: Config, ensemble: Ensemble | None, step: int) -> int:
+    """The first step from ``step`` on at which the uninterrupted run makes all replicas equal too, so that a run
+    that stops there can be resumed bit for bit. With ``overlap_steps`` that is where it validates or saves."""
+    if ensemble is None:
+        return step
+    every = [ensemble.settings.converge_every]
+    if config.hdet.averaging.overlap_steps:
+        every = [n for n in (config.train.eval_every, config.train.save_every) if n]
+    return min([config.train.total_steps, *(-(-step // n) * n for n in every)])

@@ -1,11 +1,13 @@
 """The command line: plain values that are compared with the dataclasses, and copied."""
 
+import contextlib
 import os
 import sys
 from dataclasses import dataclass, field, make_dataclass
 from typing import Annotated, Any, Literal
 
 import pytest
+import yaml
 
 from hdet.bench.faults import configs
 from hdet.train import __main__ as program
@@ -33,7 +35,7 @@ class Outer:
 
 
 def built(tree):
-    return command_line._build(Outer, tree, "")
+    return command_line.build(Outer, tree)
 
 
 def test_values_are_compared_with_annotations():
@@ -55,7 +57,7 @@ def test_values_are_compared_with_annotations():
         ({"text": 3}, "text=3"),
         ({"text": "\0"}, "zero byte"),
         ({"names": {"a": "x"}}, r"names\.a=x. Must be a number"),
-        ({"names": {"a": True}}, r"names\.a=True"),
+        ({"names": {"a": True}}, "names={'a': True}. Must be a mapping of names to values, each a number"),
         ({"names": [1]}, "names="),
         ({"anything": {"a": {"b": float("nan")}}}, "Must be finite"),
         ({"anything": {"a": {"class_path": "os.system"}}}, r"anything\.a\.class_path"),
@@ -73,8 +75,8 @@ def test_a_value_of_another_type_is_named(tree, named):
 
 def test_a_dataclass_made_at_run_time_is_a_section_too():
     made = make_dataclass("Made", [("a", int, field(default=1, metadata={"doc": "What it is."}))])
-    assert command_line._build(made, {"a": 2}, "") == made(a=2)
-    assert "What it is." in "\n".join(annotations.describe_settings(made, "x."))
+    assert command_line.build(made, {"a": 2}) == made(a=2)
+    assert annotations.texts(made) == {"a": "What it is."}
 
 
 def test_the_parts_of_a_mapping_can_be_set_on_the_command_line(tmp_path):
@@ -126,6 +128,57 @@ def test_a_bad_argument_is_named(arguments, named):
         parse(arguments)
 
 
+BOMB = "{a0: &a0 [1, 1], " + ", ".join(f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 9)}]" for i in range(1, 12)) + "}"
+
+
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize("name", ["train.seed", "task.path", "hdet.two_slope", "hdet.rollback", "optimizer.betas"])
+def test_no_value_is_opened_imported_or_read_once_more(monkeypatch, tmp_path, events, name):
+    """In the file the value is text, whatever it says; on the command line it is what it says, if it may."""
+    other, file = tmp_path / "other.yaml", tmp_path / "run.yaml"
+    other.write_text("{}")
+    monkeypatch.setenv("JSONARGPARSE_DEFAULT_ENV", "true")
+    monkeypatch.setenv("HDET_TRAIN__SEED", "9")
+    section, _, setting = name.partition(".")
+    for value in (BOMB, f"[1, '{BOMB}']", str(other), "-", "this.s", "!!python/name:this.s", "{class_path: this}"):
+        file.write_text(yaml.safe_dump({section: {setting: value}}))
+        for given in (f"--config={file}", f"--{name}={value}"):
+            with events() as seen:
+                try:
+                    told = f"task.path={parse(['--task.name=text', '--task.path=x', given]).task.path}"
+                except ConfigError as error:
+                    told = str(error)
+            assert name in told
+            assert name != "task.path" or told == f"task.path={value}"
+            assert set(seen) <= {str(file)}
+    assert parse([]).train.seed == 0
+    assert "this" not in sys.modules
+
+
+@pytest.fixture
+def events():
+    """What Python's audit hook hears of files and imports."""
+    heard, hears = [], [False]
+    parse([])  # imports what it needs
+
+    def hear(event, args):
+        if hears[0] and event in ("open", "import") and isinstance(args[0], str):
+            heard.append(args[0])
+
+    sys.addaudithook(hear)
+
+    @contextlib.contextmanager
+    def listen():
+        heard.clear()
+        hears[0] = True
+        try:
+            yield heard
+        finally:
+            hears[0] = False
+
+    return listen
+
+
 @pytest.mark.timeout(60)
 def test_a_config_that_is_no_file_is_named(tmp_path):
     os.mkfifo(tmp_path / "fifo")
@@ -151,9 +204,10 @@ def test_help_tells_of_every_setting(capsys):
     with pytest.raises(SystemExit) as ended:
         parse(["--help"])
     assert ended.value.code == 0
-    told = capsys.readouterr().out
-    assert all(f"--{name} (" in told for name, _ in annotations.settings(Config))
+    told = " ".join(capsys.readouterr().out.split())
+    assert all(f"--{name} " in told for name, _ in annotations.settings(Config))
     assert "Seeds initial parameters, batches and dropout." in told
+    assert "at 0x" not in told
     assert parse([]) == Config()
 
 

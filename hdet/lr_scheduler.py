@@ -15,7 +15,7 @@ from hdet.monitor import Report
 from hdet.observe import Loss, check_loss
 from hdet.schedules.forecast import forecast
 from hdet.settings import Resolved, Settings, resolve
-from hdet.steer import find_lr
+from hdet.steer import Published, find_lr
 
 _step_schedule = lr_scheduler.OneCycleLR.step  # looked up once: super() would cost every step 5% more
 
@@ -87,8 +87,9 @@ class OneCycleLR(lr_scheduler.OneCycleLR):
             last_epoch,
         )
         if _differs(given):
-            # Before the learning rates fan out; without a probe nothing asks what is to come.
-            ahead = None if resolved.probe is None else forecast(self, optimizer, self.total_steps)
+            # Before the learning rates fan out.
+            asks = resolved.probe is not None or (given["auto_lr"] and resolved.controller.needs_length)
+            ahead = forecast(self, optimizer, self.total_steps) if asks else None
             self._ensemble = Ensemble(optimizer, total_steps=length, **settings)
             if ahead is not None:
                 self._ensemble.look_ahead(ahead)
@@ -207,7 +208,7 @@ def _find(optimizer: Optimizer, resolved: Resolved) -> float | list[float]:
             'max_lr="auto" needs model= and probe=hdet.Probe(loss_fn=..., batches=...): it trains on those batches.'
         )
     rates = [float(group["lr"]) for group in optimizer.param_groups]
-    goes_on = given["auto_lr"] and resolved.controller.needs_probe
+    goes_on = given["auto_lr"] and not isinstance(resolved.controller, Published)
     found = find_lr(
         given["model"], optimizer, probe.loss_fn, probe.batches, auto_lr=goes_on, replicas=given["replicas"]
     )

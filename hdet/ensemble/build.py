@@ -14,7 +14,7 @@ from hdet.observe import MovementMeter, ObservePhase, PairedProbe, RoundLosses
 from hdet.schedules.base import BaseSchedule, ScheduleLike
 from hdet.schedules.course import Course
 from hdet.settings import Resolved
-from hdet.steer import Controllers, Recovery, SteerPhase
+from hdet.steer import Controllers, Published, Recovery, SteerPhase
 
 
 class Phases(NamedTuple):
@@ -39,7 +39,7 @@ def build(optimizer: Optimizer, schedule: ScheduleLike, schedule_every: int, res
     groups = tuple(str(g.get("name", f"group{i}")) for i, g in enumerate(optimizer.param_groups))
     base = BaseSchedule(optimizer, schedule, schedule_every, groups)
     course = Course(resolved.converge_every, resolved.total_steps)
-    if resolved.controller.needs_probe and resolved.total_steps is not None:
+    if resolved.controller.needs_length and resolved.total_steps is not None:
         course.forecast = base.forecast(resolved.total_steps)
     converge, explore = _converge_phase(optimizer, resolved), _explore_phase(optimizer, resolved)
     recovery = Recovery(resolved.modules, optimizer, resolved.snapshot_device) if resolved.rolls_back else None
@@ -104,7 +104,7 @@ def _observe_phase(
     losses = RoundLosses(
         given["virtual_replicas"],
         resolved.size,
-        needs_each=given["auto_lr"] and not resolved.controller.needs_probe,
+        needs_each=given["auto_lr"] and isinstance(resolved.controller, Published),
         warns=given["auto_lr"] and replicas.writer,
     )
     probe = None
@@ -120,10 +120,10 @@ def _observe_phase(
             resolved.converge_every,
         )
     meter = None
-    if recovery is not None:  # its copy of the state is where the round began
-        meter = MovementMeter(
-            converge.weights, optimizer, replicas, per_group=given["per_group"], starts=recovery.copies
-        )
+    if recovery is not None or (given["auto_lr"] and resolved.controller.needs_movement):
+        # What a rollback keeps is where the round began.
+        starts = None if recovery is None else recovery.copies
+        meter = MovementMeter(converge.weights, optimizer, replicas, per_group=given["per_group"], starts=starts)
     return ObservePhase(losses, probe, meter)
 
 

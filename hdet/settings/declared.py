@@ -21,8 +21,6 @@ from hdet.observe.probe import LossFunction, Probe
 from hdet.replicas.topology import ReplicasLike
 from hdet.settings.groups import Averaging, Exploration, Outer
 from hdet.steer.controllers import Controller
-from hdet.steer.published import Published
-from hdet.steer.two_slope import TwoSlope
 
 _GRADIENTS = ("shared", "grouped", "local")
 
@@ -56,8 +54,9 @@ def _instance(kind: type) -> Callable[[str, Any], object]:
 
 
 def _controller(name: str, value: Any) -> None:
-    if not isinstance(value, (Published, TwoSlope, type(None))):
-        raise TypeError(f"Invalid {name}={value!r}. Must be an instance of hdet.controller.TwoSlope or Published.")
+    if value is not None and not isinstance(value, get_args(Controller)):
+        names = " or ".join(f"hdet.controller.{kind.__name__}" for kind in get_args(Controller))
+        raise TypeError(f"Invalid {name}={value!r}. Must be an instance of {names}.")
 
 
 def _hyperparameters(name: str, value: Any) -> None:
@@ -98,13 +97,13 @@ class Settings(TypedDict, total=False):
     """``T``, the round's length in steps; by default a hundred rounds, and in a run of more than 10,000 steps rounds of
     100 steps, up to 400 rounds."""
     auto_lr: Annotated[bool, Setting(False, check_flag)]
-    """Whether the controller moves the gain. Needs the loss in ``step()``, and ``spread > 0``."""
+    """Whether the controller moves the gain. Needs the loss in ``step()``, ``model``, and the run's length."""
     probe: Annotated[LossFunction | Probe | None, Setting(None)]
     """``loss_fn(model, batch)``, or a :class:`hdet.Probe`: the paired probe, by which learning rates can be told apart
     in short rounds. Pass the batch to ``step()`` then."""
     controller: Annotated[Controller | None, Setting(None, _controller)]
-    """What moves the gain; default ``hdet.controller.TwoSlope()`` with a probe, ``hdet.controller.Published()``
-    without."""
+    """What moves the gain; default ``hdet.controller.Posterior()``, which goes by how far the weights move, and with a
+    probe by its losses too. ``hdet.controller.Published()`` is the paper's."""
     per_group: Annotated[bool, Setting(False, check_flag)]
     """Whether each parameter group has a gain, and multipliers, of its own; default one for all."""
     hyperparameters: Annotated[Sequence[Hyperparameter], Setting((), _hyperparameters)]

@@ -11,6 +11,7 @@ from hdet.steer.lr_finder import LRFinding, find_lr
 from hdet.steer.observation import ControllerState, Observation
 from hdet.steer.one_slope import CentreState, OneSlope
 from hdet.steer.phase import SteerPhase
+from hdet.steer.posterior import Belief, Posterior
 from hdet.steer.published import Published, hypergradient
 from hdet.steer.recovery import GAIN_DIVISOR, Recovery
 from hdet.steer.report import ControllerReport, HyperparameterReport
@@ -18,6 +19,7 @@ from hdet.steer.two_slope import TwoSlope
 
 __all__ = [
     "GAIN_DIVISOR",
+    "Belief",
     "CentreState",
     "Controller",
     "ControllerReport",
@@ -27,6 +29,7 @@ __all__ = [
     "LRFinding",
     "Observation",
     "OneSlope",
+    "Posterior",
     "ProbeLosses",
     "Published",
     "Recovery",

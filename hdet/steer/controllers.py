@@ -14,13 +14,14 @@ from typing import Any, NamedTuple, Protocol
 from hdet.explore.design import Design, Effect, levels, multipliers_of
 from hdet.observe.slopes import UNKNOWN_SLOPES, ProbeLosses, Slopes
 from hdet.steer.attribution import attribute
-from hdet.steer.observation import ControllerState, Observation
+from hdet.steer.observation import Observation
 from hdet.steer.one_slope import CentreState, OneSlope
+from hdet.steer.posterior import Posterior
 from hdet.steer.published import Published
 from hdet.steer.report import ControllerReport, HyperparameterReport
 from hdet.steer.two_slope import TwoSlope
 
-Controller = Published | TwoSlope
+Controller = Posterior | Published | TwoSlope
 """A controller of learning rates."""
 
 
@@ -109,10 +110,15 @@ class Controllers:
         self._design: Design = design if names or rates > 1 else "independent"
         self._factors = [f"lr/{i}" for i in range(rates if spread else 0)] + [f"hyperparameter/{n}" for n in names]
         self._latest: tuple[int, tuple[tuple[float, ...], ...]] | None = None  # a round and its levels
-        self.lr_states = [ControllerState()] * rates
+        self.lr_states: list[Any] = [controller.begin(1.0)] * rates
         """[learning rate]"""
         self.centre_states = [CentreState()] * len(self._names)
         """[other hyperparameter]"""
+
+    @property
+    def _kind_before(self) -> str:
+        """Whose states a saved one holds that does not say so, by the number of its values."""
+        return "" if isinstance(self._controller, Posterior) else type(self._controller).__name__
 
     def levels(self, round: int) -> tuple[tuple[float, ...], ...]:
         """[factor][replica]; learning rates first, if they are spread."""
@@ -190,7 +196,7 @@ class Controllers:
             multipliers=tuple(self.multipliers(i, round) for i in range(len(gains))),
             gain=gains,
             next_gain=self.gains,
-            velocity=tuple(state.velocity for state in self.lr_states),
+            velocity=tuple(getattr(state, "velocity", math.nan) for state in self.lr_states),
             hypergradient=signal.hypergradient,
             slopes=UNKNOWN_SLOPES if signal.slopes is None else signal.slopes,
             movement=(math.nan,) * len(gains),
@@ -272,20 +278,21 @@ class Controllers:
             gains: [learning rate]
             positions: [other hyperparameter] of its centre, in its space.
         """
-        self.lr_states = [state._replace(gain=gain) for state, gain in zip(self.lr_states, gains, strict=False)]
+        self.lr_states = [self._controller.begin(gain) for _, gain in zip(self.lr_states, gains, strict=False)]
         self.centre_states = [
             state._replace(position=position) for state, position in zip(self.centre_states, positions, strict=True)
         ]
 
     def divide_gains(self, divisor: float) -> None:
         """Divide all gains, and clear everything else but the centres: the rounds since are undone."""
-        self.lr_states = [ControllerState(gain=state.gain / divisor) for state in self.lr_states]
+        self.lr_states = [self._controller.cut(state, divisor) for state in self.lr_states]
         self.centre_states = [CentreState(state.position) for state in self.centre_states]
 
     def state(self) -> dict[str, Any]:
         """What must be saved, as plain values."""
         return {
             "controller": [list(state) for state in self.lr_states],
+            "controller_kind": type(self._controller).__name__,
             "hyperparameters": {name: list(state) for name, state in zip(self._names, self.centre_states, strict=True)},
         }
 
@@ -303,6 +310,8 @@ class Controllers:
             )
 
     def load(self, state: Mapping[str, Any]) -> None:
-        """Continue from a saved :meth:`state`."""
-        self.lr_states = [ControllerState(*values) for values in state["controller"]]
+        """Continue from a saved :meth:`state`. Of a state of another controller the gains are taken."""
+        same = state.get("controller_kind", self._kind_before) == type(self._controller).__name__
+        restored = self._controller.restored if same else lambda values: self._controller.begin(values[0])
+        self.lr_states = [restored(values) for values in state["controller"]]
         self.centre_states = [CentreState(*state["hyperparameters"][name]) for name in self._names]

@@ -144,7 +144,9 @@ class SteerPhase:
         if self._recovery is None:
             return False
         # While the controller may still move the gain, it can also take it back.
-        may_move = not self._controller.needs_probe or (can_probe and self.wants_probe(steps))
+        controller, course = self._controller, self._course
+        may_move = not controller.needs_probe or can_probe
+        may_move = may_move and controller.may_move(course.progress(steps), controller.rests_after(course))
         return self._recovery.is_needed(finite, losses, watches_losses=may_move)
 
     def roll_back(self, steps: int) -> ControllerReport:

@@ -14,8 +14,9 @@ With ``h_r`` the replicas' values and ``L_r`` their losses::
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from hdet.schedules.course import Course
 from hdet.steer.checks import check_bounds, clamped, require
@@ -31,6 +32,8 @@ class Published:
     """
 
     needs_probe: ClassVar[bool] = False
+    needs_movement: ClassVar[bool] = False
+    needs_length: ClassVar[bool] = False
 
     meta_lr: float = 1.0
     """``lambda`` >= 0: how far the log gain moves per unit of velocity and round."""
@@ -58,9 +61,25 @@ class Published:
         if self.warmup_rounds < 0 or self.warmup_rounds != int(self.warmup_rounds):
             raise ValueError(f"Invalid warmup_rounds={self.warmup_rounds}. Must be a whole number >= 0.")
 
+    def may_move(self, progress: float, until: float) -> bool:
+        """It may move to the end."""
+        return True
+
     def wants_probe(self, progress: float, until: float) -> bool:
         """No: it uses training losses only."""
         return False
+
+    def begin(self, gain: float) -> ControllerState:
+        """The state at the start of a run at this gain."""
+        return ControllerState(gain)
+
+    def cut(self, state: ControllerState, factor: float) -> ControllerState:
+        """After a rollback: the gain divided by ``factor``, all else forgotten."""
+        return ControllerState(state.gain / factor)
+
+    def restored(self, values: Sequence[Any]) -> ControllerState:
+        """A saved state."""
+        return ControllerState(*values)
 
     def rests_after(self, course: Course) -> float:
         """It never rests."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from hdet.observe.slopes import TOO_LARGE, Slopes, loss_near, mean_of, slopes_of
 from hdet.schedules.course import Course
@@ -84,6 +84,8 @@ class TwoSlope:
     """
 
     needs_probe: ClassVar[bool] = True
+    needs_movement: ClassVar[bool] = False
+    needs_length: ClassVar[bool] = True
 
     step: float = 0.2
     """> 0: how far the log gain rises in a round, and in a hundredth of the run, at most, unless it climbs."""
@@ -131,9 +133,25 @@ class TwoSlope:
         require("rest_below", self.rest_below, 0 <= self.rest_below <= 1, "in [0, 1]")
         check_bounds(self.bounds)
 
+    def may_move(self, progress: float, until: float) -> bool:
+        """Whether the gain may still move."""
+        return progress <= until
+
     def wants_probe(self, progress: float, until: float) -> bool:
         """Whether a round that ends at ``progress`` may still move the gain."""
         return progress <= until
+
+    def begin(self, gain: float) -> ControllerState:
+        """The state at the start of a run at this gain."""
+        return ControllerState(gain)
+
+    def cut(self, state: ControllerState, factor: float) -> ControllerState:
+        """After a rollback: the gain divided by ``factor``, all else forgotten."""
+        return ControllerState(state.gain / factor)
+
+    def restored(self, values: Sequence[Any]) -> ControllerState:
+        """A saved state."""
+        return ControllerState(*values)
 
     def rests_after(self, course: Course) -> float:
         """Share of the run after which the gain rests."""

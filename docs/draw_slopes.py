@@ -13,10 +13,10 @@ import matplotlib as mpl
 mpl.use("Agg")
 import matplotlib.pyplot as plt
 import torch
+from hdet.steer.two_slope import TwoSlope
 
 from hdet.bench.regret.simulation import Setting, simulate
 from hdet.bench.regret.workloads import WORKLOADS
-from hdet.steer.two_slope import TwoSlope
 
 MULTIPLES = (0.03, 0.1, 1 / 3, 1.0, 3.0, 8.0)
 STAGES = ((0.05, 0.15), (0.15, 0.3), (0.3, 0.55))

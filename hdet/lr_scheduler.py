@@ -32,8 +32,9 @@ class OneCycleLR(lr_scheduler.OneCycleLR):
         scheduler.converge()                    # before evaluating or saving
 
     Args:
-        optimizer, max_lr, ..., last_epoch: as in torch. ``max_lr="auto"`` asks :func:`hdet.find_lr`, with the probe's
-            ``loss_fn`` and ``batches``; the constructor is then collective.
+        optimizer, max_lr, ..., last_epoch: as in torch. With ``auto_lr=True`` ``max_lr`` is where the controller
+            begins, and may be left out: then it begins at the optimizer's own learning rates. ``max_lr="auto"`` asks
+            :func:`hdet.find_lr`, with the probe's ``loss_fn`` and ``batches``; the constructor is then collective.
         settings: those of :class:`hdet.Settings`, which documents each.
 
     Attributes:
@@ -48,7 +49,7 @@ class OneCycleLR(lr_scheduler.OneCycleLR):
     def __init__(
         self,
         optimizer: Optimizer,
-        max_lr: float | list[float] | Literal["auto"],
+        max_lr: float | list[float] | Literal["auto"] | None = None,
         total_steps: int | None = None,
         epochs: int | None = None,
         steps_per_epoch: int | None = None,
@@ -68,7 +69,9 @@ class OneCycleLR(lr_scheduler.OneCycleLR):
         given = resolved.given
         if cycle_momentum and any(isinstance(h, ParamGroupField) and h.is_momentum for h in given["hyperparameters"]):
             raise ValueError("cycle_momentum=True sets the momentum in every step. To explore it, pass False.")
-        if max_lr == "auto":
+        if max_lr is None:
+            max_lr = _own_rates(optimizer, given)
+        elif max_lr == "auto":
             max_lr = _find(optimizer, resolved)
         super().__init__(
             optimizer,
@@ -198,6 +201,27 @@ def _differs(given: Settings) -> bool:
     objects = (given["model"], given["converge_every"], given["probe"], given["controller"], given["prior"])
     asked = given["spread"] > 0 or given["hyperparameters"] or given["gradients"] != "shared"
     return bool(asked) or any(x is not None for x in (*objects, given["replicas"], given["monitor"]))
+
+
+def _own_rates(optimizer: Optimizer, given: Settings) -> list[float]:
+    """Where ``max_lr`` is left out: the optimizer's learning rates, by group.
+
+    Raises:
+        TypeError: without ``auto_lr``.
+        ValueError: if they are not positive.
+    """
+    if not given["auto_lr"]:
+        raise TypeError(
+            "OneCycleLR() needs max_lr, the peak of the schedule. With auto_lr=True and model= it may be left out: the "
+            "controller then begins at the optimizer's own learning rates."
+        )
+    rates = [float(group["lr"]) for group in optimizer.param_groups]
+    if not all(rate > 0 for rate in rates):
+        raise ValueError(
+            f"The optimizer's learning rates are {rates}: auto_lr=True has no place to begin. Pass max_lr, or an "
+            "optimizer whose learning rates are > 0."
+        )
+    return rates
 
 
 def _find(optimizer: Optimizer, resolved: Resolved) -> float | list[float]:

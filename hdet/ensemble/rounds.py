@@ -157,8 +157,8 @@ class Rounds:
     def _probe(self, averaged: Averaged) -> ProbeLosses:
         """The probe's losses where the replicas stood. Collective."""
         directions = self._steer.directions(self._course.ended_round(self.steps))
-        reach, neutral = self._steer.reach(self._explore.plain_base_lr[0]), self._explore.neutral(self._steer.positions)
-        return self._observe.probe(averaged.points or [], directions, reach, neutral)
+        neutral = self._explore.neutral(self._steer.positions)
+        return self._observe.probe(averaged.points or [], directions, neutral)
 
     def _move(self, probed: ProbeLosses | None = None, moved: tuple[float, ...] = ()) -> Report:
         """Let gains and centres move by what the round has shown; the report of that."""
@@ -171,7 +171,7 @@ class Rounds:
         """Whether the round that just ended is to be undone."""
         losses = self._observe.means if self._observe.knows_losses else ()
         finite = [one.weights.finite for one in found]
-        return self._steer.has_blown_up(self.steps, finite, losses, can_probe=self._can_probe)
+        return self._steer.has_blown_up(self.steps, finite, losses)
 
     def _roll_back(self, watched: bool, started: float) -> Report:
         """Undo the round: the model and the optimizer as they last converged well, under a smaller gain."""
@@ -237,7 +237,7 @@ class Rounds:
         self._observe.restart()
         if state is not None:
             checkpoint.load(self.parts, state)
-        self._steer.restart()
+        self._steer.restart(steps)
         self.steps = self.converged_at = steps
         self._converge_phase.restart()
         self.draw()

@@ -99,8 +99,8 @@ class Settings(TypedDict, total=False):
     auto_lr: Annotated[bool, Setting(False, check_flag)]
     """Whether the controller moves the gain. Needs the loss in ``step()``, ``model``, and the run's length."""
     probe: Annotated[LossFunction | Probe | None, Setting(None)]
-    """``loss_fn(model, batch)``, or a :class:`hdet.Probe`: the paired probe, by which learning rates can be told apart
-    in short rounds. Pass the batch to ``step()`` then."""
+    """``loss_fn(model, batch)``, or a :class:`hdet.Probe`: the paired probe, whose losses are evidence for the
+    controller beside how far the weights move, and show what hyperparameters do. Pass the batch to ``step()`` then."""
     controller: Annotated[Controller | None, Setting(None, _controller)]
     """What moves the gain; default ``hdet.controller.Posterior()``, which goes by how far the weights move, and with a
     probe by its losses too. ``hdet.controller.Published()`` is the paper's."""

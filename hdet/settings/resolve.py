@@ -218,8 +218,6 @@ def _check_controller(resolved: Resolved) -> None:
             "auto_lr=True with controller=Published() needs spread > 0: with spread=0 all replicas train under the "
             "same learning rate and their losses say nothing about it. Pass for example spread=1/9."
         )
-    if controller.needs_probe and resolved.probe is None:
-        raise ValueError(f"controller={name}() needs the paired probe: pass probe=loss_fn.")
     if controller.needs_length and resolved.total_steps is None:
         raise ValueError(
             f"auto_lr=True with controller={name}() must know how long the run is: pass total_steps, or "

@@ -15,7 +15,6 @@ from hdet.steer.posterior import Belief, Posterior
 from hdet.steer.published import Published, hypergradient
 from hdet.steer.recovery import GAIN_DIVISOR, Recovery
 from hdet.steer.report import ControllerReport, HyperparameterReport
-from hdet.steer.two_slope import TwoSlope
 
 __all__ = [
     "GAIN_DIVISOR",
@@ -37,7 +36,6 @@ __all__ = [
     "RoundSignal",
     "Slopes",
     "SteerPhase",
-    "TwoSlope",
     "find_lr",
     "hypergradient",
     "slopes_of",

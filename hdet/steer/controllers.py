@@ -19,9 +19,8 @@ from hdet.steer.one_slope import CentreState, OneSlope
 from hdet.steer.posterior import Posterior
 from hdet.steer.published import Published
 from hdet.steer.report import ControllerReport, HyperparameterReport
-from hdet.steer.two_slope import TwoSlope
 
-Controller = Posterior | Published | TwoSlope
+Controller = Posterior | Published
 """A controller of learning rates."""
 
 
@@ -53,7 +52,6 @@ class RoundObservation(NamedTuple):
     share: float
     height: float
     until: float
-    final: float
     lag: float
     """As in :class:`hdet.steer.observation.Observation`."""
     probe: ProbeLosses | None
@@ -114,11 +112,6 @@ class Controllers:
         """[learning rate]"""
         self.centre_states = [CentreState()] * len(self._names)
         """[other hyperparameter]"""
-
-    @property
-    def _kind_before(self) -> str:
-        """Whose states a saved one holds that does not say so, by the number of its values."""
-        return "" if isinstance(self._controller, Posterior) else type(self._controller).__name__
 
     def levels(self, round: int) -> tuple[tuple[float, ...], ...]:
         """[factor][replica]; learning rates first, if they are spread."""
@@ -246,7 +239,6 @@ class Controllers:
                     share=observation.share,
                     height=observation.height,
                     until=observation.until,
-                    final=observation.final,
                     probe=probe,
                     movement=moved,
                     area=observation.area,
@@ -311,7 +303,13 @@ class Controllers:
 
     def load(self, state: Mapping[str, Any]) -> None:
         """Continue from a saved :meth:`state`. Of a state of another controller the gains are taken."""
-        same = state.get("controller_kind", self._kind_before) == type(self._controller).__name__
+        same = _kind_of(state) == type(self._controller).__name__
         restored = self._controller.restored if same else lambda values: self._controller.begin(values[0])
         self.lr_states = [restored(values) for values in state["controller"]]
         self.centre_states = [CentreState(*state["hyperparameters"][name]) for name in self._names]
+
+
+def _kind_of(state: Mapping[str, Any]) -> str:
+    """Whose states a saved one holds. Where it does not say so, they are those of :class:`Published` if they have none
+    of the running averages of a controller that went by slopes alone."""
+    return state.get("controller_kind") or ("" if any(values[3] for values in state["controller"]) else "Published")

@@ -9,7 +9,7 @@ from hdet.observe.slopes import ProbeLosses
 
 
 class ControllerState(NamedTuple):
-    """The state of one learning rate's controller, from round to round; the same on every rank."""
+    """The state of one learning rate under :class:`hdet.steer.Published`, round to round; the same on every rank."""
 
     gain: float = 1.0
     """Dimensionless factor on the base schedule."""
@@ -17,12 +17,6 @@ class ControllerState(NamedTuple):
     """Momentum average of the hypergradient, ``v``."""
     rounds: int = 0
     """Rounds observed so far."""
-    slopes: tuple[tuple[float, float], ...] = ()
-    """Running averages (mean, variance) of ``R``, ``A``, ``E``, and of these relative to the training loss;
-    :class:`hdet.steer.TwoSlope` only."""
-    level: tuple[float, float, int, float] = (0.0, 0.0, 0, math.inf)
-    """Of the training loss: running average (mean, variance), number of rounds in it, and its lowest mean since the
-    gain last fell because of it; :class:`hdet.steer.TwoSlope` only."""
 
 
 class Observation(NamedTuple):
@@ -41,9 +35,7 @@ class Observation(NamedTuple):
     height: float = 1.0
     """The schedule's value as a share of its peak, in [0, 1]."""
     until: float = 1.0
-    """Share of the run after which the schedule stays below ``TwoSlope.rest_below``."""
-    final: float = 0.0
-    """The schedule's last value as a share of its peak, in [0, 1]: 0 if it anneals, 1 if it is constant."""
+    """Share of the run after which the schedule stays below ``Posterior.rest_below``."""
     probe: ProbeLosses | None = None
     """``None`` in a round without a probe."""
     movement: float = math.nan

@@ -38,8 +38,8 @@ class SteerPhase:
     ) -> None:
         self._controllers, self._controller, self._course = controllers, controller, course
         self._hyperparameters, self._auto_lr, self._recovery = tuple(hyperparameters), auto_lr, recovery
-        self.rounds_since_kept = 1
-        """Rounds since the state that is kept, the one that ends now included."""
+        self.rounds_since_kept = 1.0
+        """Rounds since the state that is kept, the one that ends now included; a part of one after a resume in it."""
 
     @property
     def gains(self) -> tuple[float, ...]:
@@ -73,10 +73,6 @@ class SteerPhase:
         """How far the probe takes each replica; see :meth:`Controllers.probe_directions`."""
         return self._controllers.probe_directions(round)
 
-    def reach(self, lr: float) -> float:
-        """How far the far point is to be, with the schedule at ``lr``."""
-        return self._controller.reach(self._course.height(lr))
-
     def begin(self) -> None:
         """The run begins."""
         if self._recovery is not None:
@@ -109,7 +105,6 @@ class SteerPhase:
             share=course.share,
             height=course.height(schedule[0]),
             until=self._controller.rests_after(course),
-            final=course.final,
             lag=lag,
             probe=probe,
             movement=movement or (math.nan,) * len(self._controllers.gains),
@@ -127,16 +122,15 @@ class SteerPhase:
     def keep(self, mean_loss: float) -> None:
         """Keep the state that the round has led to, for a later rollback."""
         kept = self._recovery is None or self._recovery.keep(mean_loss)
-        self.rounds_since_kept = 1 if kept else self.rounds_since_kept + 1
+        self.rounds_since_kept = 1.0 if kept else self.rounds_since_kept + 1
 
-    def has_blown_up(self, steps: int, finite: Sequence[bool], losses: tuple[float, ...], *, can_probe: bool) -> bool:
+    def has_blown_up(self, steps: int, finite: Sequence[bool], losses: tuple[float, ...]) -> bool:
         """Whether the round that just ended is to be undone.
 
         Args:
             steps: taken so far.
             finite: [replica] whether its parameters are.
             losses: [replica] mean loss of the round; empty if none was reported.
-            can_probe: whether there is a probe, and more than one replica.
 
         Raises:
             DivergedError: if it is, after too many rollbacks.
@@ -144,16 +138,14 @@ class SteerPhase:
         if self._recovery is None:
             return False
         # While the controller may still move the gain, it can also take it back.
-        controller, course = self._controller, self._course
-        may_move = not controller.needs_probe or can_probe
-        may_move = may_move and controller.may_move(course.progress(steps), controller.rests_after(course))
+        may_move = not self._course.progress(steps) > self._controller.rests_after(self._course)
         return self._recovery.is_needed(finite, losses, watches_losses=may_move)
 
     def roll_back(self, steps: int) -> ControllerReport:
         """Put model and optimizer back to the last good state, and divide the gains."""
         assert self._recovery is not None
         self._recovery.restore()
-        self.rounds_since_kept = 1
+        self.rounds_since_kept = 1.0
         return self._controllers.roll_back(self._course.ended_round(steps), self._hyperparameters, divisor=GAIN_DIVISOR)
 
     def warn_of_rollback(self, steps: int, mean_loss: float) -> None:
@@ -161,9 +153,10 @@ class SteerPhase:
         assert self._recovery is not None
         self._recovery.warn(steps, mean_loss)
 
-    def restart(self) -> None:
-        """The run goes on from a state that is being loaded."""
-        self.rounds_since_kept = 1
+    def restart(self, steps: int) -> None:
+        """The run goes on from a state that is being loaded, after so many steps."""
+        every = self._course.converge_every
+        self.rounds_since_kept = 1.0 - steps % every / every
         if self._recovery is not None:
             self._recovery.copy_before_next_step()
 

@@ -62,7 +62,6 @@ class Posterior:
         ValueError: for a value outside the range its field names.
     """
 
-    needs_probe: ClassVar[bool] = False
     needs_movement: ClassVar[bool] = True
     needs_length: ClassVar[bool] = True
 
@@ -112,17 +111,9 @@ class Posterior:
         """Share of the run after which the gain rests."""
         return course.high_until(self.rest_below)
 
-    def may_move(self, progress: float, until: float) -> bool:
-        """Whether the gain may still move."""
-        return progress <= until
-
     def wants_probe(self, progress: float, until: float) -> bool:
         """Whether the losses of a round that ends at ``progress`` may still move the gain."""
         return self.evidence > 0 and progress <= until
-
-    def reach(self, height: float) -> float:
-        """It has no use for a far point."""
-        return 1.0
 
     def update(self, belief: Belief, seen: Observation) -> tuple[Belief, float | None]:
         """One round: ``(belief, observation) -> (next belief, q)``.

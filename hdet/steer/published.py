@@ -31,7 +31,6 @@ class Published:
         ValueError: for a value outside the range its field names.
     """
 
-    needs_probe: ClassVar[bool] = False
     needs_movement: ClassVar[bool] = False
     needs_length: ClassVar[bool] = False
 
@@ -61,10 +60,6 @@ class Published:
         if self.warmup_rounds < 0 or self.warmup_rounds != int(self.warmup_rounds):
             raise ValueError(f"Invalid warmup_rounds={self.warmup_rounds}. Must be a whole number >= 0.")
 
-    def may_move(self, progress: float, until: float) -> bool:
-        """It may move to the end."""
-        return True
-
     def wants_probe(self, progress: float, until: float) -> bool:
         """No: it uses training losses only."""
         return False
@@ -78,15 +73,11 @@ class Published:
         return ControllerState(state.gain / factor)
 
     def restored(self, values: Sequence[Any]) -> ControllerState:
-        """A saved state."""
-        return ControllerState(*values)
+        """A saved state; one of before may have more values."""
+        return ControllerState(*values[:3])
 
     def rests_after(self, course: Course) -> float:
         """It never rests."""
-        return 1.0
-
-    def reach(self, height: float) -> float:
-        """Not used, as there is no probe."""
         return 1.0
 
     def update(self, state: ControllerState, observation: Observation) -> tuple[ControllerState, float | None]:

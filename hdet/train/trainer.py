@@ -204,7 +204,7 @@ class Trainer:
             self._loss_of,
             batches,
             self.process.device,
-            auto_lr=bool(ours.auto_lr and ours.probe and ours.spread),
+            auto_lr=bool(ours.auto_lr and ours.controller == "posterior" and ours.spread),
         )
         self._find_seconds = time.monotonic() - started
         return self._finding.max_lr

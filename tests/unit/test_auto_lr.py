@@ -8,13 +8,15 @@ from torch import nn
 
 import hdet
 from hdet.schedules.forecast import forecast
-from hdet.steer.two_slope import TwoSlope
 
 
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"controller": TwoSlope()}, "needs the paired probe"),
+        ({"total_steps": None}, "must know how long"),
+        ({"model": None, "spread": 0.0, "total_steps": 100}, "needs model="),
+        ({"total_steps": 100, "averaging": hdet.Averaging(overlap_steps=2)}, "exclude one another"),
+        ({"total_steps": 100, "spread": 0.0, "controller": hdet.controller.Published()}, "needs spread > 0"),
         ({"probe": print, "total_steps": None}, "must know how long"),
         ({"probe": print, "total_steps": 100, "averaging": hdet.Averaging(overlap_steps=2)}, "exclude one another"),
         ({"probe": 3, "total_steps": 100}, "Must be a function"),
@@ -73,7 +75,8 @@ def test_a_forecast_is_what_comes(build):
         if len(rates) < 300:
             schedule.step()
     assert found.peak == pytest.approx(max(rates))
-    assert found.final == pytest.approx(rates[-1] / max(rates), abs=1e-6)
+    assert found.heights[-1] == pytest.approx(rates[-1] / max(rates), abs=1e-6)
+    assert found.area == pytest.approx(sum(rates) / max(rates) / 300, abs=0.01)
     wanted = [rates[299 * i // 999] / max(rates) for i in range(1000)]
     if len(found.heights) == 1000:
         assert list(found.heights) == pytest.approx(wanted)
@@ -85,4 +88,4 @@ def test_a_schedule_that_never_falls_is_high_to_the_end():
     optimizer = torch.optim.SGD([torch.ones(1, requires_grad=True)], lr=0.2)
     for schedule in (None, torch.optim.lr_scheduler.LambdaLR(optimizer, hdet.schedules.constant(warmup_steps=5))):
         found = forecast(schedule, optimizer, 100)
-        assert (found.high_until(0.7), found.final) == (1.0, 1.0)
+        assert (found.high_until(0.7), found.heights[-1]) == (1.0, 1.0)

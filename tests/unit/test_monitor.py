@@ -26,7 +26,7 @@ from hdet.monitor.report import Report
 from hdet.monitor.tensorboard import TensorBoard
 from hdet.observe.slopes import Slopes
 
-UNKNOWN = Slopes(*(math.nan,) * 4)
+UNKNOWN = Slopes(*(math.nan,) * 3)
 CONFIG = {"spread": 0.5, "converge_every": 10, "auto_lr": True, "schedule": "OneCycleLR", "initial_lr.0": 4e-5}
 
 
@@ -239,7 +239,7 @@ class TestJsonLines:
 
         lines = [json.loads(line, parse_constant=refuse) for line in path.read_text().splitlines()]
         assert lines[0] == {"config": CONFIG, "step": 0}
-        unknown = {"probe": {"raw": None, "debiased": None, "noise": None, "further": None}}
+        unknown = {"probe": {"raw": None, "debiased": None, "noise": None}}
         assert lines[1] == json.loads(json.dumps(dataclasses.asdict(reports[0]) | unknown))
         expected = dataclasses.asdict(reports[1]) | {"losses": (None, None, 2.0)} | unknown
         assert lines[2] == json.loads(json.dumps(expected))
@@ -252,7 +252,7 @@ class TestJsonLines:
         monitor.report(make_report(10, probe=Slopes(0.25, math.nan, math.inf, math.nan)))
         monitor.report(make_report(20, rolled_back=True, hypergradient=(-math.inf,)))
         first, second = read_jsonl(path)
-        assert first["probe"] == {"raw": 0.25, "debiased": None, "noise": None, "further": None}
+        assert first["probe"] == {"raw": 0.25, "debiased": None, "noise": None}
         assert first["rolled_back"] is False
         assert (second["probe"]["raw"], second["rolled_back"], second["hypergradient"]) == (None, True, [None])
         assert set(first) == {field.name for field in dataclasses.fields(Report)}

@@ -10,8 +10,8 @@ from hdet.monitor.report import Converged, Moment, assemble
 from hdet.observe.slopes import ProbeLosses
 from hdet.steer.controllers import Controllers, RoundObservation
 from hdet.steer.one_slope import OneSlope
+from hdet.steer.posterior import Posterior
 from hdet.steer.published import Published
-from hdet.steer.two_slope import TwoSlope
 
 NAMES = ("weight_decay",)
 
@@ -25,7 +25,7 @@ def decay():
 
 def controllers(controller=None, rates=1, names=NAMES):
     return Controllers(
-        controller or TwoSlope(), OneSlope(), auto_lr=True, rates=rates, names=names, replicas=4, spread=0.1,
+        controller or Posterior(), OneSlope(), auto_lr=True, rates=rates, names=names, replicas=4, spread=0.1,
         design="orthogonal", seed=0,
     )  # fmt: skip
 
@@ -33,8 +33,8 @@ def controllers(controller=None, rates=1, names=NAMES):
 def observation(k, losses=(1.0, 1.1, 0.9, 1.0), probe=True):
     one = (1.0,) * 4
     above, below = (1.1 + 0.01 * k, 1.3, 0.9, 1.2), (1.0, 0.8, 1.1, 0.9)
-    seen = ProbeLosses(above, below, (0.9,) * 4, (1.1,) * 4, one, (2.0,) * 4) if probe else None
-    return RoundObservation(losses, (0.1,), 0.1 + 0.01 * k, 0.01, 1.0, 0.55, 0.0, 4.0, seen)
+    seen = ProbeLosses(above, below, (0.9,) * 4, (1.1,) * 4, one) if probe else None
+    return RoundObservation(losses, (0.1,), 0.1 + 0.01 * k, 0.01, 1.0, 0.55, 4.0, seen, (0.05,))
 
 
 def test_a_move_is_an_update_clamped_to_the_bounds():

@@ -199,7 +199,7 @@ class _Replicas:
         losses = tuple(total / self.round_length for total in self._losses)
         if self._recovery:
             finite = bool(mean.isfinite().all())
-            may_move = controller.may_move(progress, self._until)
+            may_move = not progress > self._until
             if self._recovery.is_needed([finite], losses, watches_losses=may_move):
                 self._roll_back()
                 return
@@ -215,10 +215,7 @@ class _Replicas:
                     self._workload.batch_size // self._setting.probe_share, self._probe_generator
                 )
                 parts = self._parts(batch)
-                reach = controller.reach(known)
-                probe = losses_by_point(
-                    [self._probe(mean, rho, part, reach) for rho, part in zip(rhos, parts, strict=True)]
-                )
+                probe = losses_by_point([self._probe(mean, rho, part) for rho, part in zip(rhos, parts, strict=True)])
         if isinstance(controller, Published) and not self._setting.exact:
             losses = self._losses_at_points(batch, mean, rhos)
         observation = Observation(
@@ -229,7 +226,6 @@ class _Replicas:
             share=self._course.share,
             height=known,
             until=self._until,
-            final=self._course.final,
             probe=probe,
             movement=self._movement(mean),
             area=self._course.area,
@@ -257,7 +253,7 @@ class _Replicas:
         self._losses = [0.0] * self._setting.replicas
         self.gains.append(self.gain)
 
-    def _probe(self, mean: Tensor, rho: float, part: Batch, reach: float) -> tuple[float, ...]:
+    def _probe(self, mean: Tensor, rho: float, part: Batch) -> tuple[float, ...]:
         points = [Point(self._bucket, mean, (mean - self._start).mul_(rho - 1))]
         return evaluate(
             (self._model,),
@@ -266,7 +262,6 @@ class _Replicas:
             points,
             self._slow,
             Weights((self._model,)),
-            reach=reach,
         )
 
     def _losses_at_points(self, batch: Batch, mean: Tensor, rhos: Sequence[float]) -> tuple[float, ...]:

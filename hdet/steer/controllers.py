@@ -227,7 +227,8 @@ class Controllers:
         multipliers = [self.multipliers(i, round) for i in range(len(self.lr_states))]
         directions = self.probe_directions(round)
         found = attribute(observation.probe, of_round, multipliers, directions, observation.lag)
-        movement = observation.movement or (math.nan,) * len(self.lr_states)
+        rates = len(self.lr_states)
+        movement = observation.movement or (math.nan,) * rates
         updated = [
             self._controller.update(
                 state,
@@ -246,7 +247,7 @@ class Controllers:
                 ),
             )
             for state, rhos, schedule, probe, moved in zip(
-                self.lr_states, multipliers, observation.schedule, found.probes, movement, strict=False
+                self.lr_states, multipliers, observation.schedule[:rates], found.probes, movement, strict=True
             )
         ]
         if self._auto_lr:

@@ -20,9 +20,13 @@ noise costs (:func:`hdet.observe.slopes.slopes_of`). In a round::
 
 ``Q`` is its average over recent rounds, from 0 on: rounds that do not agree say little, whatever their size.
 
-**Posterior.** Unanimous evidence moves the mean by ``w`` from the prior's centre, where the schedule lets it be seen::
+**Posterior.** Unanimous evidence moves the mean by ``w`` from the prior's centre, where the schedule lets it be seen,
+and upwards only::
 
-    log gain = c + w h Q
+    log gain = c + w h max(Q, 0)
+
+Noise says "less" also on a plateau, and where annealing will remove it; against a learning rate that is too high there
+are the prior and the rollback.
 
 It rests once the schedule has fallen below :attr:`Posterior.rest_below` of its peak for good: its own annealing is not
 fought. Without a probe ``Q`` is 0, and the losses speak through the rollback alone (:mod:`hdet.steer.recovery`): a
@@ -70,7 +74,7 @@ class Posterior:
     until: float = 0.4
     """In [0, 1]: share of the run after which movement is no longer followed."""
     evidence: float = 0.35
-    """``w`` >= 0: how far, in log gain, unanimous evidence takes the mean from the prior's centre."""
+    """``w`` >= 0: how far, in log gain, unanimous evidence for more takes the mean from the prior's centre."""
     noise_weight: float = 0.2
     """``k`` > 0, in hundredths of the run: how much of it progress must make up for what the noise costs."""
     smoothing: float = 0.8
@@ -132,7 +136,7 @@ class Posterior:
             step = (1 - (1 - self.follow) ** length) * (here - centre)
             centre += min(max(step, -_LARGEST), _LARGEST)
         centre = min(max(centre, low), high, belief.ceiling)
-        mean = centre + self.evidence * seen.height * belief.balance
+        mean = centre + self.evidence * seen.height * max(belief.balance, 0.0)
         gain = math.exp(min(max(mean, low), high, belief.ceiling))
         return belief._replace(gain=min(max(gain, self.bounds[0]), self.bounds[1]), centre=centre), q
 

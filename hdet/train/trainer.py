@@ -294,7 +294,10 @@ class Trainer:
         self.log.say(str(ops.backend()))
         self.log.say(f"tensorboard --logdir {config.train.log_dir}")
         if ensemble is not None and ensemble.size == 1:
-            self.log.say("One replica has nobody to differ from: this is the plain schedule. Start more with torchrun.")
+            ours = config.hdet
+            moves = ours.auto_lr and ours.spread and ours.controller == "posterior"
+            what = "its learning rate follows how far the weights move" if moves else "this is the plain schedule"
+            self.log.say(f"One replica has nobody to differ from: {what}. Start more with torchrun.")
         if self._finding is not None:
             self._tell_finding(self._finding)
         if self.step:

@@ -481,7 +481,8 @@ def test_bad_virtual_replicas_are_refused(settings, message):
 
 
 def test_the_published_controller_wants_each_virtual_replicas_loss():
-    optimizer, scheduler = scheduler_of(gradients="shared", spread=0.3, virtual_replicas=2, auto_lr=True)
+    settings = {"auto_lr": True, "controller": Published()}
+    optimizer, scheduler = scheduler_of(gradients="shared", spread=0.3, virtual_replicas=2, **settings)
     optimizer.step()
     with pytest.raises(TypeError, match="loss of each"):
         scheduler.step(1.0)

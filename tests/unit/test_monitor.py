@@ -249,7 +249,7 @@ class TestJsonLines:
         path = tmp_path / "rounds.jsonl"
         monitor = JsonLines(path)
         monitor.start(CONFIG, step=0, writer=True)
-        monitor.report(make_report(10, probe=Slopes(0.25, math.nan, math.inf, math.nan)))
+        monitor.report(make_report(10, probe=Slopes(0.25, math.nan, math.inf)))
         monitor.report(make_report(20, rolled_back=True, hypergradient=(-math.inf,)))
         first, second = read_jsonl(path)
         assert first["probe"] == {"raw": 0.25, "debiased": None, "noise": None}
@@ -347,9 +347,9 @@ class TestTensorBoard:
 
     def test_probe_and_rollback(self, tmp_path: Path) -> None:
         reports = [
-            make_report(10, probe=Slopes(0.3, -0.2, 0.1, 0.4)),
+            make_report(10, probe=Slopes(0.3, -0.2, 0.1)),
             make_report(20, complete=False, rolled_back=True),  # as a rollback reports itself
-            make_report(30, probe=Slopes(0.4, 0.5, math.nan, math.nan)),
+            make_report(30, probe=Slopes(0.4, 0.5, math.nan)),
         ]
         write(tmp_path, *reports, config={**CONFIG, "probe": True, "rollback": True})
         found = curves(tmp_path)
@@ -521,7 +521,7 @@ class TestTabs:
         from tensorboard.plugins.custom_scalar.custom_scalars_plugin import CustomScalarsPlugin
         from tensorboard.plugins.scalar.scalars_plugin import ScalarsPlugin
 
-        report = make_report(groups=groups, probe=Slopes(0.3, -0.2, 0.1, 0.4) if probe else UNKNOWN)
+        report = make_report(groups=groups, probe=Slopes(0.3, -0.2, 0.1) if probe else UNKNOWN)
         write(tmp_path / "run", report, max_replicas=max_replicas, config={**CONFIG, "probe": probe})
         context = self.plugin_context(tmp_path)
         plugin = CustomScalarsPlugin(context)

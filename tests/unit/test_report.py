@@ -78,18 +78,19 @@ def test_a_rollback_divides_the_gains_and_keeps_the_centres():
     undone, h = controllers(), decay()
     for k in range(5):
         undone.move(k, observation(k), [h])
-    gains, position = undone.gains, undone.centre_states[0].position
+    gains, position, (before,) = undone.gains, undone.centre_states[0].position, undone.lr_states
     report = undone.roll_back(5, [h], divisor=3.0)
     assert report.gain == gains
     assert report.next_gain == undone.gains == (gains[0] / 3.0,)
     assert undone.centre_states[0].position == position
-    assert undone.centre_states[0].rounds == undone.lr_states[0].rounds == 0
+    assert undone.centre_states[0].rounds == 0
+    assert undone.lr_states == [Posterior().cut(before, 3.0)]
 
 
 @pytest.mark.parametrize("rates", [1, 2])
 def test_a_report_is_by_parameter_group(rates):
     moved = controllers(Published(warmup_rounds=0), rates, ())
-    seen = observation(0, (1.0, 2.0, 3.0, 4.0), probe=False)._replace(schedule=(0.1, 0.01))
+    seen = observation(0, (1.0, 2.0, 3.0, 4.0), probe=False)._replace(schedule=(0.1, 0.01), movement=())
     control = moved.move(0, seen)
     moment = Moment(20, 0, True, ("body", "head"), (0.1, 0.01), 4, True)
     report = assemble(moment, (1.0, math.nan, 3.0, 4.0), control)

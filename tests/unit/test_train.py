@@ -448,7 +448,7 @@ def test_a_kill_while_saving_leaves_a_usable_checkpoint(tmp_path, at):
 def test_a_run_may_be_resumed_with_more_steps(monkeypatch, tmp_path, schedule, spread):
     """From the step of the checkpoint on, the learning rates are those of the longer run."""
     settings = ["--task.name=digits", "--model.channels=2", "--train.eval_every=0", "--train.log_every=1"]
-    settings += [f"--schedule.name={schedule}", f"--hdet.spread={spread}"]
+    settings += [f"--schedule.name={schedule}", f"--hdet.spread={spread}", "--hdet.auto_lr=false"]
     extended, long = tmp_path / "extended", tmp_path / "long"
     assert run(monkeypatch, extended, *settings, "--train.total_steps=6") == 0
     assert run(monkeypatch, extended, *settings, "--train.total_steps=12", "--resume") == 0
@@ -473,6 +473,7 @@ def test_resuming_under_another_setting_is_refused_by_name(tmp_path):
 
 def test_a_learning_rate_that_was_found_is_not_looked_for_again(monkeypatch, tmp_path, capfd):
     arguments = ["--train.total_steps=4", "--train.eval_every=0", "--train.log_every=1", "--optimizer.max_lr=auto"]
+    arguments.insert(0, "--hdet.auto_lr=false")
     assert run(monkeypatch, tmp_path, *arguments, "--train.stop_at=2") == 0
     saved = torch.load(tmp_path / "checkpoint.pt", weights_only=True)
     assert saved["config"]["optimizer"]["max_lr"] == "auto"
@@ -522,7 +523,8 @@ def test_a_run_leaves_its_results(monkeypatch, tmp_path, capfd):
     assert [r["step"] for r in records if "val_loss" in r] == [3, 6]
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
     assert summary["validation_loss"] == records[-1]["val_loss"]
-    assert (summary["steps"], summary["replicas"], summary["gain"]) == (6, 1, {"decay": 1.0, "no_decay": 1.0})
+    assert (summary["steps"], summary["replicas"], list(summary["gain"])) == (6, 1, ["decay", "no_decay"])
+    assert summary["gain"]["decay"] == summary["gain"]["no_decay"] != 1  # by how far the weights move
     assert 0 <= summary["converge_overhead"] < 1
     assert list((tmp_path / "run").glob("events.out.tfevents.*"))
     assert torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True)["step"] == 6

@@ -121,9 +121,8 @@ def _observe_phase(
         )
     meter = None
     if recovery is not None or (given["auto_lr"] and resolved.controller.needs_movement):
-        # What a rollback keeps is where the round began.
-        starts = None if recovery is None else recovery.copies
-        meter = MovementMeter(converge.weights, optimizer, replicas, per_group=given["per_group"], starts=starts)
+        kept = None if recovery is None else recovery.copies  # where most rounds began
+        meter = MovementMeter(converge.weights, optimizer, replicas, per_group=given["per_group"], kept=kept)
     return ObservePhase(losses, probe, meter)
 
 

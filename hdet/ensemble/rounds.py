@@ -148,10 +148,10 @@ class Rounds:
             self._explore.gather_in()
             return self._publish(self._report(self._steer.rest(self.steps)), averaged, watched, started)
         probed = self._probe(averaged) if averaged.points else None
-        moved = self._observe.movement(self._steer.rounds_since_kept)
+        moved = self._observe.movement()
         self._converge_phase.step_outer()
         report = self._move(probed, moved)
-        self._steer.keep(report.mean_loss)
+        self._observe.begin_movement(is_kept=self._steer.keep(report.mean_loss))
         return self._publish(report, averaged, watched, started)
 
     def _probe(self, averaged: Averaged) -> ProbeLosses:
@@ -180,6 +180,7 @@ class Rounds:
         self.converged_at = self.steps
         report = self._report(undone, rolled_back=True)
         self._observe.begin_round()
+        self._observe.begin_movement(is_kept=True)
         if self._replicas.writer:
             self._steer.warn_of_rollback(self.steps, report.mean_loss)
         return self._publish(report, Averaged(math.nan, (), 0), watched, started)
@@ -234,10 +235,11 @@ class Rounds:
         """Continue from a converged model after ``steps`` steps, with the schedule at ``base_lr``, and with the rest of
         a saved ``state``."""
         self._in_flight = None
-        self._observe.restart()
+        every = self._course.converge_every
+        self._observe.restart(1 - steps % every / every)
         if state is not None:
             checkpoint.load(self.parts, state)
-        self._steer.restart(steps)
+        self._steer.restart()
         self.steps = self.converged_at = steps
         self._converge_phase.restart()
         self.draw()

@@ -146,8 +146,9 @@ class MovementMeter:
         optimizer: whose parameter groups have the learning rates.
         replicas: who takes part.
         per_group: whether each parameter group has a learning rate of its own, and so a movement.
-        starts: where the weights were when the round began: copies by the originals' address, from what is kept
-            anyway; ``None`` to keep copies of the matrices here.
+        kept: copies of the weights by the originals' address, which a rollback keeps anyway, of before the optimizer's
+            first step and of the rounds named in :meth:`begin`; ``None`` for none. Copies of the matrices are made
+            where a round began elsewhere.
     """
 
     def __init__(
@@ -157,23 +158,28 @@ class MovementMeter:
         replicas: Replicas,
         *,
         per_group: bool,
-        starts: Callable[[], Mapping[int, Tensor]] | None,
+        kept: Callable[[], Mapping[int, Tensor]] | None,
     ) -> None:
         self._weights, self._optimizer, self._replicas = weights, optimizer, replicas
         self._rates = len(optimizer.param_groups) if per_group else 1
-        self._starts = starts
+        self._kept = kept
+        self._part = 1.0
+        self._is_kept = False
         self._own: dict[int, Tensor] = {}
         self._before_step: RemovableHandle | None = None
         self.restart()
 
-    def restart(self) -> None:
+    def restart(self, part: float = 1.0) -> None:
         """At the start of a run, and after a resume: the round begins where the weights are before the optimizer's next
         step. By then everything has been loaded, in whatever order.
 
-        Where a framework keeps the weights and its step may be in several parts, this round's movement is not known."""
-        self._own = {}
+        Where a framework keeps the weights and its step may be in several parts, this round's movement is not known.
+
+        Args:
+            part: of the round that is still to come."""
+        self._own, self._part, self._is_kept = {}, part, self._kept is not None
         self._remove_hook()
-        if self._starts is not None or type(self._weights) is not Weights:
+        if self._kept is not None or type(self._weights) is not Weights:
             return
         begin = WeakMethod(self.begin)
 
@@ -189,13 +195,13 @@ class MovementMeter:
             self.begin()
 
     @torch.no_grad()
-    def begin(self) -> None:
-        """The weights are where a round begins."""
+    def begin(self, *, is_kept: bool = False) -> None:
+        """The weights are where a round begins, and a rollback keeps them or not."""
         self._remove_hook()
-        if self._starts is not None:
+        before, self._own, self._is_kept = self._own, {}, is_kept
+        if is_kept:
             return
         tensors, shapes = self._trained()
-        before, self._own = self._own, {}
         for i in Matrices(tensors, shapes).indices:
             tensor = tensors[i].detach()
             kept = before.get(tensor.data_ptr())
@@ -204,16 +210,11 @@ class MovementMeter:
             else:
                 self._own[tensor.data_ptr()] = kept.copy_(tensor)
 
-    def measure(self, rounds: float) -> tuple[float, ...]:
-        """How far the last round took the weights. Collective; the same on every rank.
-
-        Args:
-            rounds: since the starts were kept: over several, or a part of one, the weights walk like the square root.
-
-        Returns:
-            [learning rate] NaN where it is not known.
-        """
-        starts = self._own if self._starts is None else self._starts()
+    def measure(self) -> tuple[float, ...]:
+        """[learning rate] How far the last round took the weights; NaN where it is not known. Collective; the same on
+        every rank. A part of a round counts for the whole: the weights walk like the square root of the steps."""
+        part, self._part = self._part, 1.0
+        starts = self._kept() if self._is_kept and self._kept is not None else self._own
         tensors, shapes = self._trained() if starts else ([], [])
         matrices = Matrices(tensors, shapes)
         squares = matrices.squares(tensors, [starts.get(t.data_ptr(), t) for t in tensors])
@@ -233,7 +234,7 @@ class MovementMeter:
         for rate in range(self._rates):
             mine = [i for i, of in enumerate(rates) if of == rate]
             picked = movement([squares[i] for i in mine], [own[i] for i in mine]) if mine else all_of_them
-            found.append(picked / math.sqrt(rounds) if starts else math.nan)
+            found.append(picked / math.sqrt(part) if starts else math.nan)
         # The means are equal on all ranks; sums on different devices need not be, to the last bit.
         return tuple(self._replicas.all_gather(found)[0])
 

@@ -65,9 +65,9 @@ class ObservePhase:
         if self._probe is not None:
             self._probe.batches.keep(batch)
 
-    def movement(self, rounds: float) -> tuple[float, ...]:
-        """How far the weights have moved, per round, in so many; see :meth:`MovementMeter.measure`. Collective."""
-        return () if self._meter is None else self._meter.measure(rounds)
+    def movement(self) -> tuple[float, ...]:
+        """How far the round took the weights; see :meth:`MovementMeter.measure`. Collective."""
+        return () if self._meter is None else self._meter.measure()
 
     def begin(self) -> None:
         """The run has begun, or goes on: its first step is over."""
@@ -75,16 +75,19 @@ class ObservePhase:
             self._meter.begin_late()
 
     def begin_round(self) -> None:
-        """The round's losses have been used, and the weights are where the next one begins."""
+        """The round's losses have been used."""
         self._losses.begin_round()
-        if self._meter is not None:
-            self._meter.begin()
 
-    def restart(self) -> None:
-        """Forget all losses, batches and where the round began."""
+    def begin_movement(self, *, is_kept: bool) -> None:
+        """The weights are where the next round begins, and a rollback keeps them or not."""
+        if self._meter is not None:
+            self._meter.begin(is_kept=is_kept)
+
+    def restart(self, part: float) -> None:
+        """Forget all losses, batches and where the round began, of which a part is still to come."""
         self._losses.restart()
         if self._meter is not None:
-            self._meter.restart()
+            self._meter.restart(part)
         if self._probe is not None:
             self._probe.batches.clear()
 

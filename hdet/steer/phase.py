@@ -38,8 +38,6 @@ class SteerPhase:
     ) -> None:
         self._controllers, self._controller, self._course = controllers, controller, course
         self._hyperparameters, self._auto_lr, self._recovery = tuple(hyperparameters), auto_lr, recovery
-        self.rounds_since_kept = 1.0
-        """Rounds since the state that is kept, the one that ends now included; a part of one after a resume in it."""
 
     @property
     def gains(self) -> tuple[float, ...]:
@@ -119,10 +117,9 @@ class SteerPhase:
         """The report of a converge at which nothing moves."""
         return self._controllers.rest(self._course.ended_round(steps), self._hyperparameters)
 
-    def keep(self, mean_loss: float) -> None:
-        """Keep the state that the round has led to, for a later rollback."""
-        kept = self._recovery is None or self._recovery.keep(mean_loss)
-        self.rounds_since_kept = 1.0 if kept else self.rounds_since_kept + 1
+    def keep(self, mean_loss: float) -> bool:
+        """Keep the state that the round has led to, for a later rollback; whether it was kept."""
+        return self._recovery is not None and self._recovery.keep(mean_loss)
 
     def has_blown_up(self, steps: int, finite: Sequence[bool], losses: tuple[float, ...]) -> bool:
         """Whether the round that just ended is to be undone.
@@ -145,7 +142,6 @@ class SteerPhase:
         """Put model and optimizer back to the last good state, and divide the gains."""
         assert self._recovery is not None
         self._recovery.restore()
-        self.rounds_since_kept = 1.0
         return self._controllers.roll_back(self._course.ended_round(steps), self._hyperparameters, divisor=GAIN_DIVISOR)
 
     def warn_of_rollback(self, steps: int, mean_loss: float) -> None:
@@ -153,10 +149,8 @@ class SteerPhase:
         assert self._recovery is not None
         self._recovery.warn(steps, mean_loss)
 
-    def restart(self, steps: int) -> None:
-        """The run goes on from a state that is being loaded, after so many steps."""
-        every = self._course.converge_every
-        self.rounds_since_kept = 1.0 - steps % every / every
+    def restart(self) -> None:
+        """The run goes on from a state that is being loaded."""
         if self._recovery is not None:
             self._recovery.copy_before_next_step()
 

@@ -94,15 +94,15 @@ def test_a_schedule_that_never_falls_is_high_to_the_end():
 def test_max_lr_may_be_left_out_with_auto_lr():
     """The optimizer's own learning rates are then where the controller begins: the schedule's peaks."""
     model = nn.Linear(4, 4)
-    groups = [{"params": [model.weight], "lr": torch.tensor(0.3)}, {"params": [model.bias], "lr": 0.1}]
+    groups = [{"params": [model.weight], "lr": torch.tensor(0.25)}, {"params": [model.bias], "lr": 0.1}]
 
     def build(*given, **settings):
         optimizer = torch.optim.SGD(groups, momentum=0.9)
         return hdet.OneCycleLR(optimizer, *given, total_steps=50, auto_lr=True, model=model, **settings)
 
-    left_out, given = build(), build([0.3, 0.1])
+    left_out, given = build(), build([0.25, 0.1])
     assert left_out._ensemble._phases.course.forecast == given._ensemble._phases.course.forecast
-    assert [group["max_lr"] for group in left_out.optimizer.param_groups] == pytest.approx([0.3, 0.1])
+    assert [group["max_lr"] for group in left_out.optimizer.param_groups] == [0.25, 0.1]
     groups[1]["lr"] = 0.0
     with pytest.raises(ValueError, match="no place to begin"):
         build()
@@ -111,7 +111,7 @@ def test_max_lr_may_be_left_out_with_auto_lr():
 @pytest.mark.parametrize("settings", [{}, {"model": nn.Linear(4, 4), "spread": 0.1}])
 def test_without_auto_lr_max_lr_must_be_given(settings):
     optimizer = torch.optim.SGD(nn.Linear(4, 4).parameters(), lr=0.1, momentum=0.9)
-    with pytest.raises(TypeError, match="needs max_lr.*auto_lr=True"):
+    with pytest.raises(TypeError, match=r"needs max_lr.*auto_lr=True"):
         hdet.OneCycleLR(optimizer, total_steps=50, **settings)
     assert "max_lr" not in optimizer.param_groups[0]
 
@@ -129,14 +129,14 @@ def test_one_replica_finds_its_learning_rate_by_how_far_its_weights_move(setting
         )
         xs = torch.randn(200, 16, 6)
         for x in xs:
-            loss = (model(x)[:, 0] - x.prod(-1)).square().mean()
+            loss = (model(x)[:, 0] - x.sum(-1).sin()).square().mean()
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
             scheduler.step(loss)
         gains.append([gain * start for gain in scheduler.ensemble.gains])
     for low, high in zip(*gains, strict=True):
-        assert 1e-3 < low < 0.1
+        assert 1e-3 < low < 0.5
         assert low == pytest.approx(high, rel=0.5)
 
 

@@ -207,9 +207,10 @@ def test_of_flat_partitions_each_learning_rate_has_one_movement():
         p += by
     each = [math.sqrt(0.06 + 0.18) / math.sqrt(6 * 2.1**2 + 2 * 2.3**2), 0.4 / 2.4]
     for per_group, wanted in ((True, each), (False, [math.sqrt(0.24 + 8 * 0.16) / math.sqrt(37.04 + 8 * 2.4**2)])):
-        meter = MovementMeter(Flat(()), optimizer, Replicas(None), per_group=per_group, starts=lambda: starts)
-        assert meter.measure(1.0) == pytest.approx(wanted)
-        assert meter.measure(4.0) == pytest.approx([m / 2 for m in wanted])
+        meter = MovementMeter(Flat(()), optimizer, Replicas(None), per_group=per_group, kept=lambda: starts)
+        assert meter.measure() == pytest.approx(wanted)
+        meter.restart(0.25)
+        assert meter.measure() == pytest.approx([m * 2 for m in wanted])
 
 
 def test_double_precision_and_many_elements():

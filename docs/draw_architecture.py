@@ -257,7 +257,7 @@ WALK: list[Step] = [
     ),
     Step(
         ROUNDS,
-        "return self._roll_back(watched, started)",
+        "return self._roll_back(watched, started, complete)",
         "undoes the round, if these losses or the weights say that it blew up; the walk then ends with a smaller gain.",
     ),
     Step(

@@ -22,13 +22,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from weakref import WeakMethod
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
-from torch.utils.hooks import RemovableHandle
 
+from hdet.model.step_hook import BeforeStep
 from hdet.model.weights import Weights, groups_of
 from hdet.replicas.topology import Replicas
 
@@ -166,7 +165,7 @@ class MovementMeter:
         self._part = 1.0
         self._is_kept = False
         self._own: dict[int, Tensor] = {}
-        self._before_step: RemovableHandle | None = None
+        self._before_step = BeforeStep(optimizer, self.begin)
         self.restart()
 
     def restart(self, part: float = 1.0) -> None:
@@ -178,26 +177,18 @@ class MovementMeter:
         Args:
             part: of the round that is still to come."""
         self._own, self._part, self._is_kept = {}, part, self._kept is not None
-        self._remove_hook()
-        if self._kept is not None or type(self._weights) is not Weights:
-            return
-        begin = WeakMethod(self.begin)
-
-        def before_step(*_: object) -> None:
-            if (method := begin()) is not None:
-                method()
-
-        self._before_step = self._optimizer.register_step_pre_hook(before_step)
+        if self._kept is None and type(self._weights) is Weights:
+            self._before_step.arm()
 
     def begin_late(self) -> None:
         """A first step is over: the weights are where its round began if AMP skipped it, so that no hook ran."""
-        if self._before_step is not None:
+        if self._before_step.is_armed:
             self.begin()
 
     @torch.no_grad()
     def begin(self, *, is_kept: bool = False) -> None:
         """The weights are where a round begins, and a rollback keeps them or not."""
-        self._remove_hook()
+        self._before_step.disarm()
         before, self._own, self._is_kept = self._own, {}, is_kept
         if is_kept:
             return
@@ -244,10 +235,10 @@ class MovementMeter:
         trained = [(t, shape) for (t, is_trained), shape in both if is_trained]
         return [t for t, _ in trained], [shape for _, shape in trained]
 
-    def _remove_hook(self) -> None:
-        if self._before_step is not None:
-            self._before_step.remove()
-            self._before_step = None
+    def close(self) -> None:
+        """Keep nothing any more."""
+        self._before_step.remove()
+        self._own = {}
 
 
 def _sums(pairs: Sequence[tuple[float, float]]) -> tuple[float, float]:

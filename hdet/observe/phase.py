@@ -83,6 +83,11 @@ class ObservePhase:
         if self._meter is not None:
             self._meter.begin(is_kept=is_kept)
 
+    def close(self) -> None:
+        """Keep nothing any more."""
+        if self._meter is not None:
+            self._meter.close()
+
     def restart(self, part: float) -> None:
         """Forget all losses, batches and where the round began, of which a part is still to come."""
         self._losses.restart()
@@ -96,7 +101,8 @@ class ObservePhase:
         return self._losses.state()
 
     def check_state(self, state: Mapping[str, Any]) -> None:
-        """Losses of a round of another number of replicas are left aside: nothing can be wrong with them."""
+        """Raise TypeError or ValueError if :meth:`load` cannot."""
+        self._losses.check_state(state)
 
     def load(self, state: Mapping[str, Any]) -> None:
         """Continue from a saved :meth:`state`."""

@@ -43,6 +43,11 @@ class Course:
         return min(1.0, lr / peak) if peak else 1.0
 
     @property
+    def final(self) -> float:
+        """The schedule's last value as a share of its peak; 0 where it is not known."""
+        return self.forecast.final if self.forecast else 0.0
+
+    @property
     def area(self) -> float:
         """Mean height of the schedule over the run; 1 where it is not known."""
         return self.forecast.area if self.forecast else 1.0

@@ -24,6 +24,11 @@ class Forecast(NamedTuple):
     """Learning rates in units of the peak, at evenly spaced steps from the first to the last."""
 
     @property
+    def final(self) -> float:
+        """Height at the end."""
+        return self.heights[-1]
+
+    @property
     def area(self) -> float:
         """Mean height over the run, in (0, 1]."""
         return sum(self.heights) / len(self.heights)

@@ -8,14 +8,15 @@ of all factors, so that the effect of one is not taken for that of another.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
+from hdet.errors import check_gain, check_item, check_list, check_mapping, check_text
 from hdet.explore.design import Design, Effect, levels, multipliers_of
 from hdet.observe.slopes import UNKNOWN_SLOPES, ProbeLosses, Slopes
 from hdet.steer.attribution import attribute
 from hdet.steer.observation import Observation
-from hdet.steer.one_slope import CentreState, OneSlope
+from hdet.steer.one_slope import CentreState, OneSlope, saved_centre
 from hdet.steer.posterior import Posterior
 from hdet.steer.published import Published
 from hdet.steer.report import ControllerReport, HyperparameterReport
@@ -52,6 +53,7 @@ class RoundObservation(NamedTuple):
     share: float
     height: float
     until: float
+    final: float
     lag: float
     """As in :class:`hdet.steer.observation.Observation`."""
     probe: ProbeLosses | None
@@ -240,6 +242,7 @@ class Controllers:
                     share=observation.share,
                     height=observation.height,
                     until=observation.until,
+                    final=observation.final,
                     probe=probe,
                     movement=moved,
                     area=observation.area,
@@ -290,27 +293,53 @@ class Controllers:
         }
 
     def check_state(self, state: Mapping[str, Any]) -> None:
-        """Raise ``ValueError`` if :meth:`load` cannot."""
-        if len(state["controller"]) != len(self.lr_states):
+        """Raise ``TypeError`` or ``ValueError`` if :meth:`load` cannot."""
+        gains = check_list("controller", check_item("The saved state", state, "controller"), "a list of controllers")
+        if len(gains) != len(self.lr_states):
             raise ValueError(
-                f"The saved state has {len(state['controller'])} gains, this run {len(self.lr_states)}: another "
+                f"The saved state has {len(gains)} gains, this run {len(self.lr_states)}: another "
                 "number of parameter groups, or another per_group=."
             )
-        if sorted(state["hyperparameters"]) != sorted(self._names):
+        same = _kind_of(state) == type(self._controller).__name__
+        for values in gains:
+            if same:
+                self._controller.restored(values)
+            else:
+                _gain_of(self._controller)(values)
+        centres = check_item("The saved state", state, "hyperparameters")
+        check_mapping("hyperparameters", centres, "a mapping of names to centres")
+        if set(centres) != set(self._names):
             raise ValueError(
-                f"The saved state has the hyperparameters {sorted(state['hyperparameters'])}, this run "
+                f"The saved state has the hyperparameters {sorted(map(str, centres))}, this run "
                 f"{sorted(self._names)}. Resume with the same hyperparameters=."
             )
+        for name, values in centres.items():
+            saved_centre(f"centre of {name}", values)
 
     def load(self, state: Mapping[str, Any]) -> None:
         """Continue from a saved :meth:`state`. Of a state of another controller the gains are taken."""
         same = _kind_of(state) == type(self._controller).__name__
-        restored = self._controller.restored if same else lambda values: self._controller.begin(values[0])
+        restored = self._controller.restored if same else _gain_of(self._controller)
         self.lr_states = [restored(values) for values in state["controller"]]
-        self.centre_states = [CentreState(*state["hyperparameters"][name]) for name in self._names]
+        centres = state["hyperparameters"]
+        self.centre_states = [saved_centre(f"centre of {name}", centres[name]) for name in self._names]
 
 
 def _kind_of(state: Mapping[str, Any]) -> str:
     """Whose states a saved one holds. Where it does not say so, they are those of :class:`Published` if they have none
     of the running averages of a controller that went by slopes alone."""
-    return state.get("controller_kind") or ("" if any(values[3] for values in state["controller"]) else "Published")
+    kind = state.get("controller_kind", "")
+    if kind:
+        return check_text("controller_kind", kind)
+    has_averages = any(list(values)[3:4] not in ([[]], [()], []) for values in state["controller"])
+    return "" if has_averages else Published.__name__
+
+
+def _gain_of(controller: Controller) -> Callable[[Sequence[Any]], Any]:
+    """From the values of another controller's state, whose first is the gain, the state to begin with."""
+
+    def begin(values: Sequence[Any]) -> Any:
+        first, *_ = check_list("controller", values, "a list that begins with the gain") or [None]
+        return controller.begin(check_gain("controller.gain", first))
+
+    return begin

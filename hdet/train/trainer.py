@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import math
+import os
+import pickle
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, replace
@@ -18,13 +21,14 @@ import hdet
 from hdet import ops
 from hdet.replicas.topology import Replicas
 from hdet.train import checkpoint, data, models
-from hdet.train.config import Config
+from hdet.train.config import Config, ConfigError
 from hdet.train.ddp_strategy import DDPStrategy
 from hdet.train.deepspeed_strategy import DeepSpeedStrategy
 from hdet.train.fsdp_strategy import FSDPStrategy
-from hdet.train.log import RunLog
+from hdet.train.log import RunLog, check_directory
 from hdet.train.optimization import Schedule, build_optimizer, find_max_lr
-from hdet.train.processes import Process, StopRequest
+from hdet.train.processes import Process
+from hdet.train.stop import StopRequest
 
 _STRATEGIES: dict[str, type[DDPStrategy]] = {
     "ddp": DDPStrategy,
@@ -51,13 +55,14 @@ class Trainer:
         self._settings = asdict(config)
         directory = Path(config.train.log_dir)
         self._checkpoint = directory / "checkpoint.pt"
-        saved = None
-        if config.train.resume and self._checkpoint.exists():
-            saved = checkpoint.load(self._checkpoint, self._settings)
+        saved = self._read_checkpoint()
         self.step: int = saved["step"] if saved else 0
         """Optimizer steps taken."""
+        if process.writer:
+            check_directory(directory)
         holds_out = config.hdet.probe == "held_out" and not config.hdet.is_baseline
         self.data = data.load(config.task, config.model.block_size, held_out=holds_out)
+        models.check_size(config.model, config.task.name, self.data.classes, config.train.batch_size)
         torch.manual_seed(config.train.seed)
         self.model = models.build(config.model, config.task.name, self.data.classes).to(process.device)
         self._parameters = sum(p.numel() for p in self.model.parameters())
@@ -80,12 +85,46 @@ class Trainer:
             config, self.optimizer, self._ddp, self.log.monitors, probe, self._strategy.replicas_argument, build
         )
         if saved:
-            self.schedule.load_state_dict(self._strategy.load(saved, self.model, self.optimizer))
-            if saved["config"]["train"]["total_steps"] != config.train.total_steps:
-                self.schedule.continue_at(self.step)
+            self._load(saved)
         if config.train.compile:
             self.model.compile()
         self._validated: dict[str, float] = {}
+
+    def _read_checkpoint(self) -> dict[str, Any] | None:
+        """The checkpoint to go on from. Collective: all processes must have found the same one, or none."""
+        saved = None
+        needed: tuple[str, ...] = ("step", "config", "max_lr")
+        if self.config.train.strategy != "deepspeed":
+            needed += ("model", "optimizer", "scheduler")
+        if self.config.train.resume and os.path.lexists(self._checkpoint):
+            saved = checkpoint.load(self._checkpoint, self._settings, needed)
+        found = self._processes.all_gather([float(saved["step"]) if saved else -1.0])
+        steps = [int(row[0]) for row in found]
+        if len(set(steps)) > 1:
+            told = ", ".join(f"rank {r}: {'none' if s < 0 else f'step {s}'}" for r, s in enumerate(steps[:8]))
+            raise ConfigError(
+                f"The processes do not find the same checkpoint under {self._checkpoint} ({told}). train.log_dir must "
+                "be on a file system that all of them share."
+            )
+        return saved
+
+    def _load(self, saved: dict[str, Any]) -> None:
+        """Go on from a checkpoint. Collective.
+
+        Raises:
+            ConfigError: naming the file, if it does not fit.
+        """
+        self._strategy.check(self._checkpoint, saved, self.model, self.optimizer)
+        try:
+            self.schedule.load_state_dict(self._strategy.load(saved, self.model, self.optimizer))
+        except ConfigError:
+            raise
+        except pickle.UnpicklingError as error:
+            raise ConfigError(f"The files beside {self._checkpoint} hold more than values: {error}") from error
+        except (ArithmeticError, AttributeError, LookupError, OSError, RuntimeError, TypeError, ValueError) as error:
+            raise ConfigError(f"{self._checkpoint} does not fit this run: {type(error).__name__}: {error}") from error
+        if saved["config"].get("train", {}).get("total_steps") != self.config.train.total_steps:
+            self.schedule.continue_at(self.step)
 
     def run(self) -> int:
         """Train to the end, or until stopped.
@@ -93,19 +132,27 @@ class Trainer:
         Returns:
             The signal that stopped the run, or 0.
         """
+        try:
+            return self._run()
+        except BaseException:
+            with contextlib.suppress(Exception):
+                self.log.close()
+            raise
+
+    def _run(self) -> int:
         config, log = self.config.train, self.log
         log.open(step=self.step, total_steps=config.total_steps)
         self._introduce()
         if self.schedule.ensemble is None:  # an ensemble starts its monitors itself
             settings = {"spread": 0.0, "replicas": self.replicas.size}
             log.tensorboard.start(settings, step=self.step, writer=self.process.writer)
-        last = min(config.total_steps, config.stop_at or config.total_steps)
-        stopped_by = 0
+        last = config.total_steps if config.stop_at is None else self._round_end(max(config.stop_at, self.step))
+        stopped_by, started, first = 0, time.monotonic(), self.step
         losses = torch.zeros((), device=self.process.device)
         lr, since, validated_at = self.schedule.base_lr, self.step, -1
         self._warm_up()
         with StopRequest(self._processes) as stop:
-            while self.step < last and not stopped_by:
+            while self.step < last:
                 lr, gain = self.schedule.base_lr, next(iter(self.schedule.gains.values()))
                 losses += self._train_step()
                 self.step += 1
@@ -119,10 +166,13 @@ class Trainer:
                     validated_at = self.step
                 if config.save_every and self.step % config.save_every == 0:
                     self._save()
-                stopped_by = stop.after_step()
+                if not stopped_by and (stopped_by := stop.after_step()):
+                    last = min(last, self._last_step((time.monotonic() - started) / (self.step - first)))
+            stop.drain()
             if self.step == config.total_steps and validated_at != self.step:
                 self._validate()
             self._save()
+            self._mean(losses)  # when a process leaves, the checkpoint is there
         if self.step == config.total_steps:
             stopped_by = 0
             self._summarise(lr)
@@ -131,8 +181,39 @@ class Trainer:
                 f"Stopped after step {self.step} of {config.total_steps}; the state is in {self._checkpoint}. "
                 "Start again with the same arguments and --resume to go on."
             )
+            if self._round_end(self.step) != self.step:
+                log.say(
+                    "The replicas were averaged inside a round: the resumed run will not be the uninterrupted one bit "
+                    "for bit."
+                )
         log.close()
         return stopped_by
+
+    def _round_end(self, step: int) -> int:
+        """The first step from ``step`` on at which the uninterrupted run makes all replicas equal too, so that a run
+        that stops there can be resumed bit for bit. With ``overlap_steps`` that is where it validates or saves."""
+        config, ensemble = self.config, self.schedule.ensemble
+        if ensemble is None:
+            return step
+        every = [ensemble.settings.converge_every]
+        if config.hdet.averaging.overlap_steps:
+            every = [n for n in (config.train.eval_every, config.train.save_every) if n]
+        return min([config.train.total_steps, *(-(-step // n) * n for n in every)])
+
+    def _last_step(self, seconds: float) -> int:
+        """After a signal: where to stop. Collective; the same on every rank.
+
+        Args:
+            seconds: that a step takes here.
+        """
+        end = self._round_end(self.step)
+        slowest = max(row[0] for row in self._processes.all_gather([seconds]))
+        expected = (end - self.step) * slowest
+        if expected > self.config.train.stop_within:
+            return self.step
+        if end > self.step:
+            self.log.say(f"Going on to step {end}, the end of the round, for about {expected:.0f} s.")
+        return end
 
     def _train_step(self) -> Tensor:
         """One optimizer step; returns this replica's loss, on its device."""
@@ -307,9 +388,7 @@ class Trainer:
         return f" of {self.replicas.members} processes each" if self.replicas.members > 1 else ""
 
     def _tell_finding(self, finding: hdet.LRFinding) -> None:
-        picture = Path(self.config.train.log_dir) / "find_lr.png"
-        if self.process.writer:
-            finding.plot(picture)
+        picture = self.log.picture(finding)
         best, lr = min(zip(finding.losses, finding.lrs, strict=True))
         self.log.say(
             f"max_lr {finding.max_lr:.2e} found by trying {len(finding.lrs)} learning rates in "

@@ -60,6 +60,42 @@ def test_the_squared_targets_of_a_run_add_up_to_one() -> None:
     assert sum(target(h, 0.01, area) ** 2 for h in heights) == pytest.approx(1)
 
 
+def _noise(heights: list[float]) -> float:
+    """``B`` of the bound on the last iterate."""
+    total = sum(heights)
+    squares = sum(h * h for h in heights)
+    bound = squares / total
+    for h in heights[:-1]:
+        bound += h / (total - h) * squares / total
+        total -= h
+        squares -= h * h
+    return bound
+
+
+@pytest.mark.parametrize(("final", "within"), [(1.0, 0.03), (0.5, 0.05), (0.3, 0.08), (0.1, 0.12)])
+def test_the_target_is_smaller_by_the_noise_that_the_schedule_leaves(final: float, within: float) -> None:
+    """As the bound has it, for cosines that end at ``final``, over one that ends near 0."""
+    steps = 1000
+
+    def heights(final: float) -> list[float]:
+        cosine = (0.5 + 0.5 * math.cos(math.pi * i / (steps - 1)) for i in range(steps))
+        return [min(1.0, (i + 1) / 50) * (final + (1 - final) * x) for i, x in enumerate(cosine)]
+
+    one_cycle = [0.5 - 0.5 * math.cos(math.pi * (i + 1) / 300) for i in range(300)]
+    one_cycle += [1e-5 + 0.5 + 0.5 * math.cos(math.pi * (i + 1) / 700) for i in range(700)]
+    factor = target(1.0, 0.01, 0.5, final) / target(1.0, 0.01, 0.5)
+    assert factor == pytest.approx(math.sqrt(_noise(one_cycle) / _noise(heights(final))), abs=within)
+
+
+def test_without_annealing_the_gain_goes_where_less_movement_is_right() -> None:
+    controller = Posterior()
+    belief = controller.begin(1.0)
+    for _ in range(60):
+        seen = _seen(belief.gain * target(1.0, 0.01, 0.5))._replace(final=1.0)
+        belief, _ = controller.update(belief, seen)
+    assert belief.gain == pytest.approx(3.5**-0.5, rel=0.01)
+
+
 @pytest.mark.parametrize("power", [0.5, 0.7, 1.0])
 @pytest.mark.parametrize("share", [0.04, 0.01, 0.0025])
 @pytest.mark.parametrize("best", [1e-3, 0.1, 1.0, 30.0])

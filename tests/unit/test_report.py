@@ -34,7 +34,7 @@ def observation(k, losses=(1.0, 1.1, 0.9, 1.0), probe=True):
     one = (1.0,) * 4
     above, below = (1.1 + 0.01 * k, 1.3, 0.9, 1.2), (1.0, 0.8, 1.1, 0.9)
     seen = ProbeLosses(above, below, (0.9,) * 4, (1.1,) * 4, one) if probe else None
-    return RoundObservation(losses, (0.1,), 0.1 + 0.01 * k, 0.01, 1.0, 0.55, 4.0, seen, (0.05,))
+    return RoundObservation(losses, (0.1,), 0.1 + 0.01 * k, 0.01, 1.0, 0.55, 0.0, 4.0, seen, (0.05,))
 
 
 def test_a_move_is_an_update_clamped_to_the_bounds():

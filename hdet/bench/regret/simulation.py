@@ -200,11 +200,11 @@ class _Replicas:
         if self._recovery:
             finite = bool(mean.isfinite().all())
             may_move = not progress > self._until
-            if self._recovery.is_needed([finite], losses, watches_losses=may_move):
+            if self._recovery.can_restore and self._recovery.is_needed([finite], losses, watches_losses=may_move):
                 self._roll_back()
                 return
             self._recovery.observe(losses)
-            self._recovery.keep(math.fsum(losses) / len(losses))
+            self._recovery.keep()
         rhos = self.multipliers(len(self.gains))
         known = 1.0 if self._setting.flat else height
         probe = None
@@ -226,6 +226,7 @@ class _Replicas:
             share=self._course.share,
             height=known,
             until=self._until,
+            final=self._course.final,
             probe=probe,
             movement=self._movement(mean),
             area=self._course.area,

@@ -109,7 +109,7 @@ class OneCycleLR(lr_scheduler.OneCycleLR):
             )
             if differs:
                 # Before the learning rates fan out.
-                asks = resolved.probe is not None or (given["auto_lr"] and resolved.controller.needs_length)
+                asks = resolved.probe is not None or resolved.controller.needs_length
                 ahead = forecast(self, optimizer, self.total_steps) if asks else None
                 # What could be read only once has been.
                 again = {name: value for name, value in given.items() if name in settings}

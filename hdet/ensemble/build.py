@@ -45,7 +45,8 @@ def build(given: Optimizer, schedule: ScheduleLike, schedule_every: int, resolve
     groups = tuple(str(g.get("name", f"group{i}")) for i, g in enumerate(optimizer.param_groups))
     base = BaseSchedule(given, schedule, schedule_every, groups)
     course = Course(resolved.converge_every, resolved.total_steps)
-    if resolved.controller.needs_length and resolved.total_steps is not None:
+    looks_ahead = resolved.controller.needs_length or resolved.probe is not None
+    if looks_ahead and resolved.total_steps is not None:
         course.forecast = base.forecast(resolved.total_steps)
     converge = _converge_phase(optimizer, resolved)
     explore = _explore_phase(optimizer, resolved, converge.weights, base)

@@ -352,7 +352,7 @@ class Rounds:
         if broadcasts:
             self._converge_phase.broadcast()
             self._explore.gather_in()
-            self._steer.keep(good=True)
+            self._observe.begin_movement(is_kept=self._steer.keep(good=True))
         elif is_known and (found := begun.compare(told)):
             raise ReplicaMismatchError(
                 f"The replicas start from different weights: {found}. Load the same checkpoint on every rank, or build "
@@ -362,13 +362,16 @@ class Rounds:
         self._gradients.compare(told)
 
     def _warn_of_one_replica(self) -> None:
-        given = self._settings.given
-        if self._settings.size == 1 and (given["auto_lr"] or self._settings.probe is not None):
-            asked = "auto_lr=True" if given["auto_lr"] else "probe="
+        moves = self._settings.given["auto_lr"]
+        follows_movement = moves and self._settings.controller.needs_movement
+        if self._settings.size > 1 or (not moves and self._settings.probe is None):
+            return
+        asked = "probe=" if self._settings.probe is not None else "auto_lr=True"
+        then = "the learning rate goes by how far the weights move alone" if follows_movement else "nothing is learned"
+        if asked == "probe=" or not follows_movement:
             logger.warning(
-                f"{asked} learns from the differences between replicas, and there is 1 replica: nothing is learned, "
-                "and the learning rate stays the schedule's. Start several processes with torchrun, or pass "
-                "virtual_replicas=K with gradient accumulation."
+                f"{asked} learns from the differences between replicas, and there is 1 replica: {then}. Start several "
+                "processes with torchrun, or pass virtual_replicas=K with gradient accumulation."
             )
 
     def _tell_end(self) -> None:

@@ -134,7 +134,8 @@ class Settings(TypedDict, total=False):
     controller beside how far the weights move, and show what hyperparameters do. Pass the batch to ``step()`` then."""
     controller: Annotated[Controller | None, Setting(None, _controller)]
     """What moves the gain; default ``hdet.controller.Posterior()``, which goes by how far the weights move, and with a
-    probe by its losses too. ``hdet.controller.Published()`` is the paper's."""
+    probe by its losses too. ``hdet.controller.Published()`` is the paper's, whose hypergradient is also in the reports
+    of a run without ``auto_lr``."""
     per_group: Annotated[bool, Setting(False, check_flag)]
     """Whether each parameter group has a gain, and multipliers, of its own; default one for all."""
     hyperparameters: Annotated[Sequence[Hyperparameter], Setting((), _hyperparameters)]

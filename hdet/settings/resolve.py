@@ -136,7 +136,7 @@ def resolve(optimizer: Optimizer, total_steps: int | None, settings: Mapping[str
         given=given,
         total_steps=total_steps,
         converge_every=1 if converge_every is None else converge_every,
-        controller=given["controller"] or Posterior(),
+        controller=given["controller"] or (Posterior() if given["auto_lr"] else Published()),
         probe=probe,
         prior=None if given["prior"] is None else Prior.load(given["prior"]),
         modules=modules,

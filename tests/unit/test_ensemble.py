@@ -172,7 +172,8 @@ def test_without_a_loss_the_controller_rests_and_says_so_once(caplog):
             optimizer.step()
             schedule.step()
     assert [record.message for record in caplog.records if "without a loss" in record.message] == [
-        "scheduler.step() was called without a loss: the gain does not move until it gets one."
+        "scheduler.step() was called without a loss: a rollback does not see one that rises, and the published "
+        "controller does not move."
     ]
     assert schedule.ensemble.gains == (1.0,)
     assert math.isnan(schedule.ensemble.last_report.mean_loss)

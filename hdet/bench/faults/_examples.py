@@ -32,8 +32,8 @@ class Call(NamedTuple):
 
 
 # Records hold what they are given: they are what hdet hands out, and its functions check them where they are read.
-RECORDS = {"Report", "controller.Belief", "controller.CentreState", "controller.ControllerState", "controller.Observation",
-           "controller.ProbeLosses", "controller.Slopes"}  # fmt: skip
+RECORDS = {"Report", "controller.Belief", "controller.CentreState", "controller.ControllerState",
+           "controller.Observation", "controller.ProbeLosses", "controller.Slopes"}  # fmt: skip
 _NO_CALLS = {"Settings", "controller.Controller", "ops.Backend"}  # types
 
 

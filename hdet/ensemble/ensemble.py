@@ -63,7 +63,7 @@ class Ensemble:
             :meth:`step` steps it; do not step it yourself. ``ReduceLROnPlateau`` is stepped once per round, with the
             replicas' mean loss.
         schedule_every: calls of :meth:`step` to one step of ``schedule``, for schedules that count epochs.
-        total_steps: calls of :meth:`step` in the whole run. ``TwoSlope`` must know, and what is still to come of the
+        total_steps: calls of :meth:`step` in the whole run. ``Posterior`` must know, and what is still to come of the
             schedule: a copy of it is run ahead in the constructor.
         settings: those of :class:`hdet.Settings`, which documents each.
 

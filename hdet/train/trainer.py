@@ -242,7 +242,7 @@ class Trainer:
             self.batches.loss_of,
             batches,
             self.process.device,
-            auto_lr=bool(ours.auto_lr and ours.probe and ours.spread),
+            auto_lr=bool(ours.auto_lr and ours.controller == "posterior" and ours.spread),
         )
         return Finding(found, time.monotonic() - started)
 

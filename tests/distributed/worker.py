@@ -1038,8 +1038,7 @@ def probe_step(workload, model, optimizer, scheduler, generator, rank, world):
 @scenario
 def paired_probe(rank, world):
     reports, flags = [], []
-    # With the default climb, 6, a learning rate smaller by 1e-7 ends 0.3% higher, in the simulation, too.
-    controller = hdet.controller.TwoSlope(threshold=0.0, rest_below=0.2, climb=4.0)
+    controller = hdet.controller.Posterior(rest_below=0.2)
     workload, model, optimizer, scheduler = probe_setting(monitor=reports.append, controller=controller)
     generator = peers.batches(0)
     state = torch.get_rng_state()

@@ -19,8 +19,8 @@ LAYERS = [
 PURE = [  # no torch
     "errors", "files/plain", "schedules/course", "schedules/curves", "schedules/decays", "schedules/onecycle",
     "schedules/open_ended", "explore/spread", "explore/design", "explore/prior", "observe/slopes", "steer/attribution",
-    "steer/controllers", "steer/observation", "steer/one_slope", "steer/published", "steer/report",
-    "steer/running_average", "steer/two_slope", "monitor/report", "monitor/tables",
+    "steer/controllers", "steer/observation", "steer/one_slope", "steer/posterior", "steer/published", "steer/report",
+    "steer/running_average", "monitor/report", "monitor/tables",
 ]  # fmt: skip
 ADAPTERS = {"lr_scheduler", "integrations", "train", "bench"}
 MAY_USE_ADAPTERS = {"train": {"integrations", "lr_scheduler"}, "bench": {"lr_scheduler", "train"}}

@@ -173,6 +173,7 @@ def test_rounds_do_not_compile_anew():
     optimizer = torch.optim.AdamW(model.parameters(), lr=torch.tensor(0.01), capturable=False)
     scheduler = hdet.Ensemble(
         optimizer, hdet.schedules.cosine(total_steps=40), model=model, spread=0.2, converge_every=3, auto_lr=True,
+        total_steps=40,
     )  # fmt: skip
     step = torch.compile(optimizer.step, backend="eager", fullgraph=False)
     graphs = []

@@ -32,7 +32,7 @@ _MAY_BE_NAN = {
     ("FoundSchedule", "lrs"),
     ("OneCycleLR.step", "loss"), ("Ensemble.step", "loss"), ("TensorBoard.add_scalar", "value"),
     ("controller.OneSlope.update", "effect"), ("controller.Published.wants_probe", "progress"),
-    ("controller.TwoSlope.wants_probe", "progress"), ("LRFinding", "start_loss"),
+    ("controller.Posterior.wants_probe", "progress"), ("LRFinding", "start_loss"),
 }  # fmt: skip
 _LOADING = ("OneCycleLR.load_state_dict", "Ensemble.load_state_dict")
 

@@ -293,8 +293,8 @@ WALK: list[Step] = [
     ),
     Step(ROUNDS, "self.draw()", "begins the next round with the new gain.", scope="Rounds._end_round"),
     Step(
-        "hdet/explore/phase.py",
-        "[gain * rho[own] for gain, rho in",
+        "hdet/explore/fan_out.py",
+        "self._scales = [gain * rho for gain, rho in",
         "is what this replica multiplies the schedule by for a round: gain times its multiplier, drawn anew.",
     ),
     Step(

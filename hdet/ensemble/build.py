@@ -8,13 +8,13 @@ from torch.optim import Optimizer
 
 from hdet.converge import Averager, ConvergePhase, OptimizerState, OuterMomentum, SlowAverage
 from hdet.explore import ExplorePhase, ParamGroupField
-from hdet.model import GradientWatch, Start, weights_of
+from hdet.model import GradientWatch, JoinGuard, LoadWatch, Start, Weights, weights_of
 from hdet.monitor import Publisher
 from hdet.observe import MovementMeter, ObservePhase, PairedProbe, RoundLosses
 from hdet.schedules.base import BaseSchedule, ScheduleLike
 from hdet.schedules.course import Course
 from hdet.settings import Resolved
-from hdet.steer import Controllers, Recovery, SteerPhase
+from hdet.steer import Controllers, Published, Recovery, SteerPhase
 
 
 class Phases(NamedTuple):
@@ -26,23 +26,30 @@ class Phases(NamedTuple):
     steer: SteerPhase
     publisher: Publisher
     gradients: GradientWatch
+    join: JoinGuard
     start: Start
     schedule: BaseSchedule
     course: Course
 
 
-def build(optimizer: Optimizer, schedule: ScheduleLike, schedule_every: int, resolved: Resolved) -> Phases:
+def build(given: Optimizer, schedule: ScheduleLike, schedule_every: int, resolved: Resolved) -> Phases:
     """The phases of an ensemble. Learning rates are as they were; other hyperparameters have been read.
+
+    Args:
+        given: the optimizer as it was passed, on which a function becomes a schedule; all else works on the one inside.
 
     Raises:
         ValueError: for a schedule or a hyperparameter that does not fit the optimizer.
     """
+    optimizer = resolved.optimizer
     groups = tuple(str(g.get("name", f"group{i}")) for i, g in enumerate(optimizer.param_groups))
-    base = BaseSchedule(optimizer, schedule, schedule_every, groups)
+    base = BaseSchedule(given, schedule, schedule_every, groups)
     course = Course(resolved.converge_every, resolved.total_steps)
-    if resolved.controller.needs_probe and resolved.total_steps is not None:
+    looks_ahead = resolved.controller.needs_length or resolved.probe is not None
+    if looks_ahead and resolved.total_steps is not None:
         course.forecast = base.forecast(resolved.total_steps)
-    converge, explore = _converge_phase(optimizer, resolved), _explore_phase(optimizer, resolved)
+    converge = _converge_phase(optimizer, resolved)
+    explore = _explore_phase(optimizer, resolved, converge.weights, base)
     start = Start(
         optimizer,
         converge.weights,
@@ -51,6 +58,7 @@ def build(optimizer: Optimizer, schedule: ScheduleLike, schedule_every: int, res
         [place for h in explore.hyperparameters if isinstance(h, ParamGroupField) for place in h.places],
     )
     recovery = Recovery(resolved.modules, optimizer, resolved.snapshot_device) if resolved.rolls_back else None
+    _watch_loads(resolved, converge, explore, recovery)
     return Phases(
         explore,
         converge,
@@ -58,6 +66,7 @@ def build(optimizer: Optimizer, schedule: ScheduleLike, schedule_every: int, res
         _steer_phase(resolved, course, len(groups), recovery),
         Publisher(resolved.monitors, resolved.replicas),
         GradientWatch(resolved.given["gradients"], optimizer, resolved.modules, resolved.replicas, _own_ids(resolved)),
+        JoinGuard(resolved.modules, resolved.replicas),
         start,
         base,
         course,
@@ -69,9 +78,28 @@ def _own_ids(resolved: Resolved) -> frozenset[int]:
     return resolved.exclusion.ids() | {id(p) for p in resolved.outside}
 
 
-def _explore_phase(optimizer: Optimizer, resolved: Resolved) -> ExplorePhase:
+def _explore_phase(optimizer: Optimizer, resolved: Resolved, weights: Weights, base: BaseSchedule) -> ExplorePhase:
     given = resolved.given
-    return ExplorePhase(optimizer, given["hyperparameters"], given["virtual_replicas"], resolved.replicas.rank)
+    return ExplorePhase(
+        optimizer,
+        given["hyperparameters"],
+        given["virtual_replicas"],
+        resolved.replicas.rank,
+        may_park=type(weights) is Weights,  # a framework that keeps the weights may step groups one by one
+        overwritten_by=base.overwrites,
+    )
+
+
+def _watch_loads(resolved: Resolved, converge: ConvergePhase, explore: ExplorePhase, recovery: Recovery | None) -> None:
+    """Let those that keep copies of the weights know when these are replaced."""
+    keeps = converge.follows_loads or explore.virtual is not None or recovery is not None
+    if keeps and type(converge.weights) is Weights:
+        watch = LoadWatch(resolved.modules, resolved.optimizer, converge.trained)
+        converge.watch(watch)
+        if explore.virtual is not None:
+            explore.virtual.has_loaded = watch.look
+        if recovery is not None:
+            watch.when_loaded = recovery.renew
 
 
 def _converge_phase(optimizer: Optimizer, resolved: Resolved) -> ConvergePhase:
@@ -85,6 +113,7 @@ def _converge_phase(optimizer: Optimizer, resolved: Resolved) -> ConvergePhase:
         wire_dtype=averaging.low_precision,
         piggyback=averaging.overlap_steps == 0,
         has_virtual=given["virtual_replicas"] > 1,
+        watches=resolved.rolls_back,
     )
     state = OptimizerState(
         optimizer,
@@ -94,6 +123,8 @@ def _converge_phase(optimizer: Optimizer, resolved: Resolved) -> ConvergePhase:
         all_ranks=averager.all_ranks,
         automatic=averaging.optimizer_state == "auto",
         overlapped=averaging.overlap_steps > 0,
+        explored=[h.key for h in given["hyperparameters"] if isinstance(h, ParamGroupField)],
+        watches=resolved.rolls_back or given["virtual_replicas"] > 1,
         own=_own_ids(resolved),
     )
     return ConvergePhase(
@@ -117,7 +148,7 @@ def _observe_phase(
     losses = RoundLosses(
         given["virtual_replicas"],
         resolved.size,
-        needs_each=given["auto_lr"] and not resolved.controller.needs_probe,
+        needs_each=given["auto_lr"] and isinstance(resolved.controller, Published),
         warns=given["auto_lr"] and replicas.writer,
     )
     probe = None
@@ -133,10 +164,9 @@ def _observe_phase(
             resolved.converge_every,
         )
     meter = None
-    if recovery is not None:  # its copy of the state is where the round began
-        meter = MovementMeter(
-            converge.weights, optimizer, replicas, per_group=given["per_group"], starts=recovery.copies
-        )
+    if recovery is not None or (given["auto_lr"] and resolved.controller.needs_movement):
+        kept = None if recovery is None else recovery.copies  # where most rounds began
+        meter = MovementMeter(converge.weights, optimizer, replicas, per_group=given["per_group"], kept=kept)
     return ObservePhase(losses, probe, meter)
 
 

@@ -10,20 +10,22 @@ from weakref import WeakKeyDictionary
 
 from torch import Tensor, nn
 
+from hdet.errors import shown
 from hdet.model.wrappers import Slot, slots
 
 ExcludeLike = str | Tensor | nn.Module | Iterable[str | Tensor | nn.Module]
 """What ``exclude=`` takes; see :class:`Exclusion`."""
 
 
-def check_exclude(name: str, value: object) -> None:
-    """Raises TypeError where ``value`` is no :data:`ExcludeLike`. An iterator is refused, since it can be read once."""
+def check_exclude(name: str, value: object) -> object:
+    """``value``; raises TypeError where it is no :data:`ExcludeLike`. An iterator is refused: it can be read once."""
     items = _items(value) if isinstance(value, (str, Tensor, nn.Module, Sequence, set, frozenset)) else None
     if items is None or not all(isinstance(item, (str, Tensor, nn.Module)) for item in items):
         raise TypeError(
-            f"Invalid {name}={value!r}. Must be a name pattern such as 'experts.*', a tensor, a module, or a list of "
-            "these."
+            f"Invalid {name}={shown(value)}. Must be a name pattern such as 'experts.*', a tensor, a module, or a list "
+            "of these."
         )
+    return value
 
 
 class Exclusion:

@@ -98,6 +98,29 @@ def check_caller() -> None:
             return
 
 
+class JoinGuard:
+    """Refuses ``DistributedDataParallel.join()``.
+
+    Args:
+        modules: ``model=``.
+        replicas: who takes part.
+    """
+
+    def __init__(self, modules: Sequence[nn.Module], replicas: Replicas) -> None:
+        ddps = [m for module in modules for m in module.modules() if isinstance(m, DistributedDataParallel)]
+        self._ddps = ddps if replicas.size > 1 else []
+
+    def check(self) -> None:
+        """Raise ValueError inside of ``join()``. To be called before communicating."""
+        if any(ddp._join_config.enable for ddp in self._ddps):
+            raise ValueError(
+                "The model is inside of DistributedDataParallel.join(). A rank that has run out of data takes part in "
+                "DDP's communication there, and cannot in hdet's. Give every rank as many batches, and leave join() "
+                "out: DataLoader(drop_last=True) with a DistributedSampler, or stop all ranks when the first runs out. "
+                "After an earlier join() wrap the model in DistributedDataParallel anew: torch leaves it in that mode."
+            )
+
+
 def another_averages(modules: Sequence[nn.Module], ensemble: object) -> bool:
     """Record that ``ensemble`` converges on these modules. True if another ensemble does so too, in turn with it."""
     result = False

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import numbers
 import time
 from collections.abc import Callable, Sequence
 from datetime import timedelta
@@ -13,7 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
-from hdet.errors import HdetError, ReplicaMismatchError
+from hdet.errors import HdetError, ReplicaMismatchError, shown
 from hdet.replicas.notes import EVERY, PATIENCE, WARNS_AFTER, Notes
 
 logger = logging.getLogger("hdet")
@@ -56,12 +57,7 @@ class Replicas:
     """
 
     def __init__(self, group: ReplicasLike = None) -> None:
-        known = group is None or isinstance(group, (dist.ProcessGroup, DeviceMesh, int))
-        if not known or isinstance(group, bool):
-            raise TypeError(
-                "replicas= takes a number of replicas, a torch.distributed ProcessGroup, a 1-D DeviceMesh or None, got "
-                f"{type(group).__name__}."
-            )
+        group = check_replicas("replicas", group)
         active = dist.is_available() and dist.is_initialized()
         world = dist.get_world_size() if active else 1
         # On ranks outside of the group new_group() returns this, which is an int too.
@@ -315,6 +311,23 @@ class Replicas:
         if "cpu" in types:
             return torch.device("cpu")
         return torch.device(types[0], torch.accelerator.current_device_index())
+
+
+def forget_groups() -> None:
+    """Drop the process groups made here, before they are destroyed: a group that is still referred to is freed at the
+    interpreter's end."""
+    _groups.clear()
+    _groups_world[0] = None
+
+
+def check_replicas(name: str, value: Any) -> ReplicasLike:
+    """``value``, if its type is one that :class:`Replicas` takes."""
+    if isinstance(value, bool) or not isinstance(value, (dist.ProcessGroup, DeviceMesh, numbers.Integral, type(None))):
+        raise TypeError(
+            f"Invalid {name}={shown(value)}. {name}= takes a number of replicas, a torch.distributed ProcessGroup, a "
+            f"1-D DeviceMesh or None, got {type(value).__name__}."
+        )
+    return int(value) if isinstance(value, numbers.Integral) else value
 
 
 class GradientScope:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import functools
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, is_dataclass
 from typing import Any
 
@@ -16,8 +16,10 @@ from hdet.converge.optimizer_policy import policy_of
 from hdet.errors import check_whole
 from hdet.explore.identification import check_identified
 from hdet.explore.prior import Prior
+from hdet.explore.rates import share_memory
 from hdet.model.exclusion import Exclusion
 from hdet.model.gradients import check_gradients
+from hdet.model.optimizers import inside
 from hdet.model.sharding import check_sharding
 from hdet.model.weights import Weights, weights_of
 from hdet.monitor.base import Monitor, as_monitors
@@ -26,8 +28,8 @@ from hdet.replicas.topology import Replicas
 from hdet.settings.declared import DECLARED, GROUPS, Settings
 from hdet.settings.groups import Averaging, Outer
 from hdet.steer.controllers import Controller
+from hdet.steer.posterior import Posterior
 from hdet.steer.published import Published
-from hdet.steer.two_slope import TwoSlope
 
 
 def round_length(total_steps: int) -> int:
@@ -56,6 +58,8 @@ class Resolved:
     """Parameters that the optimizer trains and no module has."""
     monitors: tuple[Monitor, ...]
     replicas: Replicas
+    optimizer: Optimizer
+    """The one that was passed, or the one inside a wrapper."""
     optimizer_state: str
     """The policy that ``averaging.optimizer_state`` comes to with this optimizer."""
 
@@ -112,14 +116,12 @@ def resolve(optimizer: Optimizer, total_steps: int | None, settings: Mapping[str
     Raises:
         TypeError, ValueError: naming the setting, its value, the rule and the way out.
     """
-    if not isinstance(optimizer, Optimizer):
-        raise TypeError(f"{type(optimizer).__name__} is not an Optimizer")
+    optimizer = inside(optimizer)
     _check_known(settings)
-    given = Settings(**{name: settings.get(name, setting.default) for name, setting in DECLARED.items()})  # type: ignore[typeddict-item]
-    for name, setting in DECLARED.items():
-        setting.check(name, given[name])
+    checked = {name: setting.check(name, settings.get(name, setting.default)) for name, setting in DECLARED.items()}
+    given = Settings(**checked)  # type: ignore[typeddict-item]
     if total_steps is not None:
-        check_whole("total_steps", total_steps, ">= 1 step", lambda steps: steps >= 1)
+        total_steps = check_whole("total_steps", total_steps, ">= 1 step", lambda steps: steps >= 1)
 
     spread, hyperparameters, converge_every = given["spread"], given["hyperparameters"], given["converge_every"]
     if converge_every is None and total_steps is not None:
@@ -134,7 +136,7 @@ def resolve(optimizer: Optimizer, total_steps: int | None, settings: Mapping[str
         given=given,
         total_steps=total_steps,
         converge_every=1 if converge_every is None else converge_every,
-        controller=given["controller"] or (Published() if probe is None else TwoSlope()),
+        controller=given["controller"] or (Posterior() if given["auto_lr"] else Published()),
         probe=probe,
         prior=None if given["prior"] is None else Prior.load(given["prior"]),
         modules=modules,
@@ -142,6 +144,7 @@ def resolve(optimizer: Optimizer, total_steps: int | None, settings: Mapping[str
         outside=outside,
         monitors=as_monitors(given["monitor"]),
         replicas=Replicas(given["replicas"]),
+        optimizer=optimizer,
         optimizer_state=policy_of(
             given["averaging"].optimizer_state,
             optimizer,
@@ -151,6 +154,8 @@ def resolve(optimizer: Optimizer, total_steps: int | None, settings: Mapping[str
         ),
     )
     _check_together(resolved)
+    if given["per_group"]:
+        _check_own_rates(optimizer)
     check_sharding(resolved.modules, resolved.replicas)
     _check_exclusion(resolved)
     check_gradients(given["gradients"], resolved.modules, resolved.replicas)
@@ -176,14 +181,8 @@ def _check_known(settings: Mapping[str, Any]) -> None:
         raise TypeError(f"Unknown setting {name}=.{hint}")
 
 
-def _modules(model: object) -> tuple[nn.Module, ...]:
-    if not isinstance(model, (nn.Module, Iterable, type(None))):
-        raise TypeError(f"model= takes an nn.Module or several, got {type(model).__name__}.")
-    modules = () if model is None else (model,) if isinstance(model, nn.Module) else tuple(model)
-    for module in modules:
-        if not isinstance(module, nn.Module):
-            raise TypeError(f"model= takes an nn.Module or several, got {type(module).__name__}.")
-    return modules
+def _modules(model: Any) -> tuple[nn.Module, ...]:
+    return () if model is None else (model,) if isinstance(model, nn.Module) else tuple(model)
 
 
 def _outside(modules: tuple[nn.Module, ...], optimizer: Optimizer) -> tuple[Tensor, ...]:
@@ -207,7 +206,7 @@ def _check_exclusion(resolved: Resolved) -> None:
 
 def _check_together(resolved: Resolved) -> None:
     """Raise ValueError for settings that exclude one another."""
-    given, controller, probe = resolved.given, resolved.controller, resolved.probe
+    given, probe = resolved.given, resolved.probe
     spread, auto_lr, hyperparameters = given["spread"], given["auto_lr"], given["hyperparameters"]
     averaging, outer, gradients = given["averaging"], given["outer"], given["gradients"]
     check_identified(
@@ -221,19 +220,8 @@ def _check_together(resolved: Resolved) -> None:
             "To let replicas differ hdet needs model=: its parameters and buffers are averaged every "
             "converge_every steps."
         )
-    if auto_lr and spread == 0:
-        raise ValueError(
-            "auto_lr=True needs spread > 0: with spread=0 all replicas train under the same learning rate and "
-            "their losses say nothing about it. Pass for example spread=1/9."
-        )
-    if controller.needs_probe and auto_lr:
-        if probe is None:
-            name = type(controller).__name__
-            raise ValueError(f"controller={name}() needs the paired probe: pass probe=loss_fn.")
-        if resolved.total_steps is None:
-            raise ValueError(
-                f"controller={type(controller).__name__}() must know how long the run is: pass total_steps."
-            )
+    if auto_lr:
+        _check_controller(resolved)
     if probe is not None and not (auto_lr or any(h.move for h in hyperparameters)):
         raise ValueError("probe= does nothing without auto_lr=True or hyperparameters= that move.")
     if averaging.overlap_steps >= resolved.converge_every:
@@ -249,6 +237,42 @@ def _check_together(resolved: Resolved) -> None:
         _check_outer(outer, gradients, averaging, resolved.modules)
     if given["virtual_replicas"] > 1:
         _check_virtual(given["virtual_replicas"], given)
+
+
+def _check_controller(resolved: Resolved) -> None:
+    given, controller = resolved.given, resolved.controller
+    name = type(controller).__name__
+    if given["spread"] == 0 and isinstance(controller, Published):
+        raise ValueError(
+            "auto_lr=True with controller=Published() needs spread > 0: with spread=0 all replicas train under the "
+            "same learning rate and their losses say nothing about it. Pass for example spread=1/9."
+        )
+    if controller.needs_length and resolved.total_steps is None:
+        raise ValueError(
+            f"auto_lr=True with controller={name}() must know how long the run is: pass total_steps, or "
+            "controller=hdet.controller.Published()."
+        )
+    if controller.needs_movement and not resolved.modules:
+        raise ValueError("auto_lr=True needs model=: the controller goes by how far its weights move.")
+    if controller.needs_movement and given["averaging"].overlap_steps:
+        raise ValueError(
+            f"auto_lr=True with controller={name}() and overlap_steps={given['averaging'].overlap_steps} exclude one "
+            "another: how far the weights move is measured at the mean at the round's end. Pass overlap_steps=0, or "
+            "controller=hdet.controller.Published()."
+        )
+
+
+def _check_own_rates(optimizer: Optimizer) -> None:
+    """Raise ValueError if parameter groups that are to have multipliers of their own share a learning rate."""
+    rates = [group["lr"] for group in optimizer.param_groups]
+    for i, rate in enumerate(rates):
+        first = next((j for j in range(i) if share_memory(rates[j], rate)), None)
+        if first is not None:
+            raise ValueError(
+                f"per_group=True gives every parameter group a learning rate of its own, and groups {first} and {i} "
+                "share one tensor. Give each a tensor of its own: group['lr'] = group['lr'].clone(), or leave out "
+                "per_group."
+            )
 
 
 def _check_outer(outer: Outer, gradients: str, averaging: Averaging, modules: Sequence[nn.Module]) -> None:

@@ -23,10 +23,22 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from hdet.errors import HdetError
+from hdet.errors import (
+    HdetError,
+    check_batches,
+    check_field,
+    check_file,
+    check_flag,
+    check_instance,
+    check_list,
+    check_number,
+    check_whole,
+    shown,
+)
+from hdet.explore.fan_out import check_lr
 from hdet.model.snapshot import Snapshot
-from hdet.model.weights import is_sharded
-from hdet.observe.probe import LossFunction, cycle, evaluation, preserved_rng, scalar
+from hdet.model.weights import check_modules, is_sharded
+from hdet.observe.probe import LossFunction, check_loss_function, cycle, evaluation, preserved_rng, scalar
 from hdet.replicas.topology import Replicas, ReplicasLike
 from hdet.steer.untouched import untouched
 
@@ -55,8 +67,7 @@ class LRFinding:
     counts only if the next lower one lowers the loss, too: after training has broken down at a high learning rate, the
     loss may still be a little lower by chance. With ``auto_lr`` the smallest such candidate, since a rate that is too
     high for a long run may do well for a few dozen steps. If the search is conclusive and there are several replicas,
-    twice that: a candidate's batches were those of one replica, and the controller corrects a rate that is somewhat too
-    high in a few rounds, one that is too low in many."""
+    twice that: a candidate's batches were those of one replica, and the controller corrects what is left."""
     lrs: tuple[float, ...]
     """The candidates, in increasing order."""
     losses: tuple[float, ...]
@@ -71,14 +82,26 @@ class LRFinding:
     steps: int
     """Steps of each candidate."""
 
+    def __post_init__(self) -> None:
+        check_field(self, "max_lr", check_number, "> 0", lambda lr: lr > 0)
+        check_field(self, "lrs", _numbers)
+        for name in ("losses", "errors"):
+            check_field(self, name, _numbers, len(self.lrs))
+        check_field(self, "start_loss", check_number, "a loss", finite=False)
+        check_field(self, "conclusive", check_flag)
+        check_field(self, "steps", check_whole, ">= 1", lambda steps: steps >= 1)
+
     def plot(self, path: str | Path) -> None:
         """Draw the losses over the learning rates into a file. Needs matplotlib."""
+        path = check_file("path", path)
         from matplotlib.figure import Figure
 
         figure = Figure(figsize=(6, 4), layout="constrained")
         axes = figure.subplots()
         tried = zip(self.lrs, self.losses, self.errors, strict=True)
         known = [(lr, loss, error) for lr, loss, error in tried if math.isfinite(loss)]
+        if not known:
+            raise ValueError(f"Invalid losses={self.losses}. Must have one that is finite, to be drawn.")
         lrs, losses, errors = zip(*known, strict=True)
         axes.errorbar(lrs, losses, errors, marker="o")
         axes.axhline(self.start_loss, color="grey", linestyle=":", label="before")
@@ -87,6 +110,11 @@ class LRFinding:
         axes.set(xscale="log", xlabel="learning rate", ylabel="loss")
         axes.legend()
         figure.savefig(path)
+
+
+def _numbers(name: str, value: Any, length: int | None = None) -> tuple[float, ...]:
+    rule = "a number for each candidate of lrs"
+    return tuple(check_number(name, x, rule, finite=False) for x in check_list(name, value, rule, length=length))
 
 
 def find_lr(
@@ -128,13 +156,13 @@ def find_lr(
         low, high: the range, ``0 < low < high``.
         steps: per candidate at first, at least 4. The first third is a warm-up.
         max_grad_norm: clip gradients to this norm, as the training loop does: it changes which learning rates work.
-        auto_lr: whether the run has ``auto_lr=True`` and a probe. The suggestion is then coarser, and made from the
-            candidates in another way (:attr:`LRFinding.max_lr`).
+        auto_lr: whether the run has ``auto_lr=True``, by the default controller. The suggestion is then coarser, and
+            made from the candidates in another way (:attr:`LRFinding.max_lr`).
         replicas: as for :class:`hdet.Ensemble`.
 
     Raises:
-        ValueError: for a bad range, an empty ``batches``, a sharded model, learning rates that are all 0, or an
-            optimizer whose ``step()`` needs a closure, such as LBFGS.
+        TypeError, ValueError: for a bad argument, an empty ``batches``, a sharded model, learning rates that are all 0,
+            or an optimizer whose ``step()`` needs a closure, such as LBFGS.
         HdetError: on every rank, if no candidate lowers the loss in ``8 * steps`` steps either. On the ranks whose
             ``loss_fn``, ``batches`` or optimizer raised nothing, if those of another did.
 
@@ -148,11 +176,19 @@ def find_lr(
         >>> 0.01 < found.max_lr < 1
         True
     """
-    if not 0 < low < high < math.inf:
-        raise ValueError(f"Invalid {low=}, {high=}. Must satisfy 0 < low < high < inf.")
-    if steps < 4:
-        raise ValueError(f"Invalid {steps=}. Must be at least 4.")
-    models = (model,) if isinstance(model, nn.Module) else tuple(model)
+    rule = "0 < low < high < inf, and high / low finite"
+    low, high = check_number("low", low, rule), check_number("high", high, rule)
+    if not 0 < low < high or math.isinf(high / low):
+        raise ValueError(f"Invalid {low=}, {high=}. Must satisfy {rule}.")
+    steps = check_whole("steps", steps, "at least 4", lambda steps: steps >= 4)
+    if max_grad_norm is not None:
+        max_grad_norm = check_number("max_grad_norm", max_grad_norm, "> 0", lambda norm: norm > 0, finite=False)
+    auto_lr = check_flag("auto_lr", auto_lr)
+    check_loss_function("loss_fn", loss_fn)
+    check_batches("batches", batches)
+    models = check_modules("model", model)
+    if not models:
+        raise ValueError("Invalid model=(). Must be the module or modules to train.")
     _check_optimizer(optimizer)
     group = Replicas(replicas)
     group.doing = "find_lr()"
@@ -174,14 +210,27 @@ def find_lr(
     return found
 
 
-def _check_optimizer(optimizer: Optimizer) -> None:
-    rates = [float(group["lr"]) for group in optimizer.param_groups]
-    if not all(map(math.isfinite, rates)) or min(rates) < 0 or not max(rates) > 0:
+def learning_rates(optimizer: Optimizer) -> list[float]:
+    """[parameter group] the learning rates, of which proportions are taken.
+
+    Raises:
+        TypeError, ValueError: for one that is no finite number >= 0, or if all are 0.
+    """
+    rates = [float(check_lr(i, group)) for i, group in enumerate(optimizer.param_groups)]
+    if not max(rates) > 0:
         raise ValueError(
             f"Invalid learning rates {rates} of the optimizer's parameter groups. Must be finite and >= 0, and not all "
             "0: find_lr keeps their proportions. Call it before a schedule is built that begins at 0, or set "
             "group['lr'] = 1."
         )
+    return rates
+
+
+def _check_optimizer(optimizer: Optimizer) -> None:
+    check_instance("optimizer", optimizer, Optimizer, "a torch.optim.Optimizer")
+    learning_rates(optimizer)
+    if not any(p.requires_grad for group in optimizer.param_groups for p in group["params"]):
+        raise ValueError("Invalid optimizer: no parameter of it requires a gradient. Must train at least one.")
     closure = inspect.signature(type(optimizer).step).parameters.get("closure")
     if closure is not None and closure.default is inspect.Parameter.empty:
         raise ValueError(
@@ -326,6 +375,11 @@ class _Search:
             loss = self._loss_fn(self._subject, next(self._batches))
             if not math.isfinite(scalar(loss)):
                 return False
+            if not isinstance(loss, Tensor) or not loss.requires_grad:
+                raise TypeError(
+                    f"loss_fn returned {shown(loss)}, of which there is no gradient. Must return the loss on which "
+                    "backward() is called."
+                )
             self._take_gradients(loss, parameters)
             if self._max_grad_norm is not None:
                 nn.utils.clip_grad_norm_(parameters, self._max_grad_norm)

@@ -117,7 +117,6 @@ class Run:
         batches = Batches(rank, self.count)
         if probe:
             settings["probe"] = hdet.Probe(loss_fn=loss_of, batches=batches, held_out=True)
-            settings["controller"] = hdet.controller.TwoSlope(threshold=0)
         if explored:
             settings["hyperparameters"] = [hdet.param_group("weight_decay", spread=0.5)]
             settings["exploration"] = hdet.Exploration(controller=hdet.controller.OneSlope(threshold=0))

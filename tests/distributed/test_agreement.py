@@ -2,7 +2,7 @@
 
 import pytest
 
-from hdet.bench import disagreements
+from hdet.bench.faults import disagreements
 
 pytestmark = [pytest.mark.distributed, pytest.mark.timeout(300)]
 
@@ -96,7 +96,7 @@ def test_a_parameter_frozen_on_one_rank_is_named(launch_agreement):
 
 
 def test_disagreements_are_named_on_every_rank():
-    """A tenth of ``python -m hdet.bench.disagreements``."""
-    tried, wrong = disagreements.failures(0.1)
-    assert tried == 7
-    assert not wrong
+    """A tenth of ``python -m hdet.bench.faults --sections disagreements``."""
+    outcome = disagreements.run(0.1, seed=0)
+    assert outcome.tried == 7
+    assert not outcome.failures

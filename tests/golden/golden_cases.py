@@ -406,8 +406,8 @@ def per_group(rank, out):
 def per_group_independent(rank, out):
     model = ddp(plain())
     run = one_cycle(
-        model, two_groups(model), [0.02, 0.04], 40, per_group=True, exploration=hdet.Exploration(design="independent"), seed=7, converge_every=3,
-        auto_lr=True,
+        model, two_groups(model), [0.02, 0.04], 40, per_group=True, seed=7, converge_every=3,
+        exploration=hdet.Exploration(design="independent"), auto_lr=True,
     )  # fmt: skip
     return outcome(run, *train(run, rank, 26))
 

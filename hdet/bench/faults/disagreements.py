@@ -1,13 +1,9 @@
-"""``python -m hdet.bench.disagreements``: two processes, one of which differs in one setting, tensor or call.
-
-Asked for: every rank ends with an error that names what differs, within seconds. Ends with status 1 if one does not.
-"""
+"""Two processes, one of which differs in one setting, tensor or call: does every rank end with an error that names it,
+within seconds?"""
 
 from __future__ import annotations
 
-import argparse
 import random
-import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -20,6 +16,7 @@ from torch import nn
 
 import hdet
 from hdet.bench import processes
+from hdet.bench.faults.sections import Outcome, cases
 
 FULL = 70
 LIMIT = 20.0
@@ -247,41 +244,28 @@ def try_one(name: str, seed: int, limit: float = LIMIT) -> Found:
     return Found(time.monotonic() - started, "")
 
 
-def attempt(cases: Sequence[tuple[str, int]]) -> Iterator[list[Found]]:
+def attempt(given: Sequence[tuple[str, int]]) -> Iterator[list[Found]]:
     """Both ranks' results, case by case."""
     warnings.simplefilter("ignore")
-    for name, seed in cases:
+    for name, seed in given:
         found: list[Any] = [None, None]
         dist.all_gather_object(found, try_one(name, seed))
         yield found
 
 
-def failures(share: float, seed: int = 0) -> tuple[int, list[str]]:
-    """How many cases were tried, and what was wrong with those that failed."""
-    cases = generated(max(1, round(FULL * share)), seed)
-    wrong = []
-    for (name, of), found in zip(
-        cases, processes.run(attempt, 2, (cases,), device="cpu", limit=60 + 2 * LIMIT * len(cases)), strict=True
-    ):
-        for rank, (seconds, error) in enumerate(found):
-            if KINDS[name].word not in error or seconds > LIMIT:
-                told = error or "no error"
-                wrong.append(f"{name} (seed {of}), rank {rank} after {seconds:.1f} s: {told}")
-    return len(cases), wrong
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """Try them; returns the exit status."""
-    parser = argparse.ArgumentParser(prog="python -m hdet.bench.disagreements", description=__doc__.splitlines()[0])
-    parser.add_argument("--share", type=float, default=1.0, help="of the cases, in (0, 1]")
-    parser.add_argument("--seed", type=int, default=0, help="of what is generated")
-    arguments = parser.parse_args(argv)
-    tried, wrong = failures(arguments.share, arguments.seed)
-    print(*wrong, sep="\n")
-    cases = {text.partition(", rank")[0] for text in wrong}
-    print(f"tried {tried}, held {tried - len(cases)}, failed {len(cases)}")
-    return int(bool(wrong))
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+def run(share: float, seed: int) -> Outcome:
+    """Try the section."""
+    tried = generated(cases(FULL, share), seed)
+    outcome = Outcome(tried=len(tried))
+    limit = 60 + 2 * LIMIT * len(tried)
+    for (name, of), found in zip(tried, processes.run(attempt, 2, (tried,), device="cpu", limit=limit), strict=True):
+        wrong = [
+            f"rank {rank} after {seconds:.1f} s: {error or 'no error'}"
+            for rank, (seconds, error) in enumerate(found)
+            if KINDS[name].word not in error or seconds > LIMIT
+        ]
+        if wrong:
+            outcome.failures.append(f"{name} (seed {of}), {'; '.join(wrong)}")
+        else:
+            outcome.refused[name] += 1
+    return outcome

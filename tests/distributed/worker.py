@@ -804,6 +804,7 @@ def monitors(rank, world):
         spread=0.2,
         converge_every=5,
         auto_lr=True,
+        controller=hdet.controller.Published(),
         monitor=[board, lines, reports.append],
     )
     train(model, optimizer, scheduler.step, rank, 23)

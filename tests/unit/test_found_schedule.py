@@ -9,7 +9,7 @@ from torch import nn
 
 import hdet
 from hdet.schedules.found import Recorder
-from hdet.steer.posterior import Belief
+from hdet.steer.observation import ControllerState
 
 
 def test_a_found_schedule_replays_what_the_run_did(tmp_path):
@@ -23,7 +23,7 @@ def test_a_found_schedule_replays_what_the_run_did(tmp_path):
     for step in range(60):
         if step in (18, 30):  # as a controller would, at the beginning of a round
             gain = ensemble.gains[0] * (2.0 if step == 18 else 0.3)
-            ensemble._phases.steer._controllers.lr_states = [Belief(gain=gain)]
+            ensemble._phases.steer._controllers.lr_states = [ControllerState(gain=gain)]
             ensemble._rounds.draw()
             ensemble._phases.explore.undo()
             ensemble.fan_out()

@@ -53,7 +53,10 @@ class Nursery:
 
     def start(self, arguments: Sequence[str], environment: Mapping[str, str], output: Path) -> int:
         """Run ``python -m hdet.train`` with these arguments; returns the process id."""
-        return int(self._ask({"arguments": list(arguments), "environment": dict(environment), "output": str(output)}))
+        question = {"arguments": list(arguments), "environment": dict(environment), "output": str(output)}
+        pid = int(self._ask(question))
+        self._ended.pop(pid, None)  # of an earlier process with the same number
+        return pid
 
     def statuses(self) -> dict[int, int]:
         """Exit status of every process that has ended, by process id; negative: a signal."""
@@ -65,7 +68,10 @@ class Nursery:
         assert self._process.stdout is not None
         self._process.stdin.write(json.dumps(question) + "\n")
         self._process.stdin.flush()
-        return json.loads(self._process.stdout.readline())
+        answer = self._process.stdout.readline()
+        if not answer:
+            raise RuntimeError(f"The nursery has ended, with exit status {self._process.wait()}.")
+        return json.loads(answer)
 
 
 class Group:

@@ -75,6 +75,12 @@ class Observation(NamedTuple):
     """``None`` in a round without a probe."""
     lag: float = 1.0
     """Rounds of progress between the probe's slow average and its trail."""
+    movement: float = math.nan
+    """How far the round took the weights, relative to their size (:mod:`hdet.observe.movement`); NaN if not known."""
+    area: float = 1.0
+    """Mean height of the schedule over the whole run, in (0, 1]."""
+    steps: float = math.inf
+    """Of the optimizer in the round, >= 1; infinite if not known."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -110,6 +116,14 @@ class Published:
         _check_bounds(self.bounds)
         if self.warmup_rounds < 0 or self.warmup_rounds != int(self.warmup_rounds):
             raise ValueError(f"Invalid warmup_rounds={self.warmup_rounds}. Must be a whole number >= 0.")
+
+    def begin(self, gain: float) -> ControllerState:
+        """The state of a run, or of one that was taken back, at this gain."""
+        return ControllerState(gain)
+
+    def cut(self, state: ControllerState, factor: float) -> ControllerState:
+        """After a rollback: the gain divided by ``factor``, all else forgotten."""
+        return ControllerState(state.gain / factor)
 
     def wants_probe(self, progress: float, until: float) -> bool:
         """It has no use for one."""
@@ -240,6 +254,14 @@ class TwoSlope:
         _require("climb", self.climb, self.climb > 0, "finite and > 0")
         _require("rest_below", self.rest_below, 0 <= self.rest_below <= 1, "in [0, 1]")
         _check_bounds(self.bounds)
+
+    def begin(self, gain: float) -> ControllerState:
+        """The state of a run, or of one that was taken back, at this gain."""
+        return ControllerState(gain)
+
+    def cut(self, state: ControllerState, factor: float) -> ControllerState:
+        """After a rollback: the gain divided by ``factor``, all else forgotten."""
+        return ControllerState(state.gain / factor)
 
     def wants_probe(self, progress: float, until: float) -> bool:
         """Whether a round that ends at ``progress`` may still move the gain."""

@@ -27,6 +27,11 @@ class Forecast(NamedTuple):
         """Height at the end."""
         return self.heights[-1]
 
+    @property
+    def area(self) -> float:
+        """Mean height over the run."""
+        return sum(self.heights) / len(self.heights)
+
     def high_until(self, height: float) -> float:
         """Share of the run after which the schedule stays below ``height``; 1 if it never does."""
         last = max((i for i, h in enumerate(self.heights) if h >= height), default=0)

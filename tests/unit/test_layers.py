@@ -12,10 +12,10 @@ ROOT = Path(hdet.__file__).parent
 # Lowest first. A module may import from its own layer's lower neighbours: those that stand before it in this list.
 LAYERS = [
     # pure: no torch
-    "errors", "spread", "design", "controller", "steering", "config", "report", "prior",
+    "errors", "spread", "design", "controller", "steer", "steering", "config", "report", "prior",
     # local: torch, no communication
     "schedules", "forecast", "found_schedule", "hyperparameters", "fan_out", "ops",
-    "signal", "buckets", "letter", "anchors", "weights", "monitor", "tensorboard",
+    "signal", "buckets", "letter", "anchors", "weights", "observe", "monitor", "tensorboard",
     # communication
     "replicas", "agreement", "sharding",
     # the two phases

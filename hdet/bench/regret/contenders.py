@@ -13,6 +13,7 @@ from hdet.bench.regret.simulation import Setting, simulate
 from hdet.bench.regret.workloads import Workload
 from hdet.controller import Published
 from hdet.found_schedule import Recorder
+from hdet.steer.posterior import Posterior
 
 ORACLE = "one_cycle"
 """The contender whose best start is the measure of all."""
@@ -79,6 +80,19 @@ _OURS = (
         auto=True,
     ),
     _simulated("two_slope", "auto_lr=True with a probe, from the start given.", ours=True, version=10),
+    _simulated(
+        "posterior",
+        "auto_lr=True with a probe, from the start given: movement prior and evidence.",
+        version=2,
+        controller=Posterior(),
+    ),
+    _simulated(
+        "movement",
+        "auto_lr=True without a probe: the movement prior alone.",
+        version=2,
+        controller=Posterior(evidence=0.0),
+        probe=False,
+    ),
     Contender(
         name="replayed",
         run=_replayed,

@@ -65,7 +65,7 @@ def train(workload: Workload, max_lr: float, seed: int, setting: Setting) -> Ite
         converge_every=max(1, workload.steps // setting.rounds),
         auto_lr=True,
         probe=hdet.Probe(loss_fn=loss_fn, batches=probe_batches(), power=setting.power),
-        controller=setting.controller,
+        controller=setting.controller,  # type: ignore[arg-type]  # the ensemble does not take Posterior yet
         monitor=lambda report: gains.append(report.next_gain[0]),
     )
     generator = peers.batches(seed)

@@ -27,14 +27,16 @@ from hdet.bench.regret.data import Batch
 from hdet.bench.regret.outcome import Outcome
 from hdet.bench.regret.workloads import Workload
 from hdet.buckets import fill_buckets
-from hdet.controller import Controller, ControllerState, Observation, Published, Slopes, TwoSlope, slopes_of
+from hdet.controller import Controller, Observation, Published, Slopes, TwoSlope, slopes_of
 from hdet.errors import DivergedError, HdetError
 from hdet.forecast import Forecast, forecast
 from hdet.found_schedule import Recorder
 from hdet.lr_finder import find_lr, head_start
+from hdet.observe.movement import Layout
 from hdet.probe import evaluate, gathered
 from hdet.recovery import CUT, Recovery
 from hdet.spread import assignment
+from hdet.steer.posterior import Posterior
 from hdet.weights import Weights
 
 
@@ -42,7 +44,7 @@ from hdet.weights import Weights
 class Setting:
     """How hdet is set up."""
 
-    controller: Controller = field(default_factory=TwoSlope)
+    controller: Controller | Posterior = field(default_factory=TwoSlope)
     replicas: int = 4
     spread: float = 0.11
     rounds: int = 100
@@ -58,6 +60,8 @@ class Setting:
     """Whether a round that blew up is undone."""
     probe_share: int = 1
     """A probe takes one batch divided by this."""
+    probe: bool = True
+    """Whether there is one."""
     flat: bool = False
     """Whether the controller is told that the schedule is at its peak throughout."""
     keep_slopes: bool = False
@@ -134,10 +138,11 @@ class _Replicas:
         self._parameters = [p for p in model.parameters() if p.requires_grad]
         (self._bucket,) = fill_buckets(self._parameters, 2**40, lambda t: t.device)
         self._slow = SlowAverage(setting.power)
-        self._state = ControllerState()
         controller = setting.controller
-        self._until = ahead.high_until(controller.rest_below) if isinstance(controller, TwoSlope) else 1.0
-        self._final = ahead.final
+        self._state: Any = controller.begin(1.0)
+        self._until = ahead.high_until(getattr(controller, "rest_below", 0.0))
+        self._final, self._area = ahead.final, ahead.area
+        self._layout = Layout(self._parameters, [self._bucket.pieces])
         self._start = self._bucket.pack()
         self._losses = [0.0] * setting.replicas
         self._fresh = torch.Generator().manual_seed(seed + 300)
@@ -188,7 +193,7 @@ class _Replicas:
         losses = tuple(total / self.round_length for total in self._losses)
         if self._recovery:
             finite = bool(mean.isfinite().all())
-            may_move = not isinstance(controller, TwoSlope) or controller.wants_probe(progress, self._until)
+            may_move = isinstance(controller, Published) or progress <= self._until
             if self._recovery.is_needed([finite], losses, watches_losses=may_move):
                 self._roll_back()
                 return
@@ -197,7 +202,7 @@ class _Replicas:
         rhos = self.multipliers(len(self.gains))
         known = 1.0 if self._setting.flat else height
         probe = None
-        if isinstance(controller, TwoSlope):
+        if self._setting.probe and not isinstance(controller, Published):
             self._slow.unpack(0, self._bucket, mean, 1)
             if controller.wants_probe(progress, self._until):
                 batch = self._workload.draw(self._workload.batch_size // self._setting.probe_share, self._fresh)
@@ -217,6 +222,9 @@ class _Replicas:
             final=self._final,
             probe=probe,
             lag=self._slow.lag,
+            movement=self.movement(mean),
+            area=self._area,
+            steps=self.round_length,
         )
         if probe is not None and (slopes := slopes_of(probe, rhos, seen.lag)) is not None:
             self.slopes.append((progress, slopes))
@@ -225,11 +233,16 @@ class _Replicas:
         self.gains.append(self.gain)
         self._start = mean
 
+    def movement(self, mean: Tensor) -> float:
+        """Of the round that ends at ``mean``."""
+        return self._layout.movement(self._layout.squares([mean], [self._start]))
+
     def _roll_back(self) -> None:
         assert self._recovery
         self._recovery.go_back()
         self._start = self._bucket.pack()
-        self._state = ControllerState(gain=self.gain / CUT)
+        controller = self._setting.controller
+        self._state = controller.cut(self._state, CUT)
         self._slow.restart()
         self._losses = [0.0] * self._setting.replicas
         self.gains.append(self.gain)

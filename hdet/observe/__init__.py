@@ -1,0 +1,1 @@
+"""What a round says, beside the losses."""

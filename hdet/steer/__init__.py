@@ -1,0 +1,1 @@
+"""What is made of a round: the default controller."""

@@ -1,0 +1,17 @@
+from loop import *
+tr=[w for w in CHEAP if half(w)=='train']; lm=['char_lm','gpt','vision_transformer','fine_tune']
+V('P.mm')
+V('P.mm.k1.2',kappa=1.2)
+V('PE1',ev=1.0)
+V('A',s=.75,N=10)
+V('B',s=.75,N=10,user=5.,utail=1.5)
+V('B.r6',s=.75,N=10,user=5.,utail=1.5,rate=.6)
+V('B.N5',s=.75,N=5,user=5.,utail=1.5,rate=.6)
+V('BE',s=.75,N=10,user=5.,utail=1.5,rate=.6,ev=.7)
+C=dict(s=.75,N=2.5,rate=.5)
+V('C0',**C)
+V('C1',user=4.,utail=1.,**C)
+V('CE.7',user=4.,utail=1.,ev=.7,evstart=.15,**C)
+V('CE1',user=4.,utail=1.,ev=1.,k=.1,evstart=.15,**C)
+which=sys.argv[1]; vs=sys.argv[2].split(',')
+table(tr if which=='cheap' else lm if which=='lm' else which.split(','),[float(x) for x in sys.argv[3].split(',')],[int(x) for x in sys.argv[4].split(',')],{k:v for k,v in VERS.items() if k in vs})

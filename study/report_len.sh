@@ -1,0 +1,1 @@
+OMP_NUM_THREADS=1 PYTHONPATH=.. python lentab.py

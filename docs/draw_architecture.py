@@ -257,7 +257,7 @@ WALK: list[Step] = [
     ),
     Step(
         ROUNDS,
-        "return self._roll_back(watched, started, complete)",
+        "return self._roll_back(watched, started)",
         "undoes the round, if these losses or the weights say that it blew up; the walk then ends with a smaller gain.",
     ),
     Step(
@@ -268,7 +268,7 @@ WALK: list[Step] = [
     Step(
         "hdet/observe/paired_probe.py",
         "return losses_by_point(",
-        "is what the probe found: every replica's losses of one batch, at five points.",
+        "is what the probe found: every replica's losses of one batch, at six points.",
     ),
     Step(
         "hdet/steer/phase.py",
@@ -282,19 +282,19 @@ WALK: list[Step] = [
         scope="Controllers.update",
     ),
     Step(
-        "hdet/steer/posterior.py",
-        "mean = centre + ",
-        "is `Posterior`, the default: the log gain goes by how far the weights moved, and by the probe's slopes.",
-    ),
-    Step(
         "hdet/steer/published.py",
         "log_gain = math.log(state.gain)",
-        "is `Published`, the paper's: the hypergradient of the training losses moves the log gain.",
+        "is `Published`, without a probe: the hypergradient of the training losses moves the log gain.",
+    ),
+    Step(
+        "hdet/steer/two_slope.py",
+        "moved = moved._replace(gain=",
+        "is `TwoSlope`, with one: the probe's slopes do.",
     ),
     Step(ROUNDS, "self.draw()", "begins the next round with the new gain.", scope="Rounds._end_round"),
     Step(
-        "hdet/explore/fan_out.py",
-        "self._scales = [gain * rho for gain, rho in",
+        "hdet/explore/phase.py",
+        "[gain * rho[own] for gain, rho in",
         "is what this replica multiplies the schedule by for a round: gain times its multiplier, drawn anew.",
     ),
     Step(

@@ -15,7 +15,6 @@ import torch
 from torch import Tensor
 
 from hdet import ops
-from hdet.model.finite import all_finite
 
 _PACKABLE = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 
@@ -58,7 +57,7 @@ class Bucket:
     def unpack(
         self,
         wire: Tensor,
-        divisor: float = 1,
+        divisor: int = 1,
         slow: Tensor | None = None,
         slow_decay: float = 0.0,
         anchor: Tensor | None = None,
@@ -80,8 +79,11 @@ class Bucket:
         return squared_distance
 
     def is_finite(self) -> bool:
-        """Whether all elements of the pieces are finite. Integers are."""
-        return bool(ops.all_finite(self.pieces)) if self._is_direct else all_finite(self.pieces)
+        """Whether all elements of the pieces are finite. Integers are, and float8 is not checked."""
+        if self._is_direct:
+            return bool(ops.all_finite(self.pieces))
+        checked = (piece for piece in self.pieces if piece.dtype.is_floating_point and piece.element_size() > 1)
+        return all(bool(piece.isfinite().all()) for piece in checked)
 
     def write(self, wire: Tensor) -> None:
         """Write the wire into the tensors, in place."""
@@ -89,15 +91,7 @@ class Bucket:
 
     def add(self, wire: Tensor) -> None:
         """Add the wire to the tensors, in place."""
-        slots = self._slots(wire)
-        if self._is_direct:
-            torch._foreach_add_(self.pieces, slots)
-            return
-        for piece, slot in zip(self.pieces, slots, strict=True):
-            if piece.dtype == torch.bool or (piece.is_floating_point() and piece.element_size() == 1):
-                piece.copy_(piece.to(slot.dtype) + slot.to(piece.device))  # they have no addition
-            else:
-                piece.add_(slot.to(piece.device))
+        torch._foreach_add_(self.pieces, self._slots(wire))
 
     @cached_property
     def _is_direct(self) -> bool:

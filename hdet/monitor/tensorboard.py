@@ -7,7 +7,6 @@ import importlib
 import math
 import os
 import re
-import secrets
 import statistics
 import sys
 from collections.abc import Iterator, Sequence
@@ -15,8 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from hdet.errors import HdetError, check_list, check_number, check_path, check_text, check_whole, shown
-from hdet.monitor.base import Settings, WriterMonitor, check_settings
+from hdet.monitor.base import Settings, WriterMonitor, check_path, check_settings
 from hdet.monitor.report import Report
 
 if TYPE_CHECKING:
@@ -40,7 +38,8 @@ class TensorBoard(WriterMonitor):
     ``hdet/movement/<g>``             how far the round took the weight matrices, relative to their size
     ``hdet/hyperparameter/<h>``       the centre of another hyperparameter from this converge on
     ``hdet/hyperparameter/<h>/effect`` the probe's loss one spread above its centre, less that at the centre
-    ``hdet/probe/raw``                with a probe, its raw slope; likewise ``debiased`` and ``noise``
+    ``hdet/probe/raw``                with a probe, its raw slope; likewise ``debiased``, ``noise`` and ``further``,
+                                      which is below 0 where the learning rate is far too low
     ``hdet/rolled_back``              with rollback, 1 where the round was undone, else 0
     ``hdet/distance/replica0``        each replica's distance from their mean before averaging; ``hdet/distance``: mean
     ``hdet/excluded``                 number of replicas left out of the average; if any, the Text tab says which
@@ -78,18 +77,17 @@ class TensorBoard(WriterMonitor):
         if os.path.isfile(self.log_dir):
             raise ValueError(f"Invalid log_dir={self.log_dir!r}. This is a file: name a directory.")
         check_settings("hparams", {} if hparams is None else hparams)
-        rule = 'a sequence of tags, for example ("val/loss",)'
-        tags = tuple(check_list("metrics", metrics, rule))
-        if not all(isinstance(tag, str) for tag in tags):
-            raise TypeError(f"Invalid metrics={shown(metrics)}. Must be {rule}.")
-        max_replicas = check_whole("max_replicas", max_replicas, ">= 1", lambda replicas: replicas >= 1)
+        if isinstance(metrics, str) or not all(isinstance(tag, str) for tag in metrics):
+            raise TypeError(f'Invalid {metrics=}. Must be a sequence of tags, for example ("val/loss",).')
+        if isinstance(max_replicas, bool) or not isinstance(max_replicas, int) or max_replicas < 1:
+            raise ValueError(f"Invalid {max_replicas=}. Must be a whole number >= 1.")
         try:
             importlib.import_module("torch.utils.tensorboard")
         except ImportError as error:
             raise ImportError(
                 'hdet.TensorBoard needs the tensorboard package: pip install "hdet[tensorboard]".'
             ) from error
-        self._hparams_given, self._metrics, self._max_replicas = dict(hparams or {}), tags, max_replicas
+        self._hparams_given, self._metrics, self._max_replicas = dict(hparams or {}), tuple(metrics), max_replicas
         self._settings: dict[str, bool | int | float | str] = {}
         self._pending: list[tuple[str, float, int]] = []
         self._events: SummaryWriter | None = None
@@ -102,21 +100,15 @@ class TensorBoard(WriterMonitor):
         step, are kept until then.
 
         Raises:
-            TypeError, ValueError: for a tag under ``hdet/``, a value that is no number, or a step that is no whole
-                number >= 0.
-            HdetError: after :meth:`close`.
+            ValueError: for a tag under ``hdet/``.
+            RuntimeError: after :meth:`close`.
         """
-        check_text("tag", tag)
-        step = check_whole("step", step, ">= 0", lambda step: step >= 0)
-        if self._writer is not False:
-            if isinstance(value, Tensor) and value.numel() == 1 and not value.is_meta:
-                value = value.item()
-            number = float(check_number("value", value, "or a tensor of one", finite=False))
         if tag.startswith("hdet/"):
             raise ValueError(f"Invalid {tag=}. Tags under hdet/ are hdet's own: choose another prefix.")
         if self._closed:
-            raise HdetError(f"Cannot write {tag!r}: this TensorBoard was closed. Write before close().")
+            raise RuntimeError(f"Cannot write {tag!r}: this TensorBoard was closed. Write before close().")
         if self._writer is not False:
+            number = float(value.detach() if isinstance(value, Tensor) else value)
             if self._events is None:  # before the start it is not known which rank writes, and which steps are void
                 self._pending.append((tag, number, step))
             else:
@@ -130,9 +122,7 @@ class TensorBoard(WriterMonitor):
         from torch.utils.tensorboard import SummaryWriter
 
         self._settings = {**{f"hdet/{name}": value for name, value in config.items()}, **self._hparams_given}
-        # The file is opened through whatever stands under its name, which must not be predictable.
-        suffix = f".{secrets.token_hex(8)}"
-        self._events = SummaryWriter(self.log_dir, purge_step=step + 1, filename_suffix=suffix)
+        self._events = SummaryWriter(self.log_dir, purge_step=step + 1)
         self._described = False
         self._add_summary(self._hparams()[1])
         for tag, number, at in self._pending:
@@ -255,6 +245,7 @@ def _layout(report: Report, limit: int, *, probe: bool) -> dict[str, dict[str, l
     probed = {
         "probe: slopes": ["Multiline", ["^hdet/probe/raw$", "^hdet/probe/debiased$"]],
         "probe: noise": ["Multiline", ["^hdet/probe/noise$"]],
+        "probe: far point": ["Multiline", ["^hdet/probe/further$"]],
     }
     return {
         "hdet: replicas": {

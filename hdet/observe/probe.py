@@ -1,22 +1,23 @@
 r"""The paired probe: losses of one batch at several points, whose differences do not contain the noise between batches.
 
 At the end of a round replica ``r`` has the parameters ``theta_r = m + delta_r``, with ``m`` the replicas' mean. It
-evaluates one batch, with one forward pass each, at five points::
+evaluates one batch, with one forward pass each, at six points::
 
     above_r = L(m + delta_r)      slow_above_r = L(e + (e - f))      mirror_r = L(e - (m - e))
-    below_r = L(m - delta_r)      slow_below_r = L(e - (e - f))
+    below_r = L(m - delta_r)      slow_below_r = L(e - (e - f))      far_r    = L(e + reach (e - f))
 
 where ``e`` is the slow average of the means and ``f`` trails it (:class:`hdet.converge.SlowAverage`). In each
 difference ``above - below`` the batch's own level and all even orders cancel. A slope is left: along the replica's
 displacement, which is what a larger learning rate would have added to the round; and along the lasting progress of the
 last few rounds, which is what it would have added to them once its noise is averaged out. In the mean of ``m`` and its
 mirror image in ``e`` the slope between the two cancels, and the loss above that at ``e`` is the cost of the iterates'
-noise. Every replica uses a batch of its own, so that the slopes rest on N batches. :mod:`hdet.observe.slopes` computes
-them.
+noise. The far point shows whether ``reach`` times the progress still lowers the loss. Every replica uses a batch of its
+own, so that the slopes rest on N batches. :mod:`hdet.observe.slopes` computes them.
 """
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -31,10 +32,7 @@ from torch.utils._pytree import tree_map
 
 from hdet.converge.pending import Point
 from hdet.converge.slow_average import SlowAverage
-from hdet.errors import check_batches, check_callable, check_field, check_flag, check_number
-from hdet.model.devices import check_device, check_float_dtype
 from hdet.model.weights import Weights
-from hdet.model.wrappers import without_ddp
 from hdet.observe.slopes import ProbeLosses
 
 REUSED_AFTER = 32
@@ -43,14 +41,6 @@ REUSED_AFTER = 32
 LossFunction = Callable[[Any, Any], Tensor | float]
 """``loss_fn(model, batch)``: the mean loss of a batch, as a scalar. ``model`` is what was passed as ``model=``, without
 DDP around it."""
-
-
-def check_loss_function(name: str, value: Any) -> Any:
-    """``value``, if it can be a :data:`LossFunction`."""
-    rule = "a function: loss_fn(model, batch) -> scalar loss"
-    if isinstance(value, type):
-        raise TypeError(f"Invalid {name}={value.__name__}. That is a class. Must be {rule}.")
-    return check_callable(name, value, rule)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,17 +75,14 @@ class Probe:
     """Of the slow averages, for example ``"cpu"``; default that of the parameters."""
 
     def __post_init__(self) -> None:
-        check_field(self, "loss_fn", check_loss_function, prefix="Probe.")
-        if self.batches is not None:
-            check_batches("Probe.batches", self.batches)
-        check_field(self, "held_out", check_flag, prefix="Probe.")
+        if not callable(self.loss_fn):
+            raise TypeError(f"Invalid probe={self.loss_fn!r}. Must be a function: probe(model, batch) -> scalar loss.")
         if self.held_out and self.batches is None:
             raise ValueError("Probe(held_out=True) needs batches=: those passed to step() are training data.")
-        check_field(self, "power", check_number, "finite and >= 0", lambda power: power >= 0, prefix="Probe.")
-        if self.dtype is not None:
-            check_field(self, "dtype", check_float_dtype, prefix="Probe.")
-        if self.device is not None:
-            check_field(self, "device", check_device, prefix="Probe.")
+        if not 0 <= self.power < math.inf:
+            raise ValueError(f"Invalid Probe.power={self.power}. Must be finite and >= 0.")
+        if self.dtype is not None and not self.dtype.is_floating_point:
+            raise TypeError(f"Invalid Probe.dtype={self.dtype}. Must be a floating-point dtype.")
 
     @property
     def torch_device(self) -> torch.device | None:
@@ -111,10 +98,11 @@ def evaluate(
     slow: SlowAverage,
     weights: Weights,
     *,
+    reach: float = 1.0,
     shares: Sequence[Sequence[tuple[int, float]]] | None = None,
     to_the_end: bool = False,
 ) -> tuple[float, ...]:
-    """This rank's losses at the five points, in the order of :class:`ProbeLosses`' fields.
+    """This rank's losses at the six points, in the order of :class:`ProbeLosses`' fields.
 
     Collective among a replica's members if ``loss_fn`` is, as a sharded model's forward pass is: all members must then
     call the model equally often.
@@ -125,12 +113,13 @@ def evaluate(
     are not restored: those of torch's modules do not change in eval mode.
 
     Args:
-        models: evaluated without ``DistributedDataParallel``, whose forward pass broadcasts buffers.
+        models: evaluated without ``DistributedDataParallel``.
         loss_fn: as :attr:`Probe.loss_fn`.
         batch: what it is evaluated on.
         points: by bucket, the replicas' mean and this replica's displacement from it.
         slow: the slow average of the means.
         weights: what the buckets write to.
+        reach: distance of the far point from ``e``, in units of ``e - f``.
         shares: by bucket, of the slow average's progress; see :meth:`hdet.converge.slow_average.SlowAverage.point`.
         to_the_end: evaluate all points before raising, even if one fails, so that other members can take part in the
             rest. This helps if ``loss_fn`` fails after the model's forward pass. If it fails earlier, on some members
@@ -139,10 +128,11 @@ def evaluate(
     Raises:
         TypeError, ValueError: if ``loss_fn`` does not return a scalar.
     """
+    bare = tuple(unwrapped(model) for model in models)
+    subject = bare[0] if len(bare) == 1 else bare
     losses = []
     failures: list[Exception] = []
-    with without_ddp(models) as bare, evaluation(bare):
-        subject = bare[0] if len(bare) == 1 else bare
+    with evaluation(bare):
         try:
             for name in ProbeLosses._fields:
                 for i, (bucket, mean, displacement) in enumerate(points):
@@ -150,6 +140,8 @@ def evaluate(
                         point = mean.add(displacement, alpha=1 if name == "above" else -1)
                     elif name == "mirror":
                         point = slow.mirrored(i, mean)
+                    elif name == "far":
+                        point = slow.point(i, reach, mean)
                     else:
                         point = slow.point(i, 1 if name == "slow_above" else -1, mean, shares[i] if shares else ())
                     bucket.write(point)
@@ -235,6 +227,11 @@ def scalar(loss: object) -> float:
         return loss
     what = f"a tensor of shape {tuple(loss.shape)}, {loss.dtype}" if isinstance(loss, Tensor) else type(loss).__name__
     raise TypeError(f"probe= returned {what}. Must be a scalar loss, such as F.cross_entropy(model(x), y).")
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The model without ``DistributedDataParallel``, whose forward pass broadcasts buffers."""
+    return model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model
 
 
 @contextmanager

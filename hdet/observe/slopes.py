@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any, NamedTuple
-
-from hdet.errors import check_instance, check_list, check_number
+from typing import NamedTuple
 
 TOO_LARGE = 1e100
 """Losses from here on count as not finite: their squares could overflow."""
@@ -20,6 +18,7 @@ class ProbeLosses(NamedTuple):
     slow_above: tuple[float, ...]
     slow_below: tuple[float, ...]
     mirror: tuple[float, ...]
+    far: tuple[float, ...]
 
 
 class Slopes(NamedTuple):
@@ -31,17 +30,21 @@ class Slopes(NamedTuple):
     """``A``: the same without the noise of the iterates: lasting progress per round and unit of log learning rate."""
     noise: float
     """``E``: by how much the iterates' noise raises the loss above that at the slow average."""
+    further: float
+    """``F``: by how much the loss at the far point is above that at ``e + (e - f)``. Below 0, the learning rate is far
+    too low. NaN if the far point's loss is not finite."""
 
 
-UNKNOWN_SLOPES = Slopes(math.nan, math.nan, math.nan)
+UNKNOWN_SLOPES = Slopes(math.nan, math.nan, math.nan, math.nan)
 
 
 def slopes_of(probe: ProbeLosses, multipliers: tuple[float, ...], lag: float) -> Slopes | None:
-    """The slopes over the replicas whose losses are finite at all points, with ``z_r = rho_r - 1``::
+    """The slopes over the replicas whose losses are finite at all points but ``far``, with ``z_r = rho_r - 1``::
 
         R = -sum_r(sign(z_r) (above_r - below_r) / 2) / sum_r(|z_r|)
         A = -mean_r(slow_above_r - slow_below_r) / (2 lag)
         E = mean_r((above_r + below_r) / 2 + mirror_r - slow_above_r - slow_below_r) / 2
+        F = mean_r(far_r - slow_above_r)
 
     Args:
         probe: the losses.
@@ -51,16 +54,11 @@ def slopes_of(probe: ProbeLosses, multipliers: tuple[float, ...], lag: float) ->
     Returns:
         ``None`` if fewer than two replicas are left, or only such as trained at the base learning rate while others did
         not. If all did, ``R`` is NaN.
-
-    Raises:
-        TypeError, ValueError: for what are not a number for each replica, or a ``lag`` that is not above 0.
     """
-    check_replicas("multipliers", multipliers, finite=True)
-    check_probe("probe", probe, multipliers, lag)
     rows = [
         (rho - 1, losses)
         for rho, *losses in zip(multipliers, *probe, strict=True)
-        if all(abs(loss) < TOO_LARGE for loss in losses)
+        if all(abs(loss) < TOO_LARGE for loss in losses[:-1])
     ]
     spread = math.fsum(abs(z) for z, _ in rows)
     if len(rows) < 2 or (spread == 0 and any(rho != 1 for rho in multipliers)):
@@ -69,25 +67,18 @@ def slopes_of(probe: ProbeLosses, multipliers: tuple[float, ...], lag: float) ->
     pairs = zip(rows, known.above, known.below, strict=True)
     odd = math.fsum((above - below) * ((z > 0) - (z < 0)) / 2 for (z, _), above, below in pairs)
     high, low = mean_of(known.slow_above), mean_of(known.slow_below)
+    further = [far - near for far, near in zip(known.far, known.slow_above, strict=True)]
     return Slopes(
         -odd / spread if spread else math.nan,
         -(high - low) / (2 * lag),
         level_of(known) - (high + low) / 2,
+        mean_of(further) if all(abs(x) < TOO_LARGE for x in further) else math.nan,
     )
 
 
-def check_probe(name: str, probe: Any, multipliers: Sequence[float], lag: Any) -> None:
-    """Raise TypeError or ValueError unless there is a loss at every point for each of the ``multipliers``."""
-    check_instance(name, probe, ProbeLosses, "an hdet.controller.ProbeLosses")
-    for point, losses in probe._asdict().items():
-        check_replicas(f"{name}.{point}", losses, length=len(multipliers))
-    check_number("lag", lag, "> 0 rounds", lambda rounds: rounds > 0)
-
-
-def check_replicas(name: str, values: Any, *, finite: bool = False, length: int | None = None) -> list[float]:
-    """[replica] numbers."""
-    rule = "a number for each replica" if length is None else f"a number for each of {length} replicas"
-    return [check_number(name, x, rule, finite=finite) for x in check_list(name, values, rule, length=length)]
+def loss_near(probe: ProbeLosses) -> float:
+    """``L``: the mean of the finite losses at ``e + (e - f)``. Wherever there are slopes there is one."""
+    return mean_of([loss for loss in probe.slow_above if abs(loss) < TOO_LARGE])
 
 
 def level_of(probe: ProbeLosses) -> float:

@@ -7,18 +7,17 @@ next round (:class:`Controllers`) and a :class:`ControllerReport`; after a round
 
 from hdet.observe.slopes import ProbeLosses, Slopes, slopes_of
 from hdet.steer.controllers import Controller, Controllers, RoundObservation, RoundSignal
-from hdet.steer.lr_finder import LRFinding, find_lr, learning_rates
+from hdet.steer.lr_finder import LRFinding, find_lr
 from hdet.steer.observation import ControllerState, Observation
 from hdet.steer.one_slope import CentreState, OneSlope
 from hdet.steer.phase import SteerPhase
-from hdet.steer.posterior import Belief, Posterior
 from hdet.steer.published import Published, hypergradient
 from hdet.steer.recovery import GAIN_DIVISOR, Recovery
 from hdet.steer.report import ControllerReport, HyperparameterReport
+from hdet.steer.two_slope import TwoSlope
 
 __all__ = [
     "GAIN_DIVISOR",
-    "Belief",
     "CentreState",
     "Controller",
     "ControllerReport",
@@ -28,7 +27,6 @@ __all__ = [
     "LRFinding",
     "Observation",
     "OneSlope",
-    "Posterior",
     "ProbeLosses",
     "Published",
     "Recovery",
@@ -36,8 +34,8 @@ __all__ = [
     "RoundSignal",
     "Slopes",
     "SteerPhase",
+    "TwoSlope",
     "find_lr",
     "hypergradient",
-    "learning_rates",
     "slopes_of",
 ]

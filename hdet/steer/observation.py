@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import math
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-from hdet.errors import check_gain, check_instance, check_list, check_number, check_whole
-from hdet.observe.slopes import ProbeLosses, check_probe, check_replicas
+from hdet.observe.slopes import ProbeLosses
 
 
 class ControllerState(NamedTuple):
-    """The state of one learning rate under :class:`hdet.steer.Published`, round to round; the same on every rank."""
+    """The state of one learning rate's controller, from round to round; the same on every rank."""
 
     gain: float = 1.0
     """Dimensionless factor on the base schedule."""
@@ -18,6 +17,12 @@ class ControllerState(NamedTuple):
     """Momentum average of the hypergradient, ``v``."""
     rounds: int = 0
     """Rounds observed so far."""
+    slopes: tuple[tuple[float, float], ...] = ()
+    """Running averages (mean, variance) of ``R``, ``A``, ``E``, and of these relative to the training loss;
+    :class:`hdet.steer.TwoSlope` only."""
+    level: tuple[float, float, int, float] = (0.0, 0.0, 0, math.inf)
+    """Of the training loss: running average (mean, variance), number of rounds in it, and its lowest mean since the
+    gain last fell because of it; :class:`hdet.steer.TwoSlope` only."""
 
 
 class Observation(NamedTuple):
@@ -36,7 +41,7 @@ class Observation(NamedTuple):
     height: float = 1.0
     """The schedule's value as a share of its peak, in [0, 1]."""
     until: float = 1.0
-    """Share of the run after which the schedule stays below ``Posterior.rest_below``."""
+    """Share of the run after which the schedule stays below ``TwoSlope.rest_below``."""
     final: float = 0.0
     """The schedule's last value as a share of its peak, in [0, 1]: 0 if it anneals, 1 if it is constant."""
     probe: ProbeLosses | None = None
@@ -47,65 +52,3 @@ class Observation(NamedTuple):
     """Mean height of the schedule over the run, in (0, 1]."""
     lag: float = 1.0
     """Rounds of progress between the probe's slow average and its trail."""
-
-
-def clamped(log_gain: float, bounds: tuple[float, float]) -> float:
-    """The gain of ``log_gain``, or the nearer of its ``bounds``."""
-    low, high = bounds
-    # Clamped twice: exp(log(bound)) may round to just outside the bound.
-    return min(max(math.exp(min(max(log_gain, math.log(low)), math.log(high))), low), high)
-
-
-def saved_state(name: str, values: Any) -> ControllerState:
-    """A :class:`ControllerState` from the values that were saved of one. Older ones have more values, which are left
-    aside.
-
-    Raises:
-        TypeError, ValueError: if they are not such as a run can have.
-    """
-    fields = "[gain, velocity, rounds]"
-    known = check_list(name, values, fields)
-    gain, velocity, rounds = check_list(name, known[:3], fields, length=3)
-    return ControllerState(
-        check_gain(f"{name}.gain", gain),
-        check_number(f"{name}.velocity", velocity, _RULE, _is_kept),
-        check_whole(f"{name}.rounds", rounds, ">= 0", lambda n: n >= 0),
-    )
-
-
-def check_share(name: str, value: Any) -> float:
-    """``value`` as a round's length in shares of the run."""
-    return check_number(name, value, "> 0, and at least 1e-12 of the run", lambda share: share >= 1e-12)
-
-
-_RULE = "finite, and at most 1e150"
-
-
-def _is_kept(x: float) -> bool:
-    """Whether it can be squared."""
-    return abs(x) <= 1e150
-
-
-def check_update(state: Any, seen: Any) -> None:
-    """Raise TypeError or ValueError for what :class:`hdet.steer.Published` cannot go on from."""
-    check_instance("state", state, ControllerState, "an hdet.controller.ControllerState")
-    check_number("state.gain", state.gain)
-    check_number("state.velocity", state.velocity, _RULE, _is_kept)
-    check_whole("state.rounds", state.rounds, ">= 0", lambda n: n >= 0)
-    check_observation(seen)
-
-
-def check_observation(seen: Any) -> None:
-    """Raise TypeError or ValueError for what no round can have been."""
-    check_instance("observation", seen, Observation, "an hdet.controller.Observation")
-    check_replicas("observation.multipliers", seen.multipliers, finite=True)
-    check_replicas("observation.losses", seen.losses)
-    check_number("observation.schedule", seen.schedule)
-    check_number("observation.progress", seen.progress, "a share of the run, or NaN", finite=False)
-    check_share("observation.share", seen.share)
-    for name in ("height", "until", "final"):
-        check_number(f"observation.{name}", getattr(seen, name), "in [0, 1]", lambda x: 0 <= x <= 1)
-    check_number("observation.movement", seen.movement, "a relative distance, or NaN", finite=False)
-    check_number("observation.area", seen.area, "in (0, 1]", lambda x: 0 < x <= 1)
-    if seen.probe is not None:
-        check_probe("observation.probe", seen.probe, seen.multipliers, seen.lag)

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from hdet.explore.hyperparameters import Hyperparameter
 from hdet.observe.slopes import ProbeLosses
-from hdet.replicas.agreement import Term
 from hdet.schedules.course import Course
 from hdet.steer.controllers import Controller, Controllers, RoundObservation
-from hdet.steer.recovery import GAIN_DIVISOR, Recovery, check_recovery
+from hdet.steer.recovery import GAIN_DIVISOR, Recovery
 from hdet.steer.report import ControllerReport
 
 
@@ -39,6 +38,8 @@ class SteerPhase:
     ) -> None:
         self._controllers, self._controller, self._course = controllers, controller, course
         self._hyperparameters, self._auto_lr, self._recovery = tuple(hyperparameters), auto_lr, recovery
+        self.rounds_since_kept = 1
+        """Rounds since the state that is kept, the one that ends now included."""
 
     @property
     def gains(self) -> tuple[float, ...]:
@@ -72,6 +73,10 @@ class SteerPhase:
         """How far the probe takes each replica; see :meth:`Controllers.probe_directions`."""
         return self._controllers.probe_directions(round)
 
+    def reach(self, lr: float) -> float:
+        """How far the far point is to be, with the schedule at ``lr``."""
+        return self._controller.reach(self._course.height(lr))
+
     def begin(self) -> None:
         """The run begins."""
         if self._recovery is not None:
@@ -104,10 +109,10 @@ class SteerPhase:
             share=course.share,
             height=course.height(schedule[0]),
             until=self._controller.rests_after(course),
+            final=course.final,
             lag=lag,
             probe=probe,
             movement=movement or (math.nan,) * len(self._controllers.gains),
-            final=course.final,
             area=course.area,
         )
         report = self._controllers.move(course.ended_round(steps), seen, self._hyperparameters)
@@ -119,30 +124,19 @@ class SteerPhase:
         """The report of a converge at which nothing moves."""
         return self._controllers.rest(self._course.ended_round(steps), self._hyperparameters)
 
-    def terms(self) -> dict[str, Term]:
-        """Whether this rank has a state to go back to."""
-        return {"can restore": Term(float(self._recovery is not None and self._recovery.can_restore), min)}
+    def keep(self, mean_loss: float) -> None:
+        """Keep the state that the round has led to, for a later rollback."""
+        kept = self._recovery is None or self._recovery.keep(mean_loss)
+        self.rounds_since_kept = 1 if kept else self.rounds_since_kept + 1
 
-    def keep(self, *, good: bool) -> bool:
-        """Keep the state that the round has led to, for a later rollback, if it is ``good``: finite. Whether it was
-        kept."""
-        return self._recovery is not None and good and self._recovery.keep()
-
-    def has_blown_up(
-        self,
-        steps: int,
-        finite: Sequence[bool],
-        losses: tuple[float, ...],
-        *,
-        agree: Callable[[float], float],
-    ) -> bool:
-        """Whether the round so far is to be undone. To be asked only if every rank can.
+    def has_blown_up(self, steps: int, finite: Sequence[bool], losses: tuple[float, ...], *, can_probe: bool) -> bool:
+        """Whether the round that just ended is to be undone.
 
         Args:
             steps: taken so far.
-            finite: [replica] whether its parameters, buffers and optimizer state are.
-            losses: [replica] mean loss of the round; empty if none was reported, or the round is not over.
-            agree: what all ranks make of a number of this rank; collective.
+            finite: [replica] whether its parameters are.
+            losses: [replica] mean loss of the round; empty if none was reported.
+            can_probe: whether there is a probe, and more than one replica.
 
         Raises:
             DivergedError: if it is, after too many rollbacks.
@@ -150,29 +144,26 @@ class SteerPhase:
         if self._recovery is None:
             return False
         # While the controller may still move the gain, it can also take it back.
-        may_move = not self._course.progress(steps) > self._controller.rests_after(self._course)
-        return self._recovery.is_needed(finite, losses, watches_losses=may_move, agree=agree)
+        may_move = not self._controller.needs_probe or (can_probe and self.wants_probe(steps))
+        return self._recovery.is_needed(finite, losses, watches_losses=may_move)
 
     def roll_back(self, steps: int) -> ControllerReport:
         """Put model and optimizer back to the last good state, and divide the gains."""
         assert self._recovery is not None
         self._recovery.restore()
+        self.rounds_since_kept = 1
         return self._controllers.roll_back(self._course.ended_round(steps), self._hyperparameters, divisor=GAIN_DIVISOR)
 
-    def warn_of_rollback(self, steps: int) -> None:
+    def warn_of_rollback(self, steps: int, mean_loss: float) -> None:
         """Log it."""
         assert self._recovery is not None
-        self._recovery.warn(steps)
+        self._recovery.warn(steps, mean_loss)
 
     def restart(self) -> None:
         """The run goes on from a state that is being loaded."""
+        self.rounds_since_kept = 1
         if self._recovery is not None:
             self._recovery.copy_before_next_step()
-
-    def close(self) -> None:
-        """Keep no state for a rollback any more."""
-        if self._recovery is not None:
-            self._recovery.close()
 
     def facts(self) -> dict[str, Any]:
         """What must be the same on every rank."""
@@ -189,9 +180,8 @@ class SteerPhase:
         return state if self._recovery is None else state | self._recovery.state()
 
     def check_state(self, state: Mapping[str, Any]) -> None:
-        """Raise TypeError or ValueError if :meth:`load` cannot."""
+        """Raise ValueError if :meth:`load` cannot."""
         self._controllers.check_state(state)
-        check_recovery(state)
 
     def load(self, state: Mapping[str, Any]) -> None:
         """Continue from a saved :meth:`state`."""

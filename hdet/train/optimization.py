@@ -87,7 +87,7 @@ class Schedule:
             self._scheduler = _build(
                 config, optimizer, model, monitors, probe, replicas, build, list(explored.values())
             )
-        except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+        except (TypeError, ValueError) as error:
             raise ConfigError(f"In the sections schedule and hdet: {error}") from error
         scheduler = self._scheduler
         self._base: Any = scheduler.schedule if isinstance(scheduler, hdet.Ensemble) else scheduler
@@ -182,7 +182,7 @@ def _build(
             "auto_lr": ours.auto_lr and ours.spread > 0,
             "hyperparameters": explored,
             "probe": probe if ours.probe else None,
-            "controller": ours.posterior if ours.controller == "posterior" else ours.published,
+            "controller": ours.two_slope if ours.probe else ours.published,
             "virtual_replicas": config.train.accumulate if ours.virtual_replicas else 1,
             "rollback": ours.rollback,
             "monitor": monitors,

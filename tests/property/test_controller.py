@@ -35,7 +35,7 @@ def run(config, rounds, **more):
         yield state, slope
 
 
-@given(settings_of, st.floats(0, 0.99), st.lists(st.lists(any_float, min_size=3, max_size=3), max_size=20), tame)
+@given(settings_of, st.floats(0, 0.99), st.lists(st.lists(any_float, min_size=3, max_size=3), max_size=20), any_float)
 def test_bounds_hold_under_any_input(config, spread, rounds, schedule):
     for state, _ in run(config, rounds, spread=spread, schedule=schedule):
         assert config.bounds[0] <= state.gain <= config.bounds[1]
@@ -168,7 +168,7 @@ def test_the_published_codes_sign_of_gamma_grows_the_rate_400_fold():
     ],
 )  # fmt: skip
 def test_bad_settings_name_the_value(field, value):
-    with pytest.raises(TypeError if value == 1.5 else ValueError, match=f"Invalid {field}=") as caught:
+    with pytest.raises(ValueError, match=f"Invalid {field}=") as caught:
         Published(**{field: value})
     assert "Must" in str(caught.value)
 

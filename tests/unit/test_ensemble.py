@@ -35,7 +35,7 @@ BAD = [
     ({"converge_every": -5}, ValueError, "Invalid converge_every=-5"),
     ({"converge_every": 2.5}, TypeError, "Invalid converge_every=2.5"),
     ({"converge_every": True}, TypeError, "Invalid converge_every=True"),
-    ({"auto_lr": True, "spread": 0.0, "controller": hdet.controller.Published()}, ValueError, "needs spread > 0"),
+    ({"auto_lr": True, "spread": 0.0}, ValueError, "auto_lr=True needs spread > 0"),
     ({"model": None}, ValueError, "needs model="),
     ({"model": 3}, TypeError, "int"),
     ({"model": [nn.Linear(1, 1), "x"]}, TypeError, "got str"),
@@ -70,11 +70,7 @@ BAD_AVERAGING = [
     ({"bucket_mib": 0}, ValueError, "Invalid bucket_mib=0"),
     ({"overlap_steps": -1}, ValueError, "Invalid overlap_steps=-1"),
     ({"overlap_steps": 0.5}, TypeError, "Invalid overlap_steps=0.5"),
-    (
-        {"wire_dtype": torch.bfloat16},
-        TypeError,
-        "Invalid wire_dtype=torch.bfloat16. Must be one of 'float32', 'bfloat16'",
-    ),
+    ({"wire_dtype": torch.bfloat16}, TypeError, "Invalid wire_dtype=torch.bfloat16. Must be one of float32, bfloat16"),
     ({"wire_dtype": "float16"}, ValueError, "Invalid wire_dtype='float16'"),
     ({"wire_dtype": "bfloat16", "overlap_steps": 1}, ValueError, "exclude one another: replicas send how far"),
 ]
@@ -171,10 +167,8 @@ def test_without_a_loss_the_controller_rests_and_says_so_once(caplog):
         for _ in range(6):
             optimizer.step()
             schedule.step()
-    assert [record.message for record in caplog.records if "without a loss" in record.message] == [
-        "scheduler.step() was called without a loss: a rollback does not see one that rises, and the published "
-        "controller does not move."
-    ]
+    assert len(caplog.records) == 1
+    assert "without a loss" in caplog.text
     assert schedule.ensemble.gains == (1.0,)
     assert math.isnan(schedule.ensemble.last_report.mean_loss)
 
@@ -229,13 +223,13 @@ def test_ensemble_state_round_trip_with_a_schedule():
     def build():
         _, optimizer, settings = setting(auto_lr=True)
         schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 30)
-        return optimizer, hdet.Ensemble(optimizer, schedule, total_steps=30, **settings)
+        return optimizer, hdet.Ensemble(optimizer, schedule, **settings)
 
     optimizer, ensemble = build()
     for _ in range(7):
         optimizer.step()
         ensemble.step(1.0)
-    ensemble._phases.steer._controllers.lr_states = [hdet.controller.Belief(2.0, 0.5, 3.0, 0.1)]
+    ensemble._phases.steer._controllers.lr_states = [hdet.controller.ControllerState(2.0, 0.1, 3)]
     new_optimizer, new = build()
     new.load_state_dict(copy.deepcopy(ensemble.state_dict()))
     assert new.gains == (2.0,)
@@ -280,17 +274,13 @@ def test_a_second_scheduler_takes_over():
     assert optimizer.state_dict()["param_groups"][0]["lr"] == second.ensemble.get_base_lr()[0]
 
 
-def test_the_optimizers_parameters_outside_the_model_are_averaged_only_if_a_module_that_has_them_is_passed():
+def test_the_optimizers_parameters_outside_the_model_are_averaged_too():
     model, _, settings = setting()
     outside = nn.Parameter(torch.ones(3))
-    inside = sum(p.numel() for p in model.parameters())
     optimizer = torch.optim.SGD([*model.parameters(), outside], lr=0.1)
-    plan = hdet.Ensemble(optimizer, **settings)._phases.converge._averager._current_plan()
-    assert sum(bucket.numel for bucket in plan.buckets) == inside
-    assert not any(t is outside for t in plan.tensors)
-    settings["model"] = [model, nn.ParameterList([outside])]
-    plan = hdet.Ensemble(optimizer, **settings)._phases.converge._averager._current_plan()
-    assert sum(bucket.numel for bucket in plan.buckets) == inside + 3
+    ensemble = hdet.Ensemble(optimizer, **settings)
+    plan = ensemble._phases.converge._averager._current_plan()
+    assert sum(bucket.numel for bucket in plan.buckets) == sum(p.numel() for p in model.parameters()) + 3
     assert any(t is outside for t in plan.tensors)
     assert len(plan.untrained) == 3
 

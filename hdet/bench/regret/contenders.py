@@ -12,7 +12,6 @@ from hdet.bench.regret.outcome import Outcome
 from hdet.bench.regret.simulation import Setting, simulate
 from hdet.bench.regret.workloads import Workload
 from hdet.schedules.found import Recorder
-from hdet.steer.posterior import Posterior
 from hdet.steer.published import Published
 
 ORACLE = "one_cycle"
@@ -76,22 +75,15 @@ _OURS = (
         'max_lr="auto": found by hdet.find_lr around the start, then auto_lr=True with a probe; the samples that the '
         "search takes are taken from the run.",
         ours=True,
-        version=17,
+        version=16,
         auto=True,
     ),
-    _simulated("posterior", "auto_lr=True with a probe, from the start given.", ours=True),
-    _simulated(
-        "movement",
-        "auto_lr=True without a probe, from the start given: by how far the weights move alone.",
-        ours=True,
-        controller=Posterior(evidence=0.0),
-        probe=False,
-    ),
+    _simulated("two_slope", "auto_lr=True with a probe, from the start given.", ours=True, version=10),
     Contender(
         name="replayed",
         run=_replayed,
-        describe="The schedule that posterior found in another run, from the start given, replayed without replicas.",
-        version=9,
+        describe="The schedule that two_slope found in another run, from the start given, replayed without replicas.",
+        version=8,
     ),
     _simulated(
         "find_lr",

@@ -14,8 +14,8 @@ counts: with its norm alone a learning rate far too high would hide itself, sinc
 
 A tensor with fewer than two dimensions, a frozen or an empty one has no movement. Rows of an embedding that no batch
 has seen stand still; they are a small part of the mean as long as most matrices are no embeddings. Where a framework
-keeps weights in flat partitions (DeepSpeed from ZeRO 1 on) there are no matrices: each partition counts as one, and its
-own norm as its size.
+keeps weights in flat partitions (DeepSpeed from ZeRO 1 on) there are no matrices: all weights under one learning rate
+count as one, and their own norm as its size.
 """
 
 from __future__ import annotations
@@ -50,14 +50,16 @@ class Matrices:
         self.indices: list[int] = []
         """Which of ``tensors`` they are, each once; a shard of one may be empty."""
         for i, (tensor, shape) in enumerate(zip(tensors, whole, strict=True)):
-            key = (tensor.data_ptr(), tensor.numel())
-            if len(shape) < 2 or math.prod(shape) == 0 or (tensor.numel() and key in seen):
+            key = (tensor.data_ptr() if tensor.numel() else id(tensor), tensor.numel())
+            if len(shape) < 2 or math.prod(shape) == 0 or key in seen:
                 continue
             seen.add(key)
             self.indices.append(i)
         self.own = [whole[i][0] / 3 for i in self.indices]
         """[matrix] squared norm that default initialisation would give it, ``fan_out / 3``; 0 where that is unknown."""
-        if not self.indices:
+        self.flat = not self.indices
+        """Whether there are none: then all tensors take their place."""
+        if self.flat:
             self.indices = [i for i, shape in enumerate(whole) if math.prod(shape) > 1]
             self.own = [0.0] * len(self.indices)
 
@@ -76,10 +78,10 @@ class Matrices:
         for chunk in self._chunks(now):
             ends = [now[i] for i in chunk]
             starts = [before[i].to(end.device, end.dtype) for i, end in zip(chunk, ends, strict=True)]
-            moved += torch._foreach_norm(torch._foreach_sub(ends, starts), 2, dtype=torch.float32)
-            sizes += torch._foreach_norm(ends, 2, dtype=torch.float32)
+            moved += _norms(torch._foreach_sub(ends, starts))
+            sizes += _norms(ends)
         if not moved:
-            return [(0.0, 0.0)] * len(self.indices)
+            return []
         both = torch.stack([torch.stack([norm.cpu() for norm in norms]) for norms in (moved, sizes)]).double().square()
         return [(d, s) for d, s in both.T.tolist()]
 
@@ -99,6 +101,11 @@ class Matrices:
             total += tensor.nbytes
         if chunk:
             yield chunk
+
+
+def _norms(tensors: list[Tensor] | tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """[tensor] norm, in fp32 at least; tensors of one dtype."""
+    return torch._foreach_norm(tensors, 2, dtype=torch.promote_types(tensors[0].dtype, torch.float32))
 
 
 def movement(squares: Sequence[Sequence[float]], own: Sequence[float]) -> float:
@@ -169,20 +176,26 @@ class MovementMeter:
             [learning rate] NaN where it is not known.
         """
         starts = self._own if self._starts is None else self._starts()
-        trained = [(t, shape) for t, shape in self._trained() if t.data_ptr() in starts or t.numel() == 0]
-        matrices = Matrices([t for t, _ in trained], [shape for _, shape in trained])
+        trained = self._trained()
         now = [t for t, _ in trained]
+        matrices = Matrices(now, [shape for _, shape in trained])
         squares = matrices.squares(now, [starts.get(t.data_ptr(), t) for t in now])
+        for k, i in enumerate(matrices.indices):
+            if now[i].numel() and now[i].data_ptr() not in starts:
+                squares[k] = (math.nan, math.nan)
+        rates, own = self._rate_of([now[i] for i in matrices.indices]), matrices.own
+        if matrices.flat:  # members' partitions are not parts of the same tensors
+            squares = [_sums(squares, [rate == r for rate in rates]) for r in range(self._rates)]
+            rates, own = list(range(self._rates)), [0.0] * self._rates
         if not self._weights.whole and self._replicas.members > 1:
             rows = self._replicas.all_gather_members([x for pair in squares for x in pair])
             sums = [math.fsum(column) for column in zip(*rows, strict=True)]
             squares = list(zip(sums[::2], sums[1::2], strict=True))
-        rates = self._rate_of([now[i] for i in matrices.indices])
-        all_of_them = movement(squares, matrices.own)
+        all_of_them = movement(squares, own)
         found = []
         for rate in range(self._rates):
-            own = [i for i, of in enumerate(rates) if of == rate]
-            picked = movement([squares[i] for i in own], [matrices.own[i] for i in own]) if own else all_of_them
+            mine = [i for i, of in enumerate(rates) if of == rate]
+            picked = movement([squares[i] for i in mine], [own[i] for i in mine]) if mine else all_of_them
             found.append(picked / math.sqrt(max(1, rounds)))
         # The means are equal on all ranks; sums on different devices need not be, to the last bit.
         return tuple(self._replicas.all_gather(found)[0])
@@ -202,3 +215,9 @@ class MovementMeter:
         groups = self._optimizer.param_groups
         index = {local(p).data_ptr(): g for g, group in enumerate(groups) for p in group["params"]}
         return [index.get(t.data_ptr(), -1) for t in tensors]
+
+
+def _sums(pairs: Sequence[tuple[float, float]], which: Sequence[bool]) -> tuple[float, float]:
+    """Of the pairs that are picked."""
+    picked = [pair for pair, is_picked in zip(pairs, which, strict=True) if is_picked]
+    return math.fsum(moved for moved, _ in picked), math.fsum(size for _, size in picked)

@@ -111,6 +111,7 @@ def run(steps, *, per_group=False, **settings):
 
 
 def expected(now, before):
+    now, before = now.detach(), before.detach()
     return float((now - before).norm()) / math.sqrt(max(float(now.norm()), math.sqrt(64 / 3)) * math.sqrt(64 / 3))
 
 

@@ -46,9 +46,9 @@ class Observation(NamedTuple):
     """The schedule's last value as a share of its peak, in [0, 1]: 0 if it anneals, 1 if it is constant."""
     probe: ProbeLosses | None = None
     """``None`` in a round without a probe."""
+    lag: float = 1.0
+    """Rounds of progress between the probe's slow average and its trail."""
     movement: float = math.nan
     """How far the round took the weights, relative to their size (:mod:`hdet.observe.movement`); NaN if not known."""
     area: float = 1.0
     """Mean height of the schedule over the run, in (0, 1]."""
-    lag: float = 1.0
-    """Rounds of progress between the probe's slow average and its trail."""

@@ -313,9 +313,10 @@ class TestTensorBoard:
             assert found[f"hdet/gain/{group}"] == [(10, np.float32(report.next_gain[g]))]
             assert found[f"hdet/hypergradient/{group}"] == [(10, np.float32(report.hypergradient[g]))]
             assert found[f"hdet/velocity/{group}"] == [(10, np.float32(report.velocity[g]))]
+            assert found[f"hdet/movement/{group}"] == [(10, np.float32(report.movement[g]))]
             for r in range(3):
                 assert found[f"hdet/replica_lr/{group}/replica{r}"] == [(10, np.float32(report.replica_lr[g][r]))]
-        assert len(found) == 2 * (5 + 3) + 1 + 3 + 1 + 3 + 3
+        assert len(found) == 2 * (6 + 3) + 1 + 3 + 1 + 3 + 3
 
     def test_what_is_unknown_is_not_written(self, tmp_path: Path) -> None:
         nan = math.nan

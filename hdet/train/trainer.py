@@ -18,6 +18,7 @@ import hdet
 from hdet import ops
 from hdet.replicas.topology import Replicas
 from hdet.train import checkpoint, data, models
+from hdet.train.batches import Batches
 from hdet.train.config import Config
 from hdet.train.ddp_strategy import DDPStrategy
 from hdet.train.deepspeed_strategy import DeepSpeedStrategy
@@ -25,6 +26,7 @@ from hdet.train.fsdp_strategy import FSDPStrategy
 from hdet.train.log import RunLog
 from hdet.train.optimization import Schedule, build_optimizer, find_max_lr
 from hdet.train.processes import Process, StopRequest
+from hdet.train.validation import validate
 
 _STRATEGIES: dict[str, type[DDPStrategy]] = {
     "ddp": DDPStrategy,
@@ -60,6 +62,7 @@ class Trainer:
         self.data = data.load(config.task, config.model.block_size, held_out=holds_out)
         torch.manual_seed(config.train.seed)
         self.model = models.build(config.model, config.task.name, self.data.classes).to(process.device)
+        self._batches = Batches(config, process, self.data, self.model)
         self._parameters = sum(p.numel() for p in self.model.parameters())
         self._finding: hdet.LRFinding | None = None
         if config.optimizer.max_lr == "auto":
@@ -75,7 +78,9 @@ class Trainer:
         self.log = RunLog(directory, _flat(asdict(config)), writer=process.writer)
         probe = None
         if config.hdet.probe:
-            probe = hdet.Probe(loss_fn=self._loss_of, batches=self._probe_batches(holds_out), held_out=holds_out)
+            probe = hdet.Probe(
+                loss_fn=self._batches.loss_of, batches=self._probe_batches(holds_out), held_out=holds_out
+            )
         self.schedule = Schedule(
             config, self.optimizer, self._ddp, self.log.monitors, probe, self._strategy.replicas_argument, build
         )
@@ -173,17 +178,7 @@ class Trainer:
             self.optimizer.zero_grad(set_to_none=True)
 
     def _loss(self, batch: data.Batch) -> Tensor:
-        return self._loss_of(self._ddp, batch, float(self.schedule.label_smoothing))
-
-    def _loss_of(self, model: nn.Module, batch: data.Batch, label_smoothing: float = 0.0) -> Tensor:
-        inputs, targets = self._to_device(batch)
-        with self._autocast():
-            return models.loss_of(model(inputs).float(), targets, label_smoothing)
-
-    def _draw(self, step: int, purpose: int | str, *, held_out: bool = False) -> data.Batch:
-        """This rank's batch for a purpose beside training itself."""
-        seed = data.step_seed(self.config.train.seed, self.process.rank, step, purpose)
-        return self.data.draw(self.config.train.batch_size, torch.Generator().manual_seed(seed), held_out=held_out)
+        return self._batches.loss_of(self._ddp, batch, float(self.schedule.label_smoothing))
 
     def _probe_batches(self, held_out: bool) -> Iterator[data.Batch]:
         """One for each round, which depends on the round and not on how many were taken before: they may go on after a
@@ -191,17 +186,17 @@ class Trainer:
         ensemble = self.schedule.ensemble
         assert ensemble is not None
         while True:
-            yield self._draw(ensemble.round, "probe", held_out=held_out)
+            yield self._batches.draw(ensemble.round, "probe", held_out=held_out)
 
     def _find_lr(self) -> float:
         """``max_lr=auto``. Collective."""
         started = time.monotonic()
-        batches = (self._draw(i, "find_lr") for i in itertools.count())
+        batches = (self._batches.draw(i, "find_lr") for i in itertools.count())
         ours = self.config.hdet
         self._finding = find_max_lr(
             self.config.optimizer,
             self.model,
-            self._loss_of,
+            self._batches.loss_of,
             batches,
             self.process.device,
             auto_lr=bool(ours.auto_lr and ours.probe and ours.spread),
@@ -209,54 +204,11 @@ class Trainer:
         self._find_seconds = time.monotonic() - started
         return self._finding.max_lr
 
-    @property
-    def _dtype(self) -> torch.dtype:
-        """Of the model's parameters."""
-        return next(self.model.parameters()).dtype
-
-    def _to_device(self, batch: data.Batch) -> data.Batch:
-        if batch.inputs.is_floating_point():  # a model that is bfloat16 itself takes nothing else
-            batch = batch._replace(inputs=batch.inputs.to(self._dtype))
-        if self.process.device.type == "cpu":
-            return batch
-        return data.Batch(*(t.pin_memory().to(self.process.device, non_blocking=True) for t in batch))
-
-    def _autocast(self) -> torch.autocast:
-        bf16 = self.config.train.dtype == "bfloat16" and self._dtype == torch.float32
-        return torch.autocast(self.process.device.type, torch.bfloat16, enabled=bf16)
-
-    @torch.no_grad()
     def _validate(self) -> None:
-        """Converge, then measure loss and accuracy on the validation set; every replica takes every N-th batch, and all
-        of its members the same: a sharded model needs them all."""
         self.schedule.converge()
-        size = self.config.train.batch_size
-        batches = self.data.validation_batches(size, self.config.train.eval_batches)
-        self._ddp.eval()
-        rows = []
-        for index in range(self.replicas.rank, batches, self.replicas.size):
-            inputs, targets = self._to_device(self.data.validation(index, size, batches))
-            with self._autocast():
-                logits = self.model(inputs)
-            rows.append(
-                torch.stack(
-                    (
-                        models.loss_of(logits.float(), targets).double() * targets.numel(),
-                        (logits.argmax(-1) == targets).sum().double(),
-                        torch.tensor(targets.numel(), dtype=torch.float64, device=targets.device),
-                    )
-                )
-            )
-        rows += [torch.zeros(3, dtype=torch.float64, device=self.process.device)] * (
-            -(-batches // self.replicas.size) - len(rows)
-        )
-        everyone = self.replicas.all_gather(torch.stack(rows).flatten().tolist())
-        gathered = [members[0] for members in self.replicas.by_replica(everyone)]
-        # fsum is exact, so that the result does not depend on how many replicas shared the work.
-        values = [value for row in gathered for value in row]
-        loss, right, count = (math.fsum(values[column::3]) for column in range(3))
-        self._validated = {"validation_loss": loss / count, "validation_accuracy": right / count}
-        self.log.validation(self.step, loss=loss / count, accuracy=right / count)
+        self._validated = validate(self._batches, self.model, self._ddp, self.replicas)
+        loss, accuracy = self._validated["validation_loss"], self._validated["validation_accuracy"]
+        self.log.validation(self.step, loss=loss, accuracy=accuracy)
 
     def _save(self) -> None:
         self.schedule.converge()

@@ -44,9 +44,15 @@ def _run(processes, program, arguments, output, environment):
     spec = importlib.util.spec_from_file_location("program", program)
     module = sys.modules["program"] = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
+    sys.exit(run_group(module.main, processes))
+
+
+def run_group(main, processes):
+    """Fork the processes of a group, each of which runs ``main()``, and wait for them; when one fails, kill the others.
+    Returns whether one did."""
     with socket.create_server(("localhost", 0)) as free:
         port = free.getsockname()[1]
-    pids = {_fork(module.main, rank, processes, port) for rank in range(processes)}
+    pids = {_fork(main, rank, processes, port) for rank in range(processes)}
     failed = False
     while pids:
         pid, status = os.wait()
@@ -55,7 +61,7 @@ def _run(processes, program, arguments, output, environment):
             failed = True
             for other in pids:
                 os.kill(other, signal.SIGKILL)
-    sys.exit(failed)
+    return failed
 
 
 def _fork(main, rank, processes, port):

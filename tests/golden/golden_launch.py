@@ -5,45 +5,13 @@ Usage: golden_launch.py OUT PROCESSES:PROGRAM:PART ..., where PROGRAM is a file 
 """
 
 import importlib
-import os
-import socket
 import sys
-import traceback
+from functools import partial
 from pathlib import Path
 
+sys.path.append(str(Path(__file__).parents[1] / "distributed"))
 
-def run(program, out, processes, part):
-    """Fork the processes of a group and wait for them; when one fails, kill the others. Returns whether one did."""
-    with socket.create_server(("localhost", 0)) as free:
-        port = free.getsockname()[1]
-    pids = {fork(program, out, part, rank, processes, port) for rank in range(processes)}
-    failed = False
-    while pids:
-        pid, status = os.wait()
-        pids.discard(pid)
-        if status and not failed:
-            failed = True
-            for other in pids:
-                os.kill(other, 9)
-    return failed
-
-
-def fork(program, out, part, rank, processes, port):
-    """Process id of a new process that runs ``main()``."""
-    if pid := os.fork():
-        return pid
-    facts = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": processes, "LOCAL_WORLD_SIZE": processes}
-    facts |= {"MASTER_ADDR": "localhost", "MASTER_PORT": port}
-    os.environ |= {name: str(value) for name, value in facts.items()}
-    status = 1
-    try:
-        program.main(out, part)
-        status = 0
-    except BaseException:
-        traceback.print_exc()
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(status)
+from forked import run_group
 
 
 def main():
@@ -53,7 +21,7 @@ def main():
         program = importlib.import_module(name)
         if hasattr(program, "prepare"):
             program.prepare()
-        if run(program, Path(sys.argv[1]), int(processes), part):
+        if run_group(partial(program.main, Path(sys.argv[1]), part), int(processes)):
             sys.exit(f"{job} failed")
 
 

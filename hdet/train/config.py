@@ -8,12 +8,12 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass, field, make_dataclass
-from typing import Any, Literal, get_type_hints
+from dataclasses import dataclass, field
+from typing import Any, Literal
 
-from hdet.settings import DECLARED, Settings, documentation
 from hdet.steer.published import Published
 from hdet.steer.two_slope import TwoSlope
+from hdet.train.shared import Shared
 
 EXPLORED = ("weight_decay", "momentum", "dropout", "label_smoothing")
 """What ``hdet.hyperparameters`` may name."""
@@ -148,29 +148,8 @@ class ScheduleConfig:
     """Highest momentum of ``cycle_momentum``."""
 
 
-SHARED = ("converge_every", "per_group", "gradients", "averaging", "outer", "exploration", "seed")
-"""Settings that are the same here as in hdet."""
-
-
-def _shared_settings() -> Any:
-    """A dataclass of :data:`SHARED`: types, defaults and texts are hdet's."""
-    hints, texts = get_type_hints(Settings), documentation(Settings)
-    shared = make_dataclass(
-        "_Shared",
-        [(name, hints[name], field(default=DECLARED[name].default)) for name in SHARED],
-        frozen=True,
-        kw_only=True,
-    )
-    shared.__doc__ = "Settings that are hdet's.\n\nArgs:\n" + "\n".join(f"    {name}: {texts[name]}" for name in SHARED)
-    shared.__module__ = __name__
-    return shared
-
-
-_Shared: Any = _shared_settings()
-
-
 @dataclass(frozen=True, kw_only=True)
-class HdetConfig(_Shared):
+class HdetConfig(Shared):
     """The ensemble. ``hdet.Settings`` documents each setting."""
 
     spread: float = 1 / 9

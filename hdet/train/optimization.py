@@ -20,7 +20,8 @@ from hdet.lr_scheduler import length_of, recompute
 from hdet.monitor.base import Monitor
 from hdet.observe.probe import LossFunction
 from hdet.replicas.topology import ReplicasLike
-from hdet.train.config import SHARED, Config, ConfigError, OptimizerConfig
+from hdet.train.config import Config, ConfigError, OptimizerConfig
+from hdet.train.shared import SHARED
 
 
 def build_optimizer(config: OptimizerConfig, model: nn.Module, device: torch.device) -> Optimizer:

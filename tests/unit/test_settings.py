@@ -12,7 +12,8 @@ from torch import nn
 
 import hdet
 from hdet.settings import DECLARED, GROUPS, Settings, documentation, resolve
-from hdet.train.config import SHARED, Config, parse
+from hdet.train.config import Config, parse
+from hdet.train.shared import SHARED
 
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT / "docs"))

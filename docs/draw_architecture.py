@@ -257,7 +257,7 @@ WALK: list[Step] = [
     ),
     Step(
         ROUNDS,
-        "return self._roll_back(watched, started)",
+        "return self._roll_back(watched, started, complete)",
         "undoes the round, if these losses or the weights say that it blew up; the walk then ends with a smaller gain.",
     ),
     Step(
@@ -293,8 +293,8 @@ WALK: list[Step] = [
     ),
     Step(ROUNDS, "self.draw()", "begins the next round with the new gain.", scope="Rounds._end_round"),
     Step(
-        "hdet/explore/phase.py",
-        "[gain * rho[own] for gain, rho in",
+        "hdet/explore/fan_out.py",
+        "self._scales = [gain * rho for gain, rho in",
         "is what this replica multiplies the schedule by for a round: gain times its multiplier, drawn anew.",
     ),
     Step(

@@ -1,8 +1,7 @@
 """Hyperparameter-divergent ensemble training: N data-parallel replicas train under N learning rates, are averaged every
 few steps, and their losses move the schedule. See the README for how to use it and how it works."""
 
-from hdet import ops, schedules
-from hdet import steer as controller
+from hdet import controller, ops, schedules
 from hdet.ensemble import Ensemble
 from hdet.errors import DivergedError, HdetError, ReplicaMismatchError
 from hdet.explore import Dropout, Hyperparameter, module_attribute, param_group, scalar, warm_noisy_start

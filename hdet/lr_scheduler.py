@@ -7,15 +7,19 @@ from typing import Any, Literal
 
 from torch import Tensor
 from torch.optim import Optimizer, lr_scheduler
-from typing_extensions import Unpack
+from typing_extensions import Self, Unpack
 
 from hdet.ensemble import Ensemble
-from hdet.explore import ParamGroupField, copied
+from hdet.errors import check_batches, check_mapping, check_number, check_whole
+from hdet.explore import ParamGroupField, copied, hand_over, keep_fan_out
+from hdet.model import check_unsharded
 from hdet.monitor import Report
 from hdet.observe import Loss, check_loss
 from hdet.schedules.forecast import forecast
+from hdet.schedules.saved import check_scheduler_state
 from hdet.settings import Resolved, Settings, resolve
-from hdet.steer import find_lr
+from hdet.steer import find_lr, learning_rates
+from hdet.transaction import AllOrNothing
 
 _step_schedule = lr_scheduler.OneCycleLR.step  # looked up once: super() would cost every step 5% more
 
@@ -40,10 +44,14 @@ class OneCycleLR(lr_scheduler.OneCycleLR):
         ensemble: the :class:`hdet.Ensemble`. Where this is torch's OneCycleLR and nothing else there is none, and
             reading it raises AttributeError.
 
-    A checkpoint of torch's OneCycleLR loads into this class, and the other way round.
+    A checkpoint of torch's OneCycleLR loads into this class, and the other way round. What is said of learning rates
+    written by hand, and of handing the optimizer back, in :class:`hdet.Ensemble` holds here: the schedule overwrites
+    the former at every step, as torch's does. With replicas it is no part of a SequentialLR or ChainedScheduler: give
+    these to :class:`hdet.Ensemble`.
     """
 
     _ensemble: Ensemble | None = None
+    _is_closed = False
 
     def __init__(
         self,
@@ -66,34 +74,50 @@ class OneCycleLR(lr_scheduler.OneCycleLR):
         length = _length(total_steps, epochs, steps_per_epoch)
         resolved = resolve(optimizer, length, settings)  # before torch's constructor changes the optimizer
         given = resolved.given
+        differs = _differs(given)
+        if differs:
+            _check_numbers(
+                pct_start=pct_start, div_factor=div_factor, final_div_factor=final_div_factor, last_epoch=last_epoch
+            )
         if cycle_momentum and any(isinstance(h, ParamGroupField) and h.is_momentum for h in given["hyperparameters"]):
             raise ValueError("cycle_momentum=True sets the momentum in every step. To explore it, pass False.")
-        if max_lr == "auto":
-            max_lr = _find(optimizer, resolved)
-        super().__init__(
-            optimizer,
-            max_lr,
-            total_steps,
-            epochs,
-            steps_per_epoch,
-            pct_start,
-            anneal_strategy,
-            cycle_momentum,
-            base_momentum,
-            max_momentum,
-            div_factor,
-            final_div_factor,
-            three_phase,
-            last_epoch,
-        )
-        if _differs(given):
-            # Before the learning rates fan out; without a probe nothing asks what is to come.
-            ahead = None if resolved.probe is None else forecast(self, optimizer, self.total_steps)
-            self._ensemble = Ensemble(optimizer, total_steps=length, **settings)
-            if ahead is not None:
-                self._ensemble.look_ahead(ahead)
-            if self.last_epoch:
-                self._ensemble.resume_at(self.last_epoch, self._last_lr)
+        if isinstance(max_lr, str) and max_lr != "auto":
+            raise ValueError(f"Invalid {max_lr=}. Must be a learning rate, a list of them by group, or 'auto'.")
+        with AllOrNothing() as transaction:
+            transaction.on_failure(keep_fan_out(resolved.optimizer))
+            transaction.keep(optimizer, *resolved.modules)
+            if differs:
+                check_unsharded(optimizer)
+                hand_over(resolved.optimizer)
+            if isinstance(max_lr, str):
+                max_lr = _find(optimizer, resolved)
+            super().__init__(
+                optimizer,
+                max_lr,
+                total_steps,
+                epochs,
+                steps_per_epoch,
+                pct_start,
+                anneal_strategy,
+                cycle_momentum,
+                base_momentum,
+                max_momentum,
+                div_factor,
+                final_div_factor,
+                three_phase,
+                last_epoch,
+            )
+            if differs:
+                # Before the learning rates fan out; without a probe nothing asks what is to come.
+                ahead = None if resolved.probe is None else forecast(self, optimizer, self.total_steps)
+                # What could be read only once has been.
+                again = {name: value for name, value in given.items() if name in settings}
+                self._ensemble = Ensemble(optimizer, total_steps=length, **again)  # type: ignore[arg-type]
+                self._ensemble.recomputed_by("OneCycleLR")
+                if ahead is not None:
+                    self._ensemble.look_ahead(ahead)
+                if self.last_epoch:
+                    self._ensemble.resume_at(self.last_epoch, self._last_lr)
 
     @property
     def ensemble(self) -> Ensemble:
@@ -104,6 +128,15 @@ class OneCycleLR(lr_scheduler.OneCycleLR):
                 "example spread=1/9, to get one."
             )
         return self._ensemble
+
+    def _initial_step(self) -> None:
+        if self._ensemble is not None:  # the constructor of a SequentialLR or ChainedScheduler
+            raise TypeError(
+                "A hdet.OneCycleLR with replicas cannot be a part of another scheduler, which would step it without "
+                "the loss, and others on its learning rates. Make that the base schedule of the replicas: "
+                "hdet.Ensemble(optimizer, SequentialLR(...), model=...), of torch's own schedulers."
+            )
+        super()._initial_step()
 
     def step(  # type: ignore[override]
         self, loss: Loss = None, *, batch: Any = None, epoch: int | None = None
@@ -117,9 +150,12 @@ class OneCycleLR(lr_scheduler.OneCycleLR):
             epoch: torch's deprecated way to set the schedule's step; rounds go on counting calls.
         """
         ensemble = self._ensemble
+        if epoch is not None:
+            epoch = check_whole("epoch", epoch, "in [0, total_steps]", lambda n: 0 <= n <= self.total_steps)
         if ensemble is None:
             if loss is not None:  # a script with virtual replicas may run with one
                 check_loss(loss[0] if isinstance(loss, (list, tuple)) and len(loss) == 1 else loss)
+            self._check_open()
             _step_schedule(self, epoch)
         else:
             ensemble.end_step(loss, batch)
@@ -128,11 +164,36 @@ class OneCycleLR(lr_scheduler.OneCycleLR):
 
     def each(self, micro_batches: Iterable[Any]) -> Iterator[Any]:
         """The micro-batches of a step, one for each virtual replica; see :meth:`hdet.Ensemble.each`."""
+        check_batches("micro_batches", micro_batches, text=True)
         return iter(micro_batches) if self._ensemble is None else self._ensemble.each(micro_batches)
 
     def converge(self) -> Report | None:
         """Average the replicas now; see :meth:`hdet.Ensemble.converge`. Without an ensemble there is nothing to do."""
         return None if self._ensemble is None else self._ensemble.converge()
+
+    def close(self) -> None:
+        """Converge, and hand model and optimizer back; see :meth:`hdet.Ensemble.close`. Also at the end of a ``with``
+        block::
+
+            with hdet.OneCycleLR(optimizer, max_lr, total_steps, model=model, spread=1 / 9) as scheduler:
+                ...
+        """
+        self._is_closed = True
+        if self._ensemble is not None:
+            self._ensemble.close()
+
+    def __enter__(self) -> Self:
+        self._check_open()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
+        self._is_closed = True
+        if self._ensemble is not None:
+            self._ensemble.__exit__(kind, error, trace)
+
+    def _check_open(self) -> None:
+        if self._is_closed:
+            raise RuntimeError("This hdet scheduler is closed. Build another one to go on.")
 
     def get_last_lr(self) -> list[float | Tensor]:
         """This replica's learning rates, by parameter group."""
@@ -143,6 +204,7 @@ class OneCycleLR(lr_scheduler.OneCycleLR):
         replicas have just converged. Makes no collective call; loads with ``torch.load(weights_only=True)``."""
         state = super().state_dict()
         state.pop("_ensemble", None)
+        state.pop("_is_closed", None)
         if self._ensemble is not None:
             state["hdet"] = self._ensemble.own_state()
         return state
@@ -154,27 +216,36 @@ class OneCycleLR(lr_scheduler.OneCycleLR):
         constructor, ``total_steps`` among them: a state of a run of another length continues at its step with the
         schedule of this length, and keeps its gains. Without one, all is as in torch: the saved length is loaded, and a
         saved ensemble's gains are left aside.
+
+        Raises:
+            TypeError, ValueError: if it is no such state, or holds what no run can have; see
+                :meth:`hdet.Ensemble.load_state_dict`. Nothing has changed then.
         """
-        state = dict(state_dict)
+        state = dict(check_mapping("state_dict", state_dict, "what state_dict() returned"))
         saved = state.pop("hdet", None)
-        if self._ensemble is not None and saved is not None:
+        check_scheduler_state("state_dict", state, self, {k: v for k, v in vars(self).items() if k != "optimizer"})
+        if self._ensemble is None:
+            super().load_state_dict(state)
+            return
+        if saved is not None:
             self._ensemble.check_state(saved)
         length = length_of(self)
-        super().load_state_dict(state)
-        if self._ensemble is not None and length != length_of(self):
-            if self.last_epoch > length["total_steps"]:
-                raise ValueError(
-                    f"The saved state is of step {self.last_epoch}, beyond this run's total_steps="
-                    f"{length['total_steps']}. Build the scheduler for a longer run."
-                )
-            vars(self).update(length)
-            recompute(self, self.last_epoch)
+        if state["last_epoch"] > length["total_steps"]:
+            raise ValueError(
+                f"The saved state is of step {state['last_epoch']}, beyond this run's total_steps="
+                f"{length['total_steps']}. Build the scheduler for a longer run."
+            )
+        with AllOrNothing(self, self.optimizer):
+            super().load_state_dict(state)
+            if length != length_of(self):
+                vars(self).update(length)
+                recompute(self, self.last_epoch)
+                if saved is not None:
+                    saved = {**saved, "base_lr": [copied(group["lr"]) for group in self.optimizer.param_groups]}
             if saved is not None:
-                saved = {**saved, "base_lr": [copied(group["lr"]) for group in self.optimizer.param_groups]}
-        if self._ensemble is not None and saved is not None:
-            self._ensemble.load_own_state(saved)
-        elif self._ensemble is not None:
-            self._ensemble.resume_at(self.last_epoch, self._last_lr)
+                self._ensemble.load_own_state(saved)
+            else:
+                self._ensemble.resume_at(self.last_epoch, self._last_lr)
 
 
 def length_of(scheduler: object) -> dict[str, Any]:
@@ -192,6 +263,14 @@ def recompute(scheduler: lr_scheduler.LRScheduler, step: int) -> None:
     scheduler._step_count = count
 
 
+def _check_numbers(*, pct_start: Any, div_factor: Any, final_div_factor: Any, last_epoch: Any) -> None:
+    """What torch does not ask of its arguments, and a schedule to be scaled must have."""
+    check_number("pct_start", pct_start, "a float in [0, 1]", lambda share: 0 <= share <= 1)
+    check_number("div_factor", div_factor, "finite and > 0", lambda factor: factor > 0)
+    check_number("final_div_factor", final_div_factor, "finite and > 0", lambda factor: factor > 0)
+    check_whole("last_epoch", last_epoch, ">= -1", lambda epoch: epoch >= -1)
+
+
 def _differs(given: Settings) -> bool:
     """Whether anything was asked for that torch's OneCycleLR does not do."""
     objects = (given["model"], given["converge_every"], given["probe"], given["controller"], given["prior"])
@@ -206,7 +285,7 @@ def _find(optimizer: Optimizer, resolved: Resolved) -> float | list[float]:
         raise ValueError(
             'max_lr="auto" needs model= and probe=hdet.Probe(loss_fn=..., batches=...): it trains on those batches.'
         )
-    rates = [float(group["lr"]) for group in optimizer.param_groups]
+    rates = learning_rates(optimizer)
     goes_on = given["auto_lr"] and resolved.controller.needs_probe
     found = find_lr(
         given["model"], optimizer, probe.loss_fn, probe.batches, auto_lr=goes_on, replicas=given["replicas"]
@@ -218,4 +297,6 @@ def _length(total_steps: object, epochs: object, steps_per_epoch: object) -> int
     """Steps of the whole run; anything where torch is about to refuse the arguments."""
     if total_steps is None and isinstance(epochs, int) and isinstance(steps_per_epoch, int):
         total_steps = epochs * steps_per_epoch
-    return max(1, total_steps) if isinstance(total_steps, int) else 1
+    if not isinstance(total_steps, int) or isinstance(total_steps, bool):
+        return 1
+    return min(max(1, total_steps), 2**62)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -12,7 +13,8 @@ from torch import Tensor
 from hdet.converge.buckets import Bucket, fill_buckets
 from hdet.converge.comparison import compare_untrained
 from hdet.converge.delta import DeltaReference
-from hdet.converge.pending import Averaged, InFlight, Pending, Point, total
+from hdet.converge.finiteness import Design
+from hdet.converge.pending import Averaged, InFlight, Pending, Point, smaller_scale, total
 from hdet.converge.plan import Plan, make_plan, signature_of
 from hdet.converge.slow_average import SlowAverage
 from hdet.converge.wire_memory import WireMemory
@@ -32,6 +34,9 @@ class Inspection(NamedTuple):
     """Whether all trainable parameters are finite; once gathered, whether they are on every member of the replica."""
     untrained: int
     """Hash of the bits of the frozen parameters and buffers that were equal so far. Once gathered, of all members'."""
+    untrained_finite: bool = True
+    """Whether the frozen parameters and buffers are finite, but for what is infinite by design
+    (:mod:`hdet.converge.finiteness`); on every member."""
 
 
 class Averager:
@@ -42,7 +47,9 @@ class Averager:
     once differed are averaged from then on without comparing. Integer buffers that differ become their maximum.
 
     Sums are taken in fp32 (fp64 for fp64 tensors). Extra memory is two buckets, not a copy of the model: while one is
-    being reduced the next is packed. A replica with a non-finite value contributes nothing and receives the mean.
+    being reduced the next is packed. A replica with a non-finite value contributes nothing and receives the mean. Where
+    a sum of finite values overflows it is taken again in a smaller scale. Of buffers that are infinite by design the
+    finite elements are averaged, each over the replicas that have one.
 
     From the second average on the first bucket is reduced together with the numbers that the ranks exchange
     (:meth:`gather`). If these say that a replica is not finite, or that the replicas do not agree, the result is not
@@ -56,6 +63,7 @@ class Averager:
         piggyback: whether the first bucket may be sent with :meth:`gather`. Not with :meth:`start`, which sends all.
         has_virtual: whether even a single process holds several replicas. Their mean is what its parameters are, but
             it must be finite, and slow averages follow it.
+        watches: whether :meth:`inspect` reads the model of a single replica too.
     """
 
     def __init__(
@@ -67,6 +75,7 @@ class Averager:
         wire_dtype: torch.dtype | None = None,
         piggyback: bool = True,
         has_virtual: bool = False,
+        watches: bool = False,
     ) -> None:
         self._weights, self._replicas, self._bucket_bytes = weights, replicas, bucket_bytes
         self._reference = DeltaReference(wire_dtype if replicas.size > 1 else None)
@@ -77,6 +86,8 @@ class Averager:
         self._is_first_packed = False  # inspect() has packed the first bucket into the piggyback
         self._is_first_reduced = False  # gather() has reduced it
         self._is_idle = replicas.size == 1 and not has_virtual
+        self._inspects = watches or not self._is_idle
+        self._design = Design()
         self._plan: Plan | None = None
         # Where the members of a replica hold copies, averages over all ranks keep these equal.
         self.all_ranks = replicas.members > 1 and replicas.members_are_copies and weights.whole
@@ -85,7 +96,7 @@ class Averager:
     @torch.no_grad()
     def inspect(self) -> Inspection:
         """What this rank tells the others before an average. Not collective."""
-        if self._is_idle:
+        if not self._inspects:
             return Inspection(0, True, 0)
         plan = self._current_plan()
         self._is_first_reduced = False
@@ -93,13 +104,19 @@ class Averager:
         piggyback = self._memory.piggyback
         self._is_first_packed = self._memory.fits(plan)
         if piggyback is not None and self._is_first_packed:
-            finite = not buckets[0].pack_counted(piggyback.wire, self._reference.of(plan.layout, 0))[1]
+            anchor = self._reference.of(plan.layout, 0)
+            finite = not buckets[0].pack_counted(piggyback.wire, anchor)[1]
+            if not finite and anchor is not None:  # it may be the difference that is too large
+                finite = buckets[0].is_finite()
             buckets = buckets[1:]
         finite = finite and all(bucket.is_finite() for bucket in buckets)
-        if not all(bucket.is_finite() for bucket in plan.differing_buckets):
-            return Inspection(plan.layout, finite, -1 - self._replicas.rank)  # unequal, so that all are compared
-        equal = [t for i, t in enumerate(plan.untrained) if i not in plan.differing]
-        return Inspection(plan.layout, finite, digest((plan.differing, fingerprint_all(equal))))
+        untrained = list(zip(plan.positions, plan.untrained, strict=True))
+        equal = [own for i, own in enumerate(untrained) if i not in plan.differing]
+        hashes = fingerprint_all([t for _, t in equal])
+        is_good = self._design.allows_all(equal, hashes)
+        if not self._design.allows_all([untrained[i] for i in plan.differing]):
+            return Inspection(plan.layout, finite, -1 - self._replicas.rank, False)  # unequal: all are compared
+        return Inspection(plan.layout, finite, digest((plan.differing, hashes)), is_good)
 
     def gather(self, numbers: Sequence[float]) -> list[list[float]]:
         """Every rank's ``numbers``, replica by replica, as :meth:`Replicas.all_gather` returns them. Collective, after
@@ -109,10 +126,14 @@ class Averager:
             return self._replicas.all_gather(numbers)
         piggyback.write(numbers)
         work = self._replicas.all_reduce(piggyback.memory, dist.ReduceOp.SUM)
-        if work is not None:
-            work.wait()
+        self._replicas.wait(work)
         self._is_first_reduced = self._is_first_packed
         return piggyback.read()
+
+    @property
+    def sends_differences(self) -> bool:
+        """Whether what is sent is compared with a copy of the last mean."""
+        return self._reference.dtype is not None
 
     def version(self) -> int:
         """A number that grows whenever a trained tensor is written in place. Not collective."""
@@ -122,6 +143,12 @@ class Averager:
         """Forget what is known of the model, since it may have been changed. On all replicas, or on none."""
         self._plan = None
         self._reference.drop()
+
+    def forget(self) -> None:
+        """The model was given other weights since the last average: send them as they are. On all replicas, or on none;
+        after :meth:`gather`."""
+        self._reference.drop()
+        self._is_first_reduced = self._is_first_packed = False
 
     @torch.no_grad()
     def set_reference(self) -> None:
@@ -149,8 +176,13 @@ class Averager:
         plan, excluded, sent = self._compare(inspections)
         squares: list[Tensor] = []
         points: list[Point] = []
+        rescaled = False
 
         def finish(flight: InFlight) -> None:
+            nonlocal rescaled
+            flight.wait()
+            if flight.has_overflowed():
+                flight, rescaled = self._sum_again(flight, excluded), True
             squares.append(self._write_mean(flight, slow))
             if flight.snapshot is not None:
                 points.append(self._point_of(flight, excluded))
@@ -183,10 +215,14 @@ class Averager:
             previous = flight
         if previous:
             finish(previous)
+        for tensor in plan.differing_infinite:
+            sent += self._average_known(tensor, excluded)
         self._weights.written()
+        if rescaled:
+            self._reference.drop()  # it is no longer where the replicas are
         self._reference.keep(plan.layout, plan.buckets)
         self._memory.piggyback_for(plan, self._numbers)  # from now on the dtype may be that of differences
-        return Averaged(total(squares), excluded, sent, points)
+        return Averaged(total(squares), excluded, sent, points, rescaled)
 
     @torch.no_grad()
     def start(self, inspections: Sequence[Inspection]) -> Pending:
@@ -202,11 +238,41 @@ class Averager:
             snapshot = bucket.pack()
             flights.append(self._all_reduce(bucket, excluded, snapshot.clone(), snapshot))
             sent += snapshot.nbytes
-        return Pending(flights, self._weights, self._replicas, excluded, sent)
+        for tensor in plan.differing_infinite:
+            sent += self._average_known(tensor, excluded)
+
+        def again(bucket: Bucket, snapshot: Tensor, scale: float) -> InFlight:
+            return self._all_reduce(bucket, excluded, snapshot.clone(), snapshot, scale=scale)
+
+        return Pending(flights, self._weights, self._replicas, excluded, sent, again)
+
+    @torch.no_grad()
+    def broadcast(self) -> None:
+        """Write replica 0's weights into those of the others, in place, bit for bit. Collective."""
+        if self._replicas.size == 1:
+            return
+        plan = self._current_plan()
+        for bucket in plan.buckets + self._fill(plan.untrained):
+            wire = bucket.pack()
+            self._replicas.broadcast(wire)
+            if self._replicas.rank:
+                bucket.write(wire)
+        self._weights.written()
 
     def buckets(self) -> list[Bucket]:
         """Of the trainable parameters, as :meth:`inspect` found them."""
         return [] if self._plan is None else self._plan.buckets
+
+    def sizes(self) -> list[int] | None:
+        """Elements of the buckets of floating-point parameters, with the model as it is now; ``None`` where nothing is
+        averaged. Not collective."""
+        if self._is_idle:
+            return None
+        return [bucket.numel for bucket in self._current_plan().buckets if bucket.dtype.is_floating_point]
+
+    def trained(self) -> list[Tensor]:
+        """The tensors that are trained now."""
+        return self._current_plan().trained
 
     def _compare(self, inspections: Sequence[Inspection]) -> tuple[Plan, tuple[int, ...], int]:
         """The plan, the replicas to exclude, and the bytes sent to find them. Collective."""
@@ -214,7 +280,9 @@ class Averager:
         assert plan is not None  # inspect() has made it
         excluded = {replica for replica, inspection in enumerate(inspections) if not inspection.finite}
         if len({inspection.untrained for inspection in inspections}) > 1:
-            excluded, sent = compare_untrained(plan, self._replicas, excluded, self._fill, all_ranks=self.all_ranks)
+            excluded, sent = compare_untrained(
+                plan, self._replicas, excluded, self._fill, self._design, all_ranks=self.all_ranks
+            )
         if len(excluded) == self._replicas.size:
             raise DivergedError(
                 f"All {self._replicas.size} replicas hold non-finite values: the learning rate is too high or the data "
@@ -229,14 +297,43 @@ class Averager:
         wire: Tensor,
         snapshot: Tensor | None = None,
         memory: Tensor | None = None,
+        scale: float = 1.0,
     ) -> InFlight:
-        """Start reducing the wire, or the ``memory`` that contains it."""
+        """Start reducing the wire, times ``scale``, or the ``memory`` that contains it."""
         is_mean = bucket.dtype.is_floating_point
         if self._replicas.rank in excluded:
             wire.fill_(0 if is_mean else torch.iinfo(bucket.dtype).min)
+        elif scale != 1:
+            wire.mul_(scale)
         op = dist.ReduceOp.SUM if is_mean else dist.ReduceOp.MAX
         work = self._replicas.all_reduce(wire if memory is None else memory, op, all_ranks=self.all_ranks)
-        return InFlight(bucket, wire, work, self._count(excluded) if is_mean else 0, snapshot)
+        return InFlight(bucket, wire, work, self._count(excluded) * scale if is_mean else 0, snapshot)
+
+    def _sum_again(self, flight: InFlight, excluded: tuple[int, ...]) -> InFlight:
+        """The same sum where it overflowed, of the values as they are, in a smaller scale. Collective."""
+        again = self._all_reduce(
+            flight.bucket, excluded, flight.bucket.pack(), flight.snapshot, scale=smaller_scale(self._count(excluded))
+        )
+        again.index = flight.index
+        again.wait()
+        return again
+
+    def _average_known(self, tensor: Tensor, excluded: tuple[int, ...]) -> int:
+        """Average the finite elements of a tensor that is infinite by design, in place: each over the replicas in which
+        it is finite. Where there are none it becomes the maximum. Collective; returns the bytes this rank sent."""
+        own = torch.view_as_real(tensor) if tensor.is_complex() else tensor
+        values = own.to(self._replicas.device_for(own), torch.float64)
+        known = values.isfinite()
+        if is_left_out := self._replicas.rank in excluded:
+            known = torch.zeros_like(known)
+        sums = torch.stack([values.where(known, 0.0), known.double()])
+        largest = torch.full_like(values, -math.inf) if is_left_out else values.where(~known, -math.inf)
+        for wire, op in ((sums, dist.ReduceOp.SUM), (largest, dist.ReduceOp.MAX)):
+            if (work := self._replicas.all_reduce(wire, op, all_ranks=self.all_ranks)) is not None:
+                work.wait()
+        total, count = sums
+        own.copy_((total / count.clamp(min=1)).where(count > 0, largest))
+        return sums.nbytes + largest.nbytes
 
     def _count(self, excluded: tuple[int, ...]) -> int:
         """How many wires are summed for a mean."""
@@ -244,7 +341,6 @@ class Averager:
 
     def _write_mean(self, flight: InFlight, slow: SlowAverage | None) -> Tensor:
         """Returns this replica's squared distance from the mean in the bucket, before writing."""
-        flight.wait()
         if slow is None or flight.index is None:
             return flight.bucket.unpack(flight.wire, flight.count or 1, anchor=flight.anchor)
         return slow.unpack(flight.index, flight.bucket, flight.wire, flight.count, flight.anchor)
@@ -263,6 +359,8 @@ class Averager:
         signature = signature_of(kinds)
         if self._plan is None or self._plan.signature != signature:
             self._plan = make_plan(kinds, signature, self._fill)
+            if self._inspects:
+                self._design.look(kinds)
         return self._plan
 
     def _fill(self, tensors: list[Tensor]) -> list[Bucket]:

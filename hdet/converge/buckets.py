@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from hdet import ops
+from hdet.model.finite import all_finite
 
 _PACKABLE = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 
@@ -57,7 +58,7 @@ class Bucket:
     def unpack(
         self,
         wire: Tensor,
-        divisor: int = 1,
+        divisor: float = 1,
         slow: Tensor | None = None,
         slow_decay: float = 0.0,
         anchor: Tensor | None = None,
@@ -79,11 +80,8 @@ class Bucket:
         return squared_distance
 
     def is_finite(self) -> bool:
-        """Whether all elements of the pieces are finite. Integers are, and float8 is not checked."""
-        if self._is_direct:
-            return bool(ops.all_finite(self.pieces))
-        checked = (piece for piece in self.pieces if piece.dtype.is_floating_point and piece.element_size() > 1)
-        return all(bool(piece.isfinite().all()) for piece in checked)
+        """Whether all elements of the pieces are finite. Integers are."""
+        return bool(ops.all_finite(self.pieces)) if self._is_direct else all_finite(self.pieces)
 
     def write(self, wire: Tensor) -> None:
         """Write the wire into the tensors, in place."""
@@ -91,7 +89,15 @@ class Bucket:
 
     def add(self, wire: Tensor) -> None:
         """Add the wire to the tensors, in place."""
-        torch._foreach_add_(self.pieces, self._slots(wire))
+        slots = self._slots(wire)
+        if self._is_direct:
+            torch._foreach_add_(self.pieces, slots)
+            return
+        for piece, slot in zip(self.pieces, slots, strict=True):
+            if piece.dtype == torch.bool or (piece.is_floating_point() and piece.element_size() == 1):
+                piece.copy_(piece.to(slot.dtype) + slot.to(piece.device))  # they have no addition
+            else:
+                piece.add_(slot.to(piece.device))
 
     @cached_property
     def _is_direct(self) -> bool:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from hdet.converge.buckets import Bucket
+from hdet.converge.finiteness import Design
 from hdet.converge.plan import Plan
 from hdet.model.fingerprint import fingerprint
 from hdet.replicas.topology import Replicas
@@ -18,24 +19,28 @@ def compare_untrained(
     replicas: Replicas,
     excluded: set[int],
     fill: Callable[[list[Tensor]], list[Bucket]],
+    design: Design,
     *,
     all_ranks: bool,
 ) -> tuple[set[int], int]:
     """Compare every untrained tensor by its fingerprint, and put those that differ into ``plan``. Collective.
 
-    A replica in which one that differs is not finite is excluded. One that is equal in all replicas excludes none.
+    A replica in which one that differs is not as finite as it must be is excluded. One that is equal in all replicas
+    excludes none.
 
     Args:
         plan: of this rank; its ``differing`` and ``differing_buckets`` are set.
         replicas: the group.
         excluded: replicas excluded so far.
         fill: makes buckets of tensors.
+        design: what the tensors may hold.
         all_ranks: whether to compare over all ranks, not only over the peers.
 
     Returns:
         All excluded replicas, and the bytes this rank sent.
     """
-    own = [x for t in plan.untrained for x in (fingerprint(t), int(_is_finite(t)))]
+    tensors = list(zip(plan.positions, plan.untrained, strict=True))
+    own = [x for i, t in tensors for x in (fingerprint(t), int(design.allows(i, t)))]
     gather = replicas.all_gather if all_ranks else replicas.all_gather_peers
     rows = gather(own, dtype=torch.int64) if own else []
     members = replicas.members if all_ranks else 1
@@ -46,15 +51,11 @@ def compare_untrained(
         if len({bits for bits, _ in column}) > 1:
             differing.append(i)
             excluded |= {i // members for i, (_, finite) in enumerate(column) if not finite}
-    plan.differing, plan.differing_buckets = tuple(differing), fill([plan.untrained[i] for i in differing])
+    infinite = [i for i in differing if design.is_infinite(plan.positions[i])]
+    plan.differing = tuple(differing)
+    plan.differing_buckets = fill([plan.untrained[i] for i in differing if i not in infinite])
+    plan.differing_infinite = [plan.untrained[i] for i in infinite]
     if replicas.members > 1:  # each rank has compared with its peers, and all must exclude the same replicas
         flags = [float(replica in excluded) for replica in range(replicas.size)]
         excluded = {replica for row in replicas.all_gather(flags) for replica, flag in enumerate(row) if flag}
     return excluded, 8 * len(own)
-
-
-def _is_finite(tensor: Tensor) -> bool:
-    is_float = tensor.is_floating_point() or tensor.is_complex()
-    if tensor.element_size() == 1 or not is_float:  # isfinite() does not take float8
-        return True
-    return bool(tensor.isfinite().all())

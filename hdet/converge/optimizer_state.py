@@ -8,19 +8,25 @@ By policy::
     reset     dropped at a round's end, and made anew by the optimizer's next step
 
 Under every policy weights that an optimizer keeps in its state (Schedule-Free's ``z``) are averaged, and a replica that
-was not finite gets the state of the others. :mod:`hdet.converge.optimizer_policy` says which policy ``auto`` selects.
+was not finite gets the state of the others. Numbers that an optimizer keeps in its parameter groups (Prodigy's ``d``)
+are state like any other, but that ``reset`` averages them. ``average`` reads all of the state at every converge; so
+does every policy where rounds are undone. Else ``verify`` and ``keep`` read that of a sixteenth of the parameters at
+each, in turn: what is not finite is found after 16 converges at the latest. :mod:`hdet.converge.optimizer_policy` says
+which policy ``auto`` selects.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+import math
+from collections.abc import Collection, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from hdet.converge.finiteness import StateDesign
 from hdet.converge.state_entries import fingerprint_of, raw_values_of
 from hdet.converge.state_sync import StateSync
 from hdet.errors import ReplicaMismatchError
@@ -33,6 +39,8 @@ ALWAYS_CHECKED = 3
 """The first converges, at each of which ``verify`` reads all of the state."""
 CHECKED_EVERY = 32
 """After them ``verify`` reads it at every converge whose number is a multiple of this."""
+PARTS = 16
+"""At other converges ``verify`` and ``keep`` look for what is not finite in one of so many parts of the parameters."""
 
 
 class StateInspection(NamedTuple):
@@ -41,7 +49,7 @@ class StateInspection(NamedTuple):
     layout: int
     """Hash of which parameter has which values; -1 where it was not read."""
     finite: bool
-    """Whether all floats are finite; True where they were not read."""
+    """Whether all floats that were read are finite, but for what is infinite by design."""
     bits: int
     """Hash of all bits; -1 where they were not read."""
     has_weights: bool
@@ -63,6 +71,9 @@ class OptimizerState:
         automatic: whether a ``verify`` that fails turns into ``average`` instead of an error.
         overlapped: whether rounds' averages are applied late. Moments cannot be corrected late (a second moment might
             become negative), so that they are averaged only where training waits: in a ``converge()`` between rounds.
+        explored: keys of the parameter groups in which replicas are to differ.
+        watches: whether all of the state is read at every converge, that of a single replica too.
+        own: ids of parameters that are each rank's own, whose state is neither averaged nor compared.
     """
 
     def __init__(
@@ -75,13 +86,18 @@ class OptimizerState:
         all_ranks: bool = False,
         automatic: bool = False,
         overlapped: bool = False,
+        explored: Collection[str] = (),
+        watches: bool = False,
+        own: frozenset[int] = frozenset(),
     ) -> None:
         self._optimizer, self.policy, self._replicas = optimizer, policy, replicas
         self._automatic, self._overlapped = automatic, overlapped
-        self._sync = StateSync(optimizer, replicas, bucket_bytes, all_ranks=all_ranks)
+        self._sync = StateSync(optimizer, replicas, bucket_bytes, all_ranks=all_ranks, explored=explored, own=own)
         self._is_idle = replicas.size == 1
+        self._watches = watches
+        self._design = StateDesign(is_torch=type(optimizer).__module__.startswith("torch.optim"))
         self._may_reset = policy == "reset" and not (automatic and self._is_idle)
-        self._inspections = 0
+        self._inspections = self._part = 0
         self._has_weights = False
         self._has_warned = False
 
@@ -90,21 +106,31 @@ class OptimizerState:
         """What this rank tells the others before a converge. Not collective. Reads all of the state under ``average``;
         under ``verify`` at the converges that :data:`ALWAYS_CHECKED` and :data:`CHECKED_EVERY` name."""
         if self._is_idle:
-            return NOT_INSPECTED
+            return NOT_INSPECTED._replace(finite=self._is_finite())
         is_checked = self._inspections < ALWAYS_CHECKED or self._inspections % CHECKED_EVERY == 0
         self._inspections += 1
         averages, verifies = self.policy == "average", self.policy == "verify" and is_checked
         if not (averages or is_checked or self._has_weights):
-            return NOT_INSPECTED
+            return NOT_INSPECTED._replace(finite=self._is_finite())
         values = list(self._sync.values())
         self._warn_of_quantised()
         layout = digest([value.entry for value in values])
-        finite, bits = True, -1
-        if averages or verifies:
-            finite = all(bucket.is_finite() for bucket in self._sync.buckets(values))
+        reads_all, bits = averages or verifies or self._watches, -1
+        finite = self._design.allows(values) if reads_all else self._is_finite()
+        finite = finite and all(math.isfinite(float(value.current)) for value in self._sync.group_values())
         if verifies:
             bits = digest([layout, *(fingerprint_of(value.current) for value in values)])
         return StateInspection(layout, finite, bits, any(value.entry.is_weight for value in values))
+
+    def _is_finite(self) -> bool:
+        """Whether the state is finite: all of it where it is watched, else that of one of :data:`PARTS` parts of the
+        parameters, another one each time."""
+        if self._is_idle and not self._watches:
+            return True
+        if self._watches:
+            return self._design.allows(list(self._sync.values()))
+        self._part = (self._part + 1) % PARTS
+        return self._design.allows(list(self._sync.values(part=self._part, parts=PARTS)))
 
     @torch.no_grad()
     def converge(
@@ -129,10 +155,13 @@ class OptimizerState:
                 self._reset()
             return tuple(excluded), 0
         self._has_weights = self._has_weights or any(one.has_weights for one in inspections)
-        sources = [r for r in range(self._replicas.size) if r not in excluded and inspections[r].finite]
-        if not sources:  # the state holds infinities on purpose, or is lost on all: finite parameters must do
-            sources = [r for r in range(self._replicas.size) if r not in excluded]
-        nonfinite = tuple(r for r in range(self._replicas.size) if r not in sources)
+        everyone = range(self._replicas.size)
+        sources = [r for r in everyone if r not in excluded and inspections[r].finite]
+        if not sources:  # a replica whose buffers are not finite may have state that is
+            sources = [r for r in everyone if inspections[r].finite]
+        if not sources:  # it is lost on all: finite parameters must do
+            sources = [r for r in everyone if r not in excluded]
+        nonfinite = tuple(r for r in everyone if r in excluded or r not in sources)
         if len({inspections[r].bits for r in sources}) > 1:
             self._handle_mismatch()
         is_late = complete and self._overlapped
@@ -141,12 +170,15 @@ class OptimizerState:
         if self.policy == "average" and not is_late:
             sent += self._sync.run(layouts, sources, lambda entry: entry.kind != "quantised", copy=False)
             self._warn_of_quantised()
-        elif self._has_weights:
-            sent += self._sync.run(layouts, sources, lambda entry: entry.is_weight, copy=False)
+        elif self._has_weights or (self._may_reset and any(True for _ in self._sync.group_values())):
+            in_groups = len(self._sync.parameters()) if self._may_reset else math.inf
+            sent += self._sync.run(
+                layouts, sources, lambda entry: entry.is_weight or entry.parameter >= in_groups, copy=False
+            )
         if complete and self._may_reset:
             self._reset()
         elif nonfinite and not is_late:
-            sent += self.heal(nonfinite)
+            sent += self.heal([r for r in everyone if r not in sources])
         return nonfinite, sent
 
     @torch.no_grad()
@@ -158,6 +190,11 @@ class OptimizerState:
             return 0
         is_averaged = self.policy == "average" and not self._overlapped
         return self._sync.run(None, sources, lambda entry: not is_averaged or entry.kind == "quantised", copy=True)
+
+    def copy_from_first(self) -> None:
+        """Write replica 0's state into that of the others. Collective."""
+        if not self._is_idle:
+            self._sync.run(None, [0], lambda entry: True, copy=True)
 
     def _warn_of_quantised(self) -> None:
         if self._sync.has_quantised and self.policy == "average" and not self._has_warned:
@@ -194,7 +231,9 @@ class OptimizerState:
             if differing:
                 index, key, _ = differing[0]
                 ranks = f"{self._replicas.name_of(i)} against {self._replicas.name_of(0)}"
-                return f"{key!r} of parameter {index}, {ranks}"
+                count = len(self._sync.parameters())
+                owner = f"parameter {index}" if index < count else f"parameter group {index - count}"
+                return f"{key!r} of {owner}, {ranks}"
         return "its layout"
 
     def _reset(self) -> None:

@@ -35,17 +35,27 @@ class OuterMomentum:
     def __init__(self, momentum: float, lr: float) -> None:
         self.momentum, self.lr = momentum, lr
         self._parts: list[tuple[Tensor, Tensor]] = []
+        self._layout: int | None = None
 
     def restart(self) -> None:
         """Begin again: the next mean is the anchor, and the velocity zero."""
         self._parts = []
+
+    def follow(self, layout: int) -> bool:
+        """Begin again if other parameters are trained than in the last round, which are hashed in ``layout``; whether
+        that was so."""
+        changed = bool(self._parts) and self._layout not in (None, layout)
+        if changed:
+            self.restart()
+        self._layout = layout
+        return changed
 
     @torch.no_grad()
     def step(self, buckets: Sequence[Bucket]) -> None:
         """Replace the parameters, which are the replicas' mean, by the next anchor, in place.
 
         Raises:
-            RuntimeError: if the buckets are others than in the last round.
+            RuntimeError: if the buckets are others than those of a loaded state.
         """
         if not self._parts:
             means = [bucket.pack() for bucket in buckets]
@@ -53,8 +63,9 @@ class OuterMomentum:
             return
         if [anchor.numel() for anchor, _ in self._parts] != [bucket.numel for bucket in buckets]:
             raise RuntimeError(
-                "The trainable parameters or their buckets changed since the outer momentum began. Freeze and release "
-                "layers before the scheduler is built, and resume with the same bucket_mib."
+                "The saved outer momentum is of other trainable parameters, or of other buckets, than this run has. "
+                "Resume with the same bucket_mib and the same layers frozen; freeze and release them after the first "
+                "round."
             )
         for i, bucket in enumerate(buckets):
             anchor, velocity = (part.to(bucket.device) for part in self._parts[i])
@@ -70,4 +81,5 @@ class OuterMomentum:
 
     def load(self, state: Iterable[Sequence[Tensor]]) -> None:
         """Continue from a saved :meth:`state`, cut into the same buckets."""
+        self._layout = None
         self._parts = [(anchor.clone(), velocity.clone()) for anchor, velocity in state]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -9,6 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from hdet import ops
 from hdet.converge.buckets import Bucket
 from hdet.model.weights import Weights
 from hdet.replicas.topology import Replicas
@@ -25,6 +28,10 @@ class Averaged(NamedTuple):
     """Bytes this rank handed to collectives."""
     points: list[Point] | None = None
     """This replica's parameters before averaging, by bucket, if they were asked for."""
+    rescaled: bool = False
+    """Whether a sum of finite values overflowed, and was taken again in a smaller scale."""
+    nonfinite: tuple[str, ...] = ()
+    """Kinds of tensors that are finite on no replica: ``buffers``, ``optimizer state``."""
 
 
 class Point(NamedTuple):
@@ -45,8 +52,8 @@ class InFlight:
     wire: Tensor
     work: dist.Work | None
     """What to wait for; ``None`` if the wire holds the result."""
-    count: int
-    """Wires that are summed for a mean; 0 for a maximum."""
+    count: float
+    """What the sum is divided by for a mean: wires that are summed, times their scale; 0 for a maximum."""
     snapshot: Tensor | None = None
     """A copy of this rank's wire before reducing, where it is needed later."""
     index: int | None = None
@@ -59,6 +66,15 @@ class InFlight:
         if self.work is not None:
             self.work.wait()
 
+    def has_overflowed(self) -> bool:
+        """Whether the sum, once it is there, is not finite. It has the same bits on all ranks that took part."""
+        return bool(self.count) and not bool(ops.all_finite([self.wire]))
+
+
+def smaller_scale(count: float) -> float:
+    """A power of two, by which ``count`` finite values are multiplied before a sum that must not overflow."""
+    return 2.0 ** -math.ceil(math.log2(count))
+
 
 class Pending:
     """An average whose snapshots have been sent and whose corrections have not been applied.
@@ -69,13 +85,20 @@ class Pending:
         replicas: the group.
         excluded: replicas with non-finite values.
         sent: bytes this rank has sent.
+        again: sums a wire of a bucket again, in place, in the scale it is given.
     """
 
     def __init__(
-        self, flights: list[InFlight], weights: Weights, replicas: Replicas, excluded: tuple[int, ...], sent: int = 0
+        self,
+        flights: list[InFlight],
+        weights: Weights,
+        replicas: Replicas,
+        excluded: tuple[int, ...],
+        sent: int = 0,
+        again: Callable[[Bucket, Tensor, float], InFlight] | None = None,
     ) -> None:
         self._in_flight, self._weights, self._replicas = flights, weights, replicas
-        self._excluded, self._sent = excluded, sent
+        self._excluded, self._sent, self._again = excluded, sent, again
 
     @torch.no_grad()
     def finish(self) -> Averaged:
@@ -86,9 +109,14 @@ class Pending:
         itself, and loses its updates since.
         """
         squares = []
+        rescaled = False
         for flight in self._in_flight:
             flight.wait()
             assert flight.snapshot is not None
+            if self._again is not None and flight.has_overflowed():
+                rescaled = True
+                self._finish_in_halves(flight, self._again)
+                continue
             if self._replicas.rank in self._excluded:
                 flight.bucket.unpack(flight.wire, flight.count or 1)
                 continue
@@ -100,7 +128,20 @@ class Pending:
         if self._in_flight:
             self._weights.written()
         self._in_flight = []
-        return Averaged(total(squares), self._excluded, self._sent)
+        return Averaged(total(squares), self._excluded, self._sent, rescaled=rescaled)
+
+    def _finish_in_halves(self, flight: InFlight, again: Callable[[Bucket, Tensor, float], InFlight]) -> None:
+        """Where the sum of the snapshots overflows, the correction may too: apply half of it twice. Collective."""
+        assert flight.snapshot is not None
+        flight = again(flight.bucket, flight.snapshot, smaller_scale(flight.count))
+        flight.wait()
+        assert flight.snapshot is not None
+        if self._replicas.rank in self._excluded:
+            flight.bucket.unpack(flight.wire, flight.count)
+            return
+        half = flight.wire.div_(flight.count).div_(2).sub_(flight.snapshot.div_(2))
+        flight.bucket.add(half)
+        flight.bucket.add(half)
 
 
 def total(squares: list[Tensor]) -> float:

@@ -35,6 +35,7 @@ class SlowAverage:
         self.rounds = 0
         """``n``: means averaged so far."""
         self._parts: list[tuple[Tensor, Tensor]] = []
+        self._layout: int | None = None
 
     @property
     def lag(self) -> float:
@@ -46,7 +47,16 @@ class SlowAverage:
         """Begin again at the next mean."""
         self.rounds, self._parts = 0, []
 
-    def unpack(self, index: int, bucket: Bucket, wire: Tensor, count: int, anchor: Tensor | None = None) -> Tensor:
+    def follow(self, layout: int) -> bool:
+        """Begin again if other parameters are trained than in the last round, which are hashed in ``layout``; whether
+        that was so."""
+        changed = bool(self._parts) and self._layout not in (None, layout)
+        if changed:
+            self.restart()
+        self._layout = layout
+        return changed
+
+    def unpack(self, index: int, bucket: Bucket, wire: Tensor, count: float, anchor: Tensor | None = None) -> Tensor:
         """``bucket.unpack(wire, count, anchor=anchor)``, and update bucket ``index`` of both averages. To be called for
         the buckets in their order; bucket 0 begins a round."""
         if index == 0:
@@ -60,8 +70,9 @@ class SlowAverage:
         kept, trail = self._parts[index]
         if kept.shape != wire.shape:
             raise RuntimeError(
-                "The trainable parameters changed since the probe's slow average began. Freeze and release layers "
-                "before the scheduler is built."
+                "The saved slow average of the probe is of other trainable parameters, or of other buckets, than this "
+                "run has. Resume with the same bucket_mib and the same layers frozen; freeze and release them after "
+                "the first round."
             )
         slow = kept.to(wire.device, bucket.dtype)
         weight = (self.power + 1) / (self.power + self.rounds)
@@ -99,7 +110,7 @@ class SlowAverage:
 
     def load(self, state: Iterable[Sequence[Tensor]], rounds: int) -> None:
         """Continue from a saved :meth:`state`, cut into the same buckets, after as many ``rounds``."""
-        self.rounds = rounds
+        self.rounds, self._layout = rounds, None
         self._parts = [
             (
                 slow.clone().to(self.device or slow.device, self.dtype or slow.dtype),

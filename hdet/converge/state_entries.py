@@ -30,7 +30,7 @@ class Entry(NamedTuple):
     """What one value is. Ranks exchange entries where their states differ, so that all fields are plain."""
 
     parameter: int
-    """The parameter's index, in the order of the parameter groups."""
+    """The parameter's index, in the order of the parameter groups. After the parameters come the groups themselves."""
     path: tuple[Any, ...]
     """Keys that lead to the value, from the parameter's state."""
     kind: str
@@ -68,6 +68,19 @@ def values_of(index: int, parameter: Tensor, state: Any) -> list[Value]:
     if any(value.entry.kind == "quantised" for value in values):
         return [Value(v.entry._replace(kind="quantised", is_weight=False), v.container) for v in values]
     return values
+
+
+def values_in_group(index: int, group: dict[str, Any], keys: Iterable[str]) -> Iterator[Value]:
+    """The numbers under ``keys`` in a parameter group, as values of an entry's parameter ``index``."""
+    for key in keys:
+        value = group[key]
+        if isinstance(value, Tensor):
+            kind = "number" if value.is_floating_point() and key not in _COUNTERS else "counter"
+            shape, dtype = tuple(value.shape), str(value.dtype)
+        else:
+            kind = "counter" if isinstance(value, int) or key in _COUNTERS else "number"
+            shape, dtype = (), type(value).__name__
+        yield Value(Entry(index, (key,), kind, shape, dtype, False, False), group)
 
 
 def raw_values_of(index: int, parameter: Tensor, state: Any) -> Iterator[Value]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -11,18 +11,22 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.optim import Optimizer
 
+from hdet import ops
 from hdet.converge.buckets import Bucket, fill_buckets
+from hdet.converge.pending import smaller_scale
 from hdet.converge.state_entries import (
     Entry,
     Value,
     by_parameter,
     is_plain,
     is_scalar,
+    values_in_group,
     values_of,
     write_scalar,
     zero_state,
 )
 from hdet.errors import ReplicaMismatchError
+from hdet.model.optimizers import group_state
 from hdet.model.weights import local
 from hdet.replicas.agreement import digest
 from hdet.replicas.topology import Replicas
@@ -39,11 +43,23 @@ class StateSync:
         replicas: the group.
         bucket_bytes: size of one bucket.
         all_ranks: whether all members of a replica hold copies, which are averaged together.
+        explored: keys of the parameter groups in which replicas are to differ.
+        own: ids of parameters that are each rank's own; their state is left out.
     """
 
-    def __init__(self, optimizer: Optimizer, replicas: Replicas, bucket_bytes: int, *, all_ranks: bool) -> None:
+    def __init__(
+        self,
+        optimizer: Optimizer,
+        replicas: Replicas,
+        bucket_bytes: int,
+        *,
+        all_ranks: bool,
+        explored: Collection[str] = (),
+        own: frozenset[int] = frozenset(),
+    ) -> None:
+        self._explored = frozenset(explored)
         self._optimizer, self._replicas, self._bucket_bytes = optimizer, replicas, bucket_bytes
-        self._all_ranks = all_ranks
+        self._all_ranks, self._own = all_ranks, own
         self.has_quantised = False
         """Whether a quantised value has been seen."""
 
@@ -51,19 +67,29 @@ class StateSync:
         """Of all groups, in their order."""
         return [p for group in self._optimizer.param_groups for p in group["params"]]
 
-    def values(self, substitutes: Mapping[int, Any] | None = None) -> Iterator[Value]:
+    def values(self, substitutes: Mapping[int, Any] | None = None, *, part: int = 0, parts: int = 1) -> Iterator[Value]:
         """Every value in the state, in the same order on every rank.
 
         Args:
             substitutes: by parameter, a state to read in place of the optimizer's.
+            part, parts: of the parameters, those whose index is ``part`` modulo ``parts``.
         """
         for index, p in enumerate(self.parameters()):
+            if index % parts != part or id(p) in self._own:
+                continue
             own = substitutes is None or index not in substitutes
             state = self._optimizer.state.get(p) if own else substitutes[index]  # type: ignore[index]
             if state:
                 values = values_of(index, p, state)
                 self.has_quantised |= any(value.entry.kind == "quantised" for value in values)
                 yield from values
+        yield from self.group_values()
+
+    def group_values(self) -> Iterator[Value]:
+        """Those that the optimizer keeps in its parameter groups."""
+        groups, first = self._optimizer.param_groups, len(self.parameters())
+        for index, (group, keys) in enumerate(zip(groups, group_state(self._optimizer), strict=True)):
+            yield from values_in_group(first + index, group, [key for key in keys if key not in self._explored])
 
     def buckets(self, values: Iterable[Value]) -> list[Bucket]:
         """Of those values that are plain tensors."""
@@ -123,9 +149,16 @@ class StateSync:
             work = self._replicas.all_reduce(wire, op, all_ranks=self._all_ranks)
             if work is not None:
                 work.wait()
+            count: float = len(sources) * (self._replicas.members if self._all_ranks else 1)
+            if is_mean and not bool(ops.all_finite([wire])):  # of finite values the sum has overflowed
+                scale = smaller_scale(count)
+                wire = bucket.pack().mul_(scale) if self._replicas.rank in sources else torch.zeros_like(wire)
+                count *= scale
+                if (work := self._replicas.all_reduce(wire, op, all_ranks=self._all_ranks)) is not None:
+                    work.wait()
             if writes:
                 if is_mean:
-                    wire.div_(len(sources) * (self._replicas.members if self._all_ranks else 1))
+                    wire.div_(count)
                 bucket.write(wire)
             sent += wire.nbytes
         return sent
@@ -161,7 +194,8 @@ class StateSync:
         """
         gathered = self._replicas.all_gather_object([value.entry for value in self.values()])
         parameters, members = self.parameters(), self._replicas.members
-        by_rank = [by_parameter(entries, len(parameters)) for entries in gathered]
+        groups = self._optimizer.param_groups
+        by_rank = [by_parameter(entries, len(parameters) + len(groups)) for entries in gathered]
         for member in range(members):  # every rank checks all members, so that all raise alike
             for index in range(len(parameters)):
                 entries = {r: by_rank[r * members + member][index] for r in sources}
@@ -174,11 +208,14 @@ class StateSync:
         own_entries = by_rank[self._replicas.rank * members + self._replicas.member]
         sources_of = []
         substitutes: dict[int, Any] = {}
-        for index, p in enumerate(parameters):
+        owners: list[Any] = [*parameters, *groups]
+        for index, p in enumerate(owners):
             peers = [by_rank[r * members + self._replicas.member][index] for r in range(self._replicas.size)]
             having = [r for r in sources if peers[r]]
             reference = peers[having[0]] if having else []
-            if own_entries[index] != reference:
+            if own_entries[index] != reference and isinstance(p, dict):
+                _fit_group(p, own_entries[index], reference)
+            elif own_entries[index] != reference:
                 state = zero_state(reference, p)
                 if copy and self._replicas.rank in sources:
                     substitutes[index] = state
@@ -188,3 +225,16 @@ class StateSync:
                         self._optimizer.state[p] = state
             sources_of.append([r for r in having if peers[r] == reference])
         return sources_of, substitutes
+
+
+def _fit_group(group: dict[str, Any], own: Sequence[Entry], reference: Sequence[Entry]) -> None:
+    """Let a parameter group have the reference's numbers: zero where it had none, and no others."""
+    for entry in own:
+        if entry not in reference:
+            del group[entry.path[0]]
+    for entry in reference:
+        if entry not in own:
+            is_tensor = entry.dtype.startswith("torch.")
+            zero = 0 if entry.dtype == "int" else 0.0
+            dtype = getattr(torch, entry.dtype.removeprefix("torch."), None)
+            group[entry.path[0]] = torch.zeros(entry.shape, dtype=dtype) if is_tensor else zero

@@ -7,8 +7,8 @@ from typing import NamedTuple
 from torch.optim import Optimizer
 
 from hdet.converge import Averager, ConvergePhase, OptimizerState, OuterMomentum, SlowAverage
-from hdet.explore import ExplorePhase
-from hdet.model import GradientWatch, weights_of
+from hdet.explore import ExplorePhase, ParamGroupField
+from hdet.model import GradientWatch, JoinGuard, LoadWatch, Start, Weights, weights_of
 from hdet.monitor import Publisher
 from hdet.observe import MovementMeter, ObservePhase, PairedProbe, RoundLosses
 from hdet.schedules.base import BaseSchedule, ScheduleLike
@@ -26,46 +26,85 @@ class Phases(NamedTuple):
     steer: SteerPhase
     publisher: Publisher
     gradients: GradientWatch
+    join: JoinGuard
+    start: Start
     schedule: BaseSchedule
     course: Course
 
 
-def build(optimizer: Optimizer, schedule: ScheduleLike, schedule_every: int, resolved: Resolved) -> Phases:
+def build(given: Optimizer, schedule: ScheduleLike, schedule_every: int, resolved: Resolved) -> Phases:
     """The phases of an ensemble. Learning rates are as they were; other hyperparameters have been read.
+
+    Args:
+        given: the optimizer as it was passed, on which a function becomes a schedule; all else works on the one inside.
 
     Raises:
         ValueError: for a schedule or a hyperparameter that does not fit the optimizer.
     """
+    optimizer = resolved.optimizer
     groups = tuple(str(g.get("name", f"group{i}")) for i, g in enumerate(optimizer.param_groups))
-    base = BaseSchedule(optimizer, schedule, schedule_every, groups)
+    base = BaseSchedule(given, schedule, schedule_every, groups)
     course = Course(resolved.converge_every, resolved.total_steps)
     if resolved.controller.needs_probe and resolved.total_steps is not None:
         course.forecast = base.forecast(resolved.total_steps)
-    converge, explore = _converge_phase(optimizer, resolved), _explore_phase(optimizer, resolved)
+    converge = _converge_phase(optimizer, resolved)
+    explore = _explore_phase(optimizer, resolved, converge.weights, base)
+    start = Start(
+        optimizer,
+        converge.weights,
+        resolved.modules,
+        resolved.replicas,
+        [place for h in explore.hyperparameters if isinstance(h, ParamGroupField) for place in h.places],
+    )
     recovery = Recovery(resolved.modules, optimizer, resolved.snapshot_device) if resolved.rolls_back else None
+    _watch_loads(resolved, converge, explore, recovery)
     return Phases(
         explore,
         converge,
         _observe_phase(optimizer, resolved, converge, explore, recovery),
         _steer_phase(resolved, course, len(groups), recovery),
         Publisher(resolved.monitors, resolved.replicas),
-        GradientWatch(resolved.given["gradients"], optimizer, resolved.modules, resolved.replicas),
+        GradientWatch(resolved.given["gradients"], optimizer, resolved.modules, resolved.replicas, _own_ids(resolved)),
+        JoinGuard(resolved.modules, resolved.replicas),
+        start,
         base,
         course,
     )
 
 
-def _explore_phase(optimizer: Optimizer, resolved: Resolved) -> ExplorePhase:
+def _own_ids(resolved: Resolved) -> frozenset[int]:
+    """Of parameters that are each rank's own."""
+    return resolved.exclusion.ids() | {id(p) for p in resolved.outside}
+
+
+def _explore_phase(optimizer: Optimizer, resolved: Resolved, weights: Weights, base: BaseSchedule) -> ExplorePhase:
     given = resolved.given
-    return ExplorePhase(optimizer, given["hyperparameters"], given["virtual_replicas"], resolved.replicas.rank)
+    return ExplorePhase(
+        optimizer,
+        given["hyperparameters"],
+        given["virtual_replicas"],
+        resolved.replicas.rank,
+        may_park=type(weights) is Weights,  # a framework that keeps the weights may step groups one by one
+        overwritten_by=base.overwrites,
+    )
+
+
+def _watch_loads(resolved: Resolved, converge: ConvergePhase, explore: ExplorePhase, recovery: Recovery | None) -> None:
+    """Let those that keep copies of the weights know when these are replaced."""
+    keeps = converge.follows_loads or explore.virtual is not None or recovery is not None
+    if keeps and type(converge.weights) is Weights:
+        watch = LoadWatch(resolved.modules, resolved.optimizer, converge.trained)
+        converge.watch(watch)
+        if explore.virtual is not None:
+            explore.virtual.has_loaded = watch.look
+        if recovery is not None:
+            watch.when_loaded = recovery.renew
 
 
 def _converge_phase(optimizer: Optimizer, resolved: Resolved) -> ConvergePhase:
     given, modules, replicas, probe = resolved.given, resolved.modules, resolved.replicas, resolved.probe
     averaging, outer = given["averaging"], given["outer"]
-    owned = {p for m in modules for p in m.parameters()}
-    extra = [p for group in optimizer.param_groups for p in group["params"] if p not in owned] if modules else []
-    weights = weights_of(modules, extra)
+    weights = weights_of(modules, resolved.exclusion)
     averager = Averager(
         weights,
         replicas,
@@ -73,6 +112,7 @@ def _converge_phase(optimizer: Optimizer, resolved: Resolved) -> ConvergePhase:
         wire_dtype=averaging.low_precision,
         piggyback=averaging.overlap_steps == 0,
         has_virtual=given["virtual_replicas"] > 1,
+        watches=resolved.rolls_back,
     )
     state = OptimizerState(
         optimizer,
@@ -82,6 +122,9 @@ def _converge_phase(optimizer: Optimizer, resolved: Resolved) -> ConvergePhase:
         all_ranks=averager.all_ranks,
         automatic=averaging.optimizer_state == "auto",
         overlapped=averaging.overlap_steps > 0,
+        explored=[h.key for h in given["hyperparameters"] if isinstance(h, ParamGroupField)],
+        watches=resolved.rolls_back or given["virtual_replicas"] > 1,
+        own=_own_ids(resolved),
     )
     return ConvergePhase(
         averager,

@@ -6,6 +6,10 @@ import math
 from collections.abc import Iterable, Mapping
 from typing import Any, Protocol
 
+from torch import Tensor
+
+from hdet.errors import check_item, check_list, check_mapping, check_number, check_whole, shown
+
 VERSION = 6
 """Of the format. A state of another version is refused."""
 
@@ -13,6 +17,8 @@ VERSION = 6
 _ABSENT = {
     "first_loss": math.nan,
     "rollbacks": 0,
+    "loss_level": [],
+    "undone_jump": [],
 }
 
 
@@ -23,7 +29,7 @@ class Stateful(Protocol):
         """Its keys and plain values or tensors. Not collective."""
 
     def check_state(self, state: Mapping[str, Any]) -> None:
-        """Raise ValueError if :meth:`load` cannot, before anything is changed."""
+        """Raise TypeError or ValueError if :meth:`load` cannot, before anything is changed."""
 
     def load(self, state: Mapping[str, Any]) -> None:
         """Continue from a state that :meth:`check_state` has passed."""
@@ -37,14 +43,42 @@ def collect(parts: Iterable[Stateful], own: Mapping[str, Any]) -> dict[str, Any]
     return state
 
 
-def check(parts: Iterable[Stateful], state: Mapping[str, Any]) -> None:
-    """Raise ``ValueError`` if ``state`` cannot be loaded, before anything is changed."""
-    if state.get("version") != VERSION:
-        raise ValueError(
-            f"Cannot load an hdet state of version {state.get('version')!r}; this hdet reads version {VERSION}."
-        )
+def check(parts: Iterable[Stateful], state: Mapping[str, Any], groups: int) -> None:
+    """Raise ``TypeError`` or ``ValueError`` if ``state`` cannot be loaded, before anything is changed.
+
+    Args:
+        parts: which are to load it.
+        state: as :func:`collect` returned it.
+        groups: number of parameter groups.
+    """
+    check_mapping("state_dict", state, "what state_dict() returned")
+    version = state.get("version")
+    if not isinstance(version, int) or version != VERSION:
+        raise ValueError(f"Cannot load an hdet state of version {shown(version)}; this hdet reads version {VERSION}.")
+    what = "The saved state"
+    check_place(check_item(what, state, "steps"), check_item(what, state, "base_lr"), groups)
     for part in parts:
         part.check_state(state)
+
+
+def check_place(steps: Any, base_lr: Any, groups: int) -> tuple[int, list[float | Tensor]]:
+    """A number of steps, and the schedule's learning rate for each of as many groups.
+
+    Raises:
+        TypeError, ValueError: for anything else.
+    """
+    steps = check_whole("steps", steps, ">= 0", lambda steps: steps >= 0)
+    rates: list[float | Tensor] = []
+    rule = f"a learning rate, finite and >= 0, for each of {groups} parameter groups"
+    for lr in check_list("base_lr", base_lr, rule, length=groups):
+        if isinstance(lr, Tensor):
+            if lr.numel() != 1 or lr.is_complex() or lr.is_meta:
+                raise TypeError(f"Invalid base_lr={shown(lr)}. Must be {rule}.")
+            check_number("base_lr", lr.item(), rule, lambda lr: lr >= 0)
+            rates.append(lr)
+        else:
+            rates.append(float(check_number("base_lr", lr, rule, lambda lr: lr >= 0)))
+    return steps, rates
 
 
 def load(parts: Iterable[Stateful], state: Mapping[str, Any]) -> None:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import time
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
+from weakref import WeakMethod
 
 import torch
 from torch import Tensor
@@ -13,12 +15,19 @@ from torch import Tensor
 from hdet.converge import Averaged, Findings, Pending
 from hdet.ensemble import checkpoint
 from hdet.ensemble.build import Phases
-from hdet.model import RivalWatch, check_caller
+from hdet.errors import ReplicaMismatchError
+from hdet.model import RivalWatch, check_caller, outside_inference
 from hdet.monitor import Moment, Report, assemble
-from hdet.observe import Loss, ProbeLosses
-from hdet.replicas import gather_agreed
+from hdet.observe import Loss, ProbeLosses, finite_mean
+from hdet.replicas import Call, gather_agreed
+from hdet.replicas.notes import at_exit, last_error
 from hdet.settings import Resolved
 from hdet.steer import ControllerReport
+
+logger = logging.getLogger("hdet")
+
+_COMPARISONS = 16
+"""Most first steps at which replicas are compared, where their optimizers take none."""
 
 
 class _InFlight(NamedTuple):
@@ -44,8 +53,8 @@ class Rounds:
         self._settings, self._group_names, self._rival = settings, tuple(groups), rival
         self._replicas = settings.replicas
         self._explore, self._converge_phase, self._observe, self._steer = phases[:4]
-        self._publisher, self._gradients = phases.publisher, phases.gradients
-        self._schedule, self._course = phases.schedule, phases.course
+        self._publisher, self._gradients, self._begun = phases.publisher, phases.gradients, phases.start
+        self._schedule, self._course, self._join = phases.schedule, phases.course, phases.join
         self.steps = 0
         """Calls of :meth:`end_step` so far."""
         self.converged_at = 0
@@ -53,6 +62,9 @@ class Rounds:
         self.last_report: Report | None = None
         """Of the latest converge."""
         self._begins_round = self._is_new = True
+        self._must_compare = True  # names and settings, before anything is averaged
+        self._must_compare_start = True  # bits, too, at the first step
+        self._comparisons = 0
         self._in_flight: _InFlight | None = None
         self.draw()
         self.fan_out()
@@ -76,7 +88,7 @@ class Rounds:
         """Take a step's loss, and end the round if it is over."""
         checked = self._observe.check(loss)
         self._explore.check()
-        if self._is_new:
+        if self._must_compare_start:
             self._start()
         self._observe.add(checked)
         steps = self.steps = self.steps + 1
@@ -93,9 +105,13 @@ class Rounds:
             if self.steps % self._course.converge_every == 0:
                 self._record(self.steps)
 
+    @outside_inference
     def converge(self) -> Report | None:
         """Average now, inside a round; ``None`` if the replicas have converged already. Collective."""
-        told = self._agree()
+        self._explore.check()
+        if self._must_compare:
+            self._compare(Call.FIRST_CONVERGE)
+        told = self._agree(Call.CONVERGE)
         if self.converged_at == self.steps and not any(one["written"] for one in told):
             return None
         self._land()
@@ -103,27 +119,45 @@ class Rounds:
 
     # -------------------------------------------------------------------------------------------------- a round's end
 
+    @outside_inference
     def _end_round(self, batch: Any) -> None:
         """Agree, converge, observe, steer; then draw what the next round is trained under."""
+        told = self._agree(Call.ROUND)
         self._record(self.steps - 1)
-        self._converge(self._agree(), complete=True)
+        self._converge(told, complete=True)
         if self._wants_probe():
             self._observe.keep(batch)
         self.draw()
 
-    def _agree(self, *, converges: bool = True) -> list[dict[str, float]]:
+    def _agree(self, call: Call) -> list[dict[str, float]]:
         """Make sure that all replicas are at the same point, and gather what each has to tell."""
+        self._join.check()
         terms = {
             **self._observe.terms(),
             **self._publisher.terms(),
-            **self._gradients.terms(self.steps),
-            **self._converge_phase.terms(converges=converges),
+            **self._gradients.terms(),
+            **self._converge_phase.terms(),
+            **self._steer.terms(),
         }
-        facts = {**self._plain_settings(), **self._steer.facts(), "replicas=": self._replicas.kind}
-        phase = self._converge_phase
-        told = gather_agreed(self._replicas, self.steps, phase.layout, facts, terms, phase.gather)
-        self._gradients.compare(self.steps, told)
+        phase, describe = self._converge_phase, self._begun.describe
+        told = gather_agreed(
+            self._replicas, call, self.steps, phase.layout, self._facts(), terms, phase.gather, describe
+        )
+        if self._explore.by_hand:
+            self._explore.agree(self._replicas.all_gather(self._explore.readings()), self._group_names)
+        if any(one["written"] > 1 for one in told):
+            phase.forget()
+        self._gradients.compare(told, is_last=True)
         return told
+
+    def _facts(self) -> dict[str, Any]:
+        """What must be the same on every rank at all times."""
+        facts = {**self._plain_settings(), **self._steer.facts(), "replicas=": self._replicas.kind}
+        by_hand = [self._group_names[i] for i in self._explore.by_hand]
+        if by_hand:  # these may differ, until they are compared
+            facts = {key: value for key, value in facts.items() if key not in {f"schedule_lr.{g}" for g in by_hand}}
+            facts["learning rates written by hand"] = ", ".join(by_hand)
+        return facts
 
     def _converge(self, told: list[dict[str, float]], complete: bool) -> Report:
         """Average, or send what is to be averaged; probe; and, if the round is complete, steer."""
@@ -133,8 +167,8 @@ class Rounds:
         if complete:
             self._rival.look()
         with torch.profiler.record_function("hdet::converge"):
-            if complete and self._has_blown_up(found):
-                return self._roll_back(watched, started)
+            if all(one["can restore"] for one in told) and self._has_blown_up(found, complete):
+                return self._roll_back(watched, started, complete)
             if complete and self._settings.given["averaging"].overlap_steps:
                 pending = self._converge_phase.start(found)
                 self.last_report = report = self._move()
@@ -151,7 +185,7 @@ class Rounds:
         moved = self._observe.movement(self._steer.rounds_since_kept)
         self._converge_phase.step_outer()
         report = self._move(probed, moved)
-        self._steer.keep(report.mean_loss)
+        self._steer.keep(good=any(one.finite for one in found) and self._converge_phase.is_finite())
         return self._publish(report, averaged, watched, started)
 
     def _probe(self, averaged: Averaged) -> ProbeLosses:
@@ -167,13 +201,17 @@ class Rounds:
         self._observe.begin_round()
         return report
 
-    def _has_blown_up(self, found: Sequence[Findings]) -> bool:
-        """Whether the round that just ended is to be undone."""
-        losses = self._observe.means if self._observe.knows_losses else ()
-        finite = [one.weights.finite for one in found]
-        return self._steer.has_blown_up(self.steps, finite, losses, can_probe=self._can_probe)
+    def _has_blown_up(self, found: Sequence[Findings], complete: bool) -> bool:
+        """Whether the round so far is to be undone. Of an incomplete one the losses do not tell."""
 
-    def _roll_back(self, watched: bool, started: float) -> Report:
+        def agree(own: float) -> float:
+            return finite_mean([rank for (rank,) in self._replicas.all_gather([own])])
+
+        losses = self._observe.means if complete and self._observe.knows_losses else ()
+        finite = [one.finite for one in found]
+        return self._steer.has_blown_up(self.steps, finite, losses, can_probe=self._can_probe, agree=agree)
+
+    def _roll_back(self, watched: bool, started: float, complete: bool) -> Report:
         """Undo the round: the model and the optimizer as they last converged well, under a smaller gain."""
         undone = self._steer.roll_back(self.steps)
         self._converge_phase.roll_back()
@@ -181,7 +219,11 @@ class Rounds:
         report = self._report(undone, rolled_back=True)
         self._observe.begin_round()
         if self._replicas.writer:
-            self._steer.warn_of_rollback(self.steps, report.mean_loss)
+            self._steer.warn_of_rollback(self.steps)
+        if not complete:  # the rest of the round is trained under the smaller gain too
+            self.draw()
+            self._explore.undo()
+            self.fan_out()
         return self._publish(report, Averaged(math.nan, (), 0), watched, started)
 
     def _land(self) -> None:
@@ -230,6 +272,7 @@ class Rounds:
         """What has something to save."""
         return self._observe, self._steer, self._explore, self._converge_phase, self._schedule
 
+    @outside_inference
     def resume_at(self, steps: int, base_lr: Sequence[float | Tensor], state: Mapping[str, Any] | None = None) -> None:
         """Continue from a converged model after ``steps`` steps, with the schedule at ``base_lr``, and with the rest of
         a saved ``state``."""
@@ -237,22 +280,99 @@ class Rounds:
         self._observe.restart()
         if state is not None:
             checkpoint.load(self.parts, state)
+        self._begun.arm()
         self._steer.restart()
+        self._must_compare = self._must_compare_start = True
+        self._comparisons = 0
         self.steps = self.converged_at = steps
         self._converge_phase.restart()
         self.draw()
         self._explore.undo(base_lr)
         self.fan_out()
 
+    @property
+    def is_over(self) -> bool:
+        """Whether all steps of the run, if their number is known, have been taken."""
+        total = self._course.total_steps
+        return total is not None and self.steps >= total
+
+    @property
+    def has_begun(self) -> bool:
+        """Whether a step has been taken, or a state loaded."""
+        return self.steps > 0 or not self._is_new
+
+    def close(self) -> None:
+        """Leave model and optimizer to others. Not collective: an average under way is not waited for."""
+        self._in_flight = None
+        self._explore.close()
+        self._steer.close()
+        self._converge_phase.close()
+
     # --------------------------------------------------------------------------------------------------- inner parts
 
+    @outside_inference
     def _start(self) -> None:
-        check_caller()
-        self._agree(converges=False)
-        self._is_new = False
-        self._steer.begin()
-        self._observe.begin()
-        self._publisher.start(self._plain_settings(), self.steps)
+        """Before the first step counts, and the first after a load: all that replicas must have in common. Again before
+        the next ones, as long as an optimizer has taken no step, for example since AMP has skipped it."""
+        if self._is_new:
+            check_caller()
+        self._compare(Call.FIRST_STEP)
+        if self._is_new:
+            self._is_new = False
+            self._steer.begin()
+            self._observe.begin()
+            self._publisher.start(self._plain_settings(), self.steps)
+            self._warn_of_one_replica()
+            if self._replicas.size > 1:
+                tell = WeakMethod(self._tell_end)
+                at_exit(lambda: None if (method := tell()) is None else method())
+
+    def _compare(self, call: Call) -> None:
+        """Compare names, settings and, at a first step, bits and gradients. Collective."""
+        replicas, begun = self._replicas, self._begun
+        self._join.check()
+        replicas.check_world()
+        replicas.doing = call.at(self.steps)
+        facts: dict[str, Any] = {}
+        layout = 0
+        if self._must_compare:
+            facts, layout = {**self._facts(), **begun.facts()}, begun.layout()
+            replicas.meet()
+        terms = {**begun.terms(), **self._gradients.terms()}
+        told = gather_agreed(replicas, call, self.steps, layout, facts, terms, describe=begun.describe)
+        self._must_compare = False
+        if call is not Call.FIRST_STEP:
+            return
+        self._comparisons += 1
+        is_known, broadcasts = begun.is_known(told), self._settings.given["broadcast"]
+        self._must_compare_start = not (is_known or broadcasts) and self._comparisons < _COMPARISONS
+        if not self._must_compare_start:
+            begun.end()
+        if broadcasts:
+            self._converge_phase.broadcast()
+            self._explore.gather_in()
+            self._steer.keep(good=True)
+        elif is_known and (found := begun.compare(told)):
+            raise ReplicaMismatchError(
+                f"The replicas start from different weights: {found}. Load the same checkpoint on every rank, or build "
+                "the model under the same seed; pass broadcast=True to start from replica 0's, or exclude= for what "
+                "is each rank's own."
+            )
+        self._gradients.compare(told)
+
+    def _warn_of_one_replica(self) -> None:
+        given = self._settings.given
+        if self._settings.size == 1 and (given["auto_lr"] or self._settings.probe is not None):
+            asked = "auto_lr=True" if given["auto_lr"] else "probe="
+            logger.warning(
+                f"{asked} learns from the differences between replicas, and there is 1 replica: nothing is learned, "
+                "and the learning rate stays the schedule's. Start several processes with torchrun, or pass "
+                "virtual_replicas=K with gradient accumulation."
+            )
+
+    def _tell_end(self) -> None:
+        if self.steps != self.converged_at:
+            self._replicas.tell_end(f"after step {self.steps}, before the end of its round{last_error()}")
 
     def _plain_settings(self) -> dict[str, Any]:
         """The run's settings as plain values, for error messages and for TensorBoard's hparams."""

@@ -7,13 +7,14 @@ replica in turn (:class:`VirtualReplicas`). All draws depend on (seed, round, hy
 
 from hdet.explore.design import Design, Effect
 from hdet.explore.dropout import Dropout
-from hdet.explore.fan_out import FanOut, copied
+from hdet.explore.fan_out import FanOut, hand_over, keep_fan_out
 from hdet.explore.hyperparameters import Hyperparameter
 from hdet.explore.identification import check_identified
 from hdet.explore.kinds import ParamGroupField, module_attribute, param_group, scalar
 from hdet.explore.noisy_start import warm_noisy_start
 from hdet.explore.phase import ExplorePhase
 from hdet.explore.prior import Prior
+from hdet.explore.rates import copied
 from hdet.explore.virtual import VirtualReplicas
 
 __all__ = [
@@ -28,6 +29,8 @@ __all__ = [
     "VirtualReplicas",
     "check_identified",
     "copied",
+    "hand_over",
+    "keep_fan_out",
     "module_attribute",
     "param_group",
     "scalar",

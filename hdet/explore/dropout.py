@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from hdet.errors import check_number
+
 
 class Dropout(nn.Module):
     """``nn.Dropout`` whose ``p`` is a 0-dim tensor, written in place: a compiled model does not compile anew when it
@@ -14,14 +16,12 @@ class Dropout(nn.Module):
     model is, and is not part of its state.
 
     Raises:
-        ValueError: for ``p`` outside [0, 1).
+        TypeError, ValueError: for ``p`` outside [0, 1).
     """
 
     def __init__(self, p: float = 0.5) -> None:
         super().__init__()
-        if not 0 <= p < 1:
-            raise ValueError(f"Invalid {p=}. Must be in [0, 1).")
-        self.p = torch.tensor(float(p))
+        self.p = torch.tensor(float(check_number("p", p, "in [0, 1)", lambda p: 0 <= p < 1)))
 
     def forward(self, x: Tensor) -> Tensor:
         """``x`` with each element 0 with probability ``p``, and otherwise divided by ``1 - p``; in eval mode ``x``."""

@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 from weakref import WeakKeyDictionary, ref
 
+import torch
 from torch import Tensor
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
+from hdet.errors import check_number, shown
+from hdet.explore.by_hand import ByHand, read_by_hand
 from hdet.explore.hyperparameters import Hyperparameter
 from hdet.explore.kinds import ParamGroupField
+from hdet.explore.rates import copied, put, share_memory, version_of
+from hdet.model.step_hook import BeforeStep
+from hdet.transaction import AllOrNothing, attributes_of
 
 _ATTACHED: WeakKeyDictionary[Optimizer, ref[FanOut]] = WeakKeyDictionary()
-"""By optimizer: the last :class:`FanOut` built on it."""
+"""By optimizer: the last :class:`FanOut` that took it over."""
 
 
 class FanOut:
@@ -22,63 +28,249 @@ class FanOut:
 
     A schedule writes base learning rates into the optimizer; :meth:`apply` reads them and writes this replica's. The
     optimizer's ``state_dict()`` holds the base learning rates and the other hyperparameters' centres, which are equal
-    on all ranks.
+    on all ranks. A learning rate that somebody else has written stands in it as it is.
+
+    Learning rates that were written by hand between two steps are seen by :meth:`notice` at the next one, and become
+    the base from which the schedule goes on: see :mod:`hdet.explore.by_hand`.
 
     Args:
         optimizer: whose parameter groups are written.
         hyperparameters: what else differs; attached to the optimizer here.
+
+    Raises:
+        TypeError, ValueError: for a learning rate that is no finite number >= 0, or a hyperparameter that the optimizer
+            does not have; everything is then as it was.
     """
 
     def __init__(self, optimizer: Optimizer, hyperparameters: Sequence[Hyperparameter] = ()) -> None:
         self._optimizer, self._hyperparameters = optimizer, tuple(hyperparameters)
-        for h in self._hyperparameters:
-            h.attach(optimizer)
-        self.base: list[float | Tensor] = [group["lr"] for group in optimizer.param_groups]
-        """The schedule's learning rates, before gain and multiplier."""
-        self._scales = [1.0] * len(self.base)
+        with AllOrNothing(optimizer) as transaction:
+            for h in self._hyperparameters:
+                transaction.on_failure(h.keep())
+                h.attach(optimizer)
+            self.base: list[float | Tensor] = [check_lr(i, group) for i, group in enumerate(optimizer.param_groups)]
+            """The schedule's learning rates, before gain and multiplier."""
+        count = len(self.base)
+        self._gains, self._scales = [1.0] * count, [1.0] * count
+        self._differs = [False] * count  # between replicas
         self._settings: list[tuple[float, float]] = [(0.0, 0.0)] * len(self._hyperparameters)
+        self.written: list[Any] = list(self.base)
+        """What stands in the optimizer, if nobody else has written it."""
+        self._versions = [version_of(lr) for lr in self.base]
+        self._owners: tuple[list[Any], list[int]] = ([], [])  # learning rates, and by group the first with its memory
+        self.has_tensors = any(isinstance(lr, Tensor) for lr in self.base)
+        """Whether a learning rate is a tensor, which can be written in place."""
+        self._is_parked = False  # base learning rates stand in the optimizer, not this replica's
+        self.expected: list[Any] | None = self.written
+        """The same, or ``None`` where there is something to do even so."""
+        self._before_step = BeforeStep(optimizer, self.come_back)
+        self.by_hand: dict[int, ByHand] = {}
+        """By parameter group, what was last written by hand since the replicas compared."""
         self.is_current = True
         """Whether no other :class:`FanOut` has been built on the optimizer since."""
         attached = _ATTACHED.get(optimizer)
         if attached is not None and (previous := attached()) is not None:
-            previous.is_current = False
-            for hook in previous._hooks:
-                hook.remove()
+            previous.release()
         _ATTACHED[optimizer] = ref(self)
         self._hooks: tuple[RemovableHandle, ...] = (
             optimizer.register_state_dict_post_hook(self._on_state_dict),
             optimizer.register_load_state_dict_post_hook(self._on_load),
         )
 
-    def begin_round(self, scales: Sequence[float], settings: Sequence[tuple[float, float]]) -> None:
+    def begin_round(
+        self,
+        gains: Sequence[float],
+        multipliers: Sequence[float],
+        settings: Sequence[tuple[float, float]],
+        differs: Sequence[bool] = (),
+    ) -> None:
         """Set what holds for a round. The hyperparameters are written at once, the learning rates by :meth:`apply`.
 
         Args:
-            scales: by parameter group, what multiplies the base learning rate: gain times multiplier.
+            gains: by parameter group; times the multiplier it is what multiplies the base learning rate.
+            multipliers: by parameter group, this replica's.
             settings: by hyperparameter, (position of its centre, level of this replica).
+            differs: by parameter group, whether replicas of other processes have other multipliers.
         """
-        self._scales, self._settings = list(scales), list(settings)
+        self._gains = list(gains)
+        self._scales = [gain * rho for gain, rho in zip(gains, multipliers, strict=True)]
+        self._settings, self._differs = list(settings), list(differs) or [False] * len(self._gains)
         self._write_hyperparameters()
 
     def apply(self) -> None:
         """Read the base learning rates that the schedule has written, and write this replica's."""
-        base, scales = self.base, self._scales
+        base, scales, written = self.base, self._scales, self.written
         for i, group in enumerate(self._optimizer.param_groups):
-            base[i] = lr = group["lr"]
+            lr = group["lr"]
             if type(lr) is not float and isinstance(lr, Tensor):
-                base[i] = lr.clone()
-                lr.mul_(scales[i])  # in place: compiled optimizers and CUDA graphs keep the tensor
+                self._apply_to_tensor(i, lr)
             else:
-                group["lr"] = lr * scales[i]
+                base[i] = lr
+                written[i] = group["lr"] = lr * scales[i]
+
+    def _apply_to_tensor(self, i: int, lr: Tensor) -> None:
+        # In place: compiled optimizers and CUDA graphs keep the tensor. Groups may share it: torch's optimizers take
+        # one tensor for all groups. It is then multiplied once.
+        if (owner := self._owner(i, lr)) == i:
+            self.base[i] = lr.clone()
+            lr.mul_(self._scales[i])
+        else:
+            self.base[i] = self.base[owner]
+        self.written[i], self._versions[i], self.has_tensors = lr, lr._version, True
+
+    def _owner(self, i: int, lr: Tensor) -> int:
+        """The first parameter group whose learning rate has the memory of ``lr``, which is that of group ``i``."""
+        known, owners = self._owners
+        if i >= len(known) or known[i] is not lr:
+            known = [group["lr"] for group in self._optimizer.param_groups]
+            owners = [
+                next(j for j, other in enumerate(known) if other is one or share_memory(other, one)) for one in known
+            ]
+            self._owners = known, owners
+        return owners[i]
 
     def undo(self, rates: Sequence[float | Tensor] | None = None) -> None:
         """Write base learning rates, by default the last ones read. To be called before a schedule's step: chainable
         schedulers compute the next learning rate from the one in the optimizer."""
+        if rates is not None:
+            self._end_parking()
+            self.by_hand.clear()
         for group, lr in zip(self._optimizer.param_groups, self.base if rates is None else rates, strict=True):
-            if isinstance(group["lr"], Tensor):
-                group["lr"].fill_(lr)
-            else:
-                group["lr"] = lr
+            put(group, lr)
+
+    # ------------------------------------------------------------------------------------------- written by others
+
+    def is_untouched(self) -> bool:
+        """Whether this writes into the optimizer, and its learning rates stand there as they were last written."""
+        if [group["lr"] for group in self._optimizer.param_groups] != self.expected:
+            return False
+        return not self.has_tensors or [version_of(lr) for lr in self.written] == self._versions
+
+    def notice(self) -> list[int]:
+        """Where it is not: take over what was written by hand as the base, and put this replica's rates back where they
+        had been put aside. Returns the parameter groups that were written by hand."""
+        was_parked, groups = self._is_parked, []
+        seen: list[Any] = []
+        for i, group in enumerate(self._optimizer.param_groups):
+            lr = group["lr"]
+            if self._is_own(i) or any(share_memory(lr, other) for other in seen):
+                continue
+            groups.append(i)
+            seen.append(lr)
+            self._take(i, lr, was_parked)
+        if was_parked:
+            self._end_parking()
+            self._write_hyperparameters()
+            for i, group in enumerate(self._optimizer.param_groups):
+                if i not in groups:
+                    self._write_own(i, group)
+        self._remember(range(len(self.base)))
+        return groups
+
+    def _remember(self, groups: Iterable[int]) -> None:
+        """What stands in these groups is what was last written."""
+        for i in groups:
+            lr = self._optimizer.param_groups[i]["lr"]
+            self.written[i], self._versions[i] = lr, version_of(lr)
+        self.has_tensors = any(isinstance(lr, Tensor) for lr in self.written)
+
+    def _take(self, i: int, lr: Any, was_parked: bool) -> None:
+        """Make what was written into group ``i``, and those that share its tensor, the base."""
+        if was_parked:
+            new = copied(lr)
+        elif not self._differs[i]:
+            new = lr / self._gains[i]
+        else:
+            rho = self._scales[i] / self._gains[i]
+            self.by_hand[i] = read_by_hand(float(lr), float(self.base[i]) * self._scales[i], rho)
+            new = lr / (self._scales[i] if self.by_hand[i].is_factor else self._gains[i])
+        self.set_base(i, new)
+
+    def set_base(self, i: int, lr: float | Tensor) -> None:
+        """Set the base learning rate of group ``i`` and of those that share its tensor."""
+        groups = self._optimizer.param_groups
+        for j, group in enumerate(groups):
+            if j == i or share_memory(group["lr"], groups[i]["lr"]):
+                self.base[j] = lr
+
+    def _is_own(self, i: int) -> bool:
+        """Whether a group's learning rate is what was last written."""
+        lr, written = self._optimizer.param_groups[i]["lr"], self.written[i]
+        if isinstance(lr, Tensor):
+            return lr is written and lr._version == self._versions[i]
+        return lr is written or (not isinstance(written, Tensor) and lr == written)
+
+    # ----------------------------------------------------------------------------------------------- handing it over
+
+    def park(self, *, comes_back: bool, whole: bool) -> None:
+        """Put the base learning rates and the other hyperparameters' centres into the optimizer, where nobody else has
+        written since.
+
+        Args:
+            comes_back: whether this replica's are put back just before the optimizer's next step, unless somebody else
+                has written by then.
+            whole: whether hyperparameters outside the optimizer, which a forward pass reads, go to their centres too.
+        """
+        owned = [i for i in range(len(self.base)) if self._is_own(i)]
+        for i in owned:
+            put(self._optimizer.param_groups[i], self.base[i])
+        for h, (position, _level) in zip(self._hyperparameters, self._settings, strict=True):
+            if whole or isinstance(h, ParamGroupField):
+                h.write(position)
+        self._remember(owned)
+        self._is_parked, self.expected = True, None
+        if comes_back:
+            self._before_step.arm()
+
+    def come_back(self) -> None:
+        """Undo :meth:`park`, where nobody else has written since."""
+        groups = self._optimizer.param_groups
+        if not all(group["lr"] is self.written[i] and self._is_own(i) for i, group in enumerate(groups)):
+            self._before_step.disarm()  # another scheduler's now, or written by hand: notice() will say
+            return
+        self._end_parking()
+        self._write_hyperparameters()
+        for i, group in enumerate(groups):
+            self._write_own(i, group)
+        self._remember(range(len(groups)))
+
+    def _write_own(self, i: int, group: dict[str, Any]) -> None:
+        """Write this replica's learning rate, from the base."""
+        base, lr = self.base[i], group["lr"]
+        if not isinstance(lr, Tensor):
+            group["lr"] = base * self._scales[i]
+        elif self._owner(i, lr) == i:
+            lr.fill_(base).mul_(self._scales[i])
+
+    def _end_parking(self) -> None:
+        self._is_parked, self.expected = False, self.written
+        self._before_step.disarm()
+
+    def release(self) -> None:
+        """Leave the optimizer to others: base learning rates and centres in it, and no hooks."""
+        if not self.is_current:
+            return
+        if len(self._optimizer.param_groups) == len(self.base):
+            self.park(comes_back=False, whole=True)
+        self._before_step.remove()
+        self.is_current, self.expected = False, None
+        for hook in self._hooks:
+            hook.remove()
+        if (attached := _ATTACHED.get(self._optimizer)) is not None and attached() is self:
+            del _ATTACHED[self._optimizer]
+
+    @property
+    def own(self) -> list[float | Tensor]:
+        """This replica's learning rates, by group, also while they are put aside."""
+        groups = self._optimizer.param_groups
+        if self._is_parked and self.is_current:
+            pairs = zip(self.base, self._scales, groups, strict=True)
+            return [
+                base * scale if self._is_own(i) else copied(group["lr"]) for i, (base, scale, group) in enumerate(pairs)
+            ]
+        return [copied(group["lr"]) for group in groups]
+
+    # ------------------------------------------------------------------------------------------------- saved state
 
     def _write_hyperparameters(self) -> None:
         for h, (position, level) in zip(self._hyperparameters, self._settings, strict=True):
@@ -86,17 +278,75 @@ class FanOut:
 
     def _on_state_dict(self, _: Optimizer, state_dict: dict[str, Any]) -> None:
         """Replace this replica's values by those that are equal on all ranks."""
-        for group, base in zip(state_dict["param_groups"], self.base, strict=True):
-            group["lr"] = copied(base)
+        self.check_groups()
+        live = self._optimizer.param_groups
+        for i, (group, base) in enumerate(zip(state_dict["param_groups"], self.base, strict=True)):
+            lr = copied(base) if self._is_own(i) else copied(live[i]["lr"])
+            if isinstance(group.get("initial_lr"), Tensor) and share_memory(group["initial_lr"], live[i]["lr"]):
+                group["initial_lr"] = copied(lr)
+            group["lr"] = lr
         for h, (position, _level) in zip(self._hyperparameters, self._settings, strict=True):
             if isinstance(h, ParamGroupField):
                 h.write_centre(state_dict["param_groups"], position)
 
     def _on_load(self, _: Optimizer) -> None:
+        self.check_groups()
+        self._end_parking()
+        self.by_hand.clear()
         self.apply()
         self._write_hyperparameters()
 
+    def check_groups(self) -> None:
+        """Raise ValueError if the optimizer has other parameter groups than when this was built."""
+        groups = self._optimizer.param_groups
+        if len(groups) != len(self.base):
+            raise ValueError(
+                f"The optimizer has {len(groups)} parameter groups and had {len(self.base)} when hdet was built. Build "
+                "the scheduler after the last add_param_group()."
+            )
 
-def copied(lr: Any) -> Any:
-    """A copy of a learning rate; of a tensor, with memory of its own."""
-    return lr.clone() if isinstance(lr, Tensor) else lr
+
+def check_lr(index: int, group: Mapping[str, Any]) -> float | Tensor:
+    """The learning rate of parameter group ``index``: a finite number >= 0, or a tensor of one element that is.
+
+    Raises:
+        TypeError, ValueError: for anything else.
+    """
+    name, rule = f"optimizer.param_groups[{index}]['lr']", "finite and >= 0, for the schedule to begin from"
+    lr = group.get("lr")
+    if not isinstance(lr, Tensor):
+        check_number(name, lr, rule, lambda lr: lr >= 0)
+        return lr  # type: ignore[return-value]
+    if lr.numel() != 1 or lr.is_complex() or lr.dtype == torch.bool:
+        raise TypeError(f"Invalid {name}={shown(lr)}. Must be a tensor of one number, {rule}.")
+    if not lr.is_meta:
+        check_number(name, lr.item(), rule, lambda lr: lr >= 0)
+    return lr
+
+
+def keep_fan_out(optimizer: Optimizer) -> Callable[[], None]:
+    """What puts back, as it is now, who writes into the optimizer, and what that keeps; once the optimizer has been."""
+    attached = _ATTACHED.get(optimizer)
+    current = None if attached is None else attached()
+    if current is None:
+
+        def leave() -> None:
+            _ATTACHED.pop(optimizer, None)
+
+        return leave
+    parts = [attributes_of(current), attributes_of(current._before_step), *(h.keep() for h in current._hyperparameters)]
+
+    def undo() -> None:
+        for part in parts:
+            part()
+        _ATTACHED[optimizer] = ref(current)
+
+    return undo
+
+
+def hand_over(optimizer: Optimizer) -> None:
+    """If an hdet scheduler writes into the optimizer, let it put base learning rates and centres there and write no
+    more: what is built next begins from them."""
+    attached = _ATTACHED.get(optimizer)
+    if attached is not None and (current := attached()) is not None:
+        current.release()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numbers
 import re
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
@@ -10,9 +11,16 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from hdet.errors import check_list, check_number, check_text, plain, shown
 from hdet.explore.dropout import Dropout
 from hdet.explore.hyperparameters import Hyperparameter, Space
+from hdet.model.devices import check_device
+from hdet.model.weights import check_modules
 
+_FIELD_RULE = (
+    "a field of the optimizer's parameter groups, such as 'weight_decay' or 'betas[0]'; learning rates have spread= "
+    "and per_group="
+)
 _REGULARISERS = ("weight_decay",)
 """Fields that only regularise."""
 
@@ -49,13 +57,13 @@ def param_group(
         >>> hdet.param_group("weight_decay", spread=0.5)
         weight_decay: log, spread 0.5, bounds (0.0, inf), acts on the update, regularises
     """
-    key = field.partition("[")[0]
+    key = check_text("field", field, _FIELD_RULE).partition("[")[0]
     return ParamGroupField(
         field,
         groups,
-        name or field,
+        field if name is None else name,
         spread=spread,
-        space=space or ("complement" if key in ("momentum", "betas") else "log"),
+        space=("complement" if key in ("momentum", "betas") else "log") if space is None else space,
         bounds=bounds,
         acts_on="update",
         regularises=key in _REGULARISERS if regularises is None else regularises,
@@ -96,20 +104,21 @@ def module_attribute(
         >>> hdet.module_attribute(model, torch.nn.Dropout, "p", spread=0.1)
         Dropout.p: linear, spread 0.1, bounds (0, 1), acts on the gradient, regularises
     """
-    models = (model,) if isinstance(model, nn.Module) else tuple(model)
+    models = check_modules("model", model)
+    if not isinstance(kind, type) or not issubclass(kind, nn.Module):
+        raise TypeError(f"Invalid kind={shown(kind)}. Must be a class of modules, such as torch.nn.Dropout.")
+    check_text("attribute", attribute, "the name of an attribute, such as 'p'")
     modules = [module for one in models for module in one.modules() if isinstance(module, kind)]
     if not modules:
         raise ValueError(f"The model has no {kind.__name__} whose {attribute!r} could be explored.")
     for module in modules:
-        value = getattr(module, attribute, None)
-        if isinstance(value, bool) or not isinstance(value, (int, float, Tensor)):
-            raise TypeError(f"{kind.__name__}.{attribute} is {value!r}. Must be a number to be explored.")
+        _number(f"{kind.__name__}.{attribute}", getattr(module, attribute, None))
     if bounds is None and attribute == "p" and issubclass(kind, (nn.modules.dropout._DropoutNd, Dropout)):
         bounds = (0, 1)
     return ModuleAttribute(
         modules,
         attribute,
-        name or f"{kind.__name__}.{attribute}",
+        f"{kind.__name__}.{attribute}" if name is None else name,
         spread=spread,
         space=space,
         bounds=bounds,
@@ -174,13 +183,15 @@ class ParamGroupField(Hyperparameter):
         super().__init__(name, **settings)
         match = re.fullmatch(r"(\w+)(?:\[(\d+)\])?", field)
         if match is None or field == "lr" or match[1] == "params":
-            raise ValueError(
-                f"Invalid {field=}. Must be a field of the optimizer's parameter groups, such as 'weight_decay' or "
-                "'betas[0]'; learning rates have spread= and per_group=."
-            )
+            raise ValueError(f"Invalid {field=}. Must be {_FIELD_RULE}.")
         self.key, self._index = match[1], None if match[2] is None else int(match[2])
-        self._chosen = groups
+        self._chosen = None if groups is None else _chosen(groups)
         self._indices: list[int] = []  # of the parameter groups explored
+
+    @property
+    def places(self) -> list[tuple[int, str, int | None]]:
+        """Where it is: (parameter group, key, index in a setting of several numbers)."""
+        return [(i, self.key, self._index) for i in self._indices]
 
     @property
     def is_momentum(self) -> bool:
@@ -202,8 +213,8 @@ class ParamGroupField(Hyperparameter):
             indices.append(i)
         if not indices:
             raise ValueError(
-                f"No parameter group to explore {self.name} in: it is 0 in all, or groups={self._chosen} names none. "
-                "From 0 it can only be explored in space='linear'."
+                f"The optimizer has no parameter group to explore {self.name} in: it is 0 in all, or groups="
+                f"{self._chosen} names none. From 0 it can only be explored in space='linear'."
             )
         self._optimizer, self._indices = optimizer, indices
         return self._current_values()
@@ -233,10 +244,17 @@ class ParamGroupField(Hyperparameter):
                 group[self.key] = set_value(current, value)
 
     def _get(self, group: dict[str, Any]) -> float:
-        value = group[self.key] if self._index is None else group[self.key][self._index]
-        if isinstance(value, bool) or not isinstance(value, (int, float, Tensor)):
-            raise TypeError(f"{self.name} is {value!r}. Must be a number to be explored.")
-        return float(value)
+        value = group[self.key]
+        if self._index is not None:
+            if not isinstance(value, (list, tuple)) or self._index >= len(value):
+                raise ValueError(
+                    f"The optimizer's {self.key} is {shown(value)}, which has no number {self._index}. Name one that "
+                    "it has."
+                )
+            value = value[self._index]
+        elif isinstance(value, (list, tuple)):
+            raise TypeError(f"{self.name} is {shown(value)}, {len(value)} numbers. Name one of them: '{self.key}[0]'.")
+        return _number(self.name, value)
 
 
 class ModuleAttribute(Hyperparameter):
@@ -267,7 +285,8 @@ class Scalar(Hyperparameter):
 
     def __init__(self, name: str, value: float, neutral: float | None, **settings: Any) -> None:
         super().__init__(name, **settings)
-        self.value_now, self._neutral_value = float(value), neutral
+        self.value_now = float(check_number("value", value))
+        self._neutral_value = None if neutral is None else float(check_number("neutral", neutral))
         self._tensor: Tensor | None = None
 
     def __float__(self) -> float:
@@ -276,6 +295,8 @@ class Scalar(Hyperparameter):
     def tensor(self, device: torch.device | str | None = None) -> Tensor:
         """The value as a 0-dim fp32 tensor that changes in place. Under ``torch.compile`` a float that changes makes
         the model compile anew."""
+        if device is not None:
+            check_device("device", device)
         if self._tensor is None:
             self._tensor = torch.tensor(self.value_now, dtype=torch.float32, device=device)
         return self._tensor
@@ -290,6 +311,23 @@ class Scalar(Hyperparameter):
         (self.value_now,) = values
         if self._tensor is not None:
             self._tensor.fill_(self.value_now)
+
+
+def _chosen(groups: Any) -> tuple[int | str, ...]:
+    rule = "a list of indices or names of the optimizer's parameter groups"
+    chosen = [plain(one) for one in check_list("groups", groups, rule)]
+    for one in chosen:
+        if isinstance(one, bool) or not isinstance(one, (int, str)):
+            raise TypeError(f"Invalid groups={shown(groups)}. Must be {rule}.")
+    return tuple(chosen)
+
+
+def _number(name: str, value: Any) -> float:
+    """The number that is explored: an int, a float, or a tensor of one element."""
+    is_number = isinstance(value, (numbers.Real, Tensor)) and not isinstance(value, bool)
+    if not is_number or (isinstance(value, Tensor) and (value.numel() != 1 or value.is_complex() or value.is_meta)):
+        raise TypeError(f"{name} is {shown(value)}. Must be a number to be explored.")
+    return float(value)
 
 
 def _set_in_place(old: Any, value: float) -> Any:

@@ -14,7 +14,9 @@ from collections.abc import Iterable
 import torch
 from torch import nn
 
-from hdet.model.weights import is_dtensor
+from hdet.errors import check_number, check_whole
+from hdet.model.start import mark_noisy
+from hdet.model.weights import check_modules, is_dtensor
 from hdet.replicas.topology import Replicas, ReplicasLike
 
 
@@ -27,7 +29,8 @@ def warm_noisy_start(
     Call it after the checkpoint was loaded and the model wrapped: ``DistributedDataParallel`` sends rank 0's
     parameters to all ranks when it is built. Buffers and frozen parameters stay as they are; tied parameters
     get noise once. The noise depends on (seed, replica, the parameter's name) alone, and no global random state is read
-    or changed.
+    or changed. The modules are marked: that their trained parameters differ between replicas is no error when the run
+    starts.
 
     Args:
         model: the module or modules.
@@ -36,8 +39,7 @@ def warm_noisy_start(
         replicas: as for :class:`hdet.Ensemble`. The members of a replica get the same noise.
 
     Raises:
-        ValueError: for a bad ``nu``.
-        TypeError: for sharded parameters: add the noise before sharding.
+        TypeError, ValueError: for a bad argument; TypeError for sharded parameters: add the noise before sharding.
 
     Examples:
         >>> import torch, hdet
@@ -47,13 +49,14 @@ def warm_noisy_start(
         >>> 0.009 < ((model.weight - before).norm() / before.norm()).item() < 0.011
         True
     """
-    if not 0 <= nu < math.inf:
-        raise ValueError(f"Invalid {nu=}. Must be finite and >= 0.")
-    modules = (model,) if isinstance(model, nn.Module) else tuple(model)
+    nu = check_number("nu", nu, "finite and >= 0", lambda nu: nu >= 0)
+    seed = check_whole("seed", seed, "an int, the same on every rank")
+    modules = check_modules("model", model)
     # Within a module named_parameters() yields tied parameters once.
     named = [(name, p) for module in modules for name, p in module.named_parameters() if p.requires_grad]
     if sharded := [name for name, p in named if is_dtensor(p)]:
         raise TypeError(f"{sharded[0]} is sharded. Call warm_noisy_start() before fully_shard().")
+    mark_noisy(modules)
     replica = Replicas(replicas).rank
     seen: set[int] = set()
     for index, (name, p) in enumerate(named):

@@ -2,13 +2,31 @@
 
 from __future__ import annotations
 
-import math
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import yaml
+
+from hdet import files
+from hdet.errors import (
+    check_field,
+    check_flag,
+    check_gain,
+    check_list,
+    check_mapping,
+    check_number,
+    check_path,
+    check_text,
+)
+
+
+def _numbers(name: str, values: object, check: Callable[[str, object], float], what: str) -> dict[str, float]:
+    checked = {}
+    for key, value in check_mapping(name, values, "a mapping of names to numbers").items():
+        check_text(f"a name in {name}", key)
+        checked[key] = check(f"{what} {key!r}", value)
+    return checked
 
 
 @dataclass(frozen=True)
@@ -16,7 +34,8 @@ class Prior:
     """Gains and centres to start from.
 
     Raises:
-        ValueError: for a gain that is not finite and positive.
+        TypeError, ValueError: for a name that is no str, a gain that is not finite and positive, a value that is not
+            finite.
     """
 
     gains: dict[str, float]
@@ -25,43 +44,57 @@ class Prior:
     """The centre's value, by name."""
 
     def __post_init__(self) -> None:
-        for name, gain in self.gains.items():
-            if not (isinstance(gain, (int, float)) and 0 < gain < math.inf):
-                raise ValueError(f"Invalid gain {gain!r} of group {name!r} in a prior. Must be finite and > 0.")
-        for name, value in self.hyperparameters.items():
-            if not (isinstance(value, (int, float)) and math.isfinite(value)):
-                raise ValueError(f"Invalid value {value!r} of {name!r} in a prior. Must be finite.")
+        check_field(self, "gains", _numbers, check_gain, "gain of group")
+        check_field(self, "hyperparameters", _numbers, check_number, "value of")
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write the file."""
+        """Write the file, at once or not at all, and through no link.
+
+        Raises:
+            ValueError, OSError: as :func:`hdet.files.write_at_once`.
+        """
+        path = check_path("path", path)
         content = {
             "gains": dict(sorted(self.gains.items(), key=lambda item: item[1])),
             "hyperparameters": dict(self.hyperparameters),
         }
-        Path(path).write_text("# hdet prior 1\n" + yaml.safe_dump(content, sort_keys=False))
+        text = "# hdet prior 1\n" + yaml.safe_dump(content, sort_keys=False)
+        files.write_at_once(path, lambda file: file.write(text.encode()))
 
     @staticmethod
     def load(path: str | os.PathLike[str]) -> Prior:
         """Read a file that :meth:`save` wrote, or that was written by hand.
 
         Raises:
-            ValueError: if it has other sections or values.
+            TypeError, ValueError: if it cannot be read, or has other sections or values; the message names the file.
         """
-        content = yaml.safe_load(Path(path).read_text())
+        path = check_path("prior", path, "the path of a file that save_prior() wrote")
+        form = (
+            "It must have the sections gains: (group: gain) and hyperparameters: (name: value), as "
+            "scheduler.ensemble.save_prior() writes them."
+        )
+        try:
+            content = files.read_yaml(path)
+        except OSError as error:
+            raise ValueError(f"Cannot read the prior {path}: {error.strerror}. {form}") from error
         parts = {"gains", "hyperparameters"}
         if (
             not isinstance(content, dict)
             or not set(content) <= parts
             or not all(isinstance(part, dict) for part in content.values())
         ):
-            raise ValueError(
-                f"{os.fspath(path)} is no prior. It must have the sections gains: (group: gain) and hyperparameters: "
-                "(name: value), as scheduler.ensemble.save_prior() writes them."
-            )
-        return Prior(content.get("gains", {}), content.get("hyperparameters", {}))
+            raise ValueError(f"{path} is no prior. {form}")
+        try:
+            return Prior(content.get("gains", {}), content.get("hyperparameters", {}))
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"{path} is no prior. {error}") from error
 
     def check(self, groups: Sequence[str], hyperparameters: Sequence[str], *, per_group: bool) -> None:
         """Raise ``ValueError`` unless it holds exactly these groups and hyperparameters."""
+        for name, given in (("groups", groups), ("hyperparameters", hyperparameters)):
+            for one in check_list(name, given, "a list of names"):
+                check_text(name, one, "a list of names")
+        check_flag("per_group", per_group)
         if sorted(self.gains) != sorted(groups) or sorted(self.hyperparameters) != sorted(hyperparameters):
             raise ValueError(
                 f"The prior has the groups {sorted(self.gains)} and hyperparameters {sorted(self.hyperparameters)}, "

@@ -13,16 +13,24 @@ Decoupled weight decay makes this inexact by ``(spread * lr * weight_decay)**2``
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.optim import Optimizer
+
+from hdet.model.step_hook import BeforeStep
 
 
 class VirtualReplicas:
     """K replicas that share one model's memory.
+
+    They follow the model. What is written into the parameters before the optimizer's first step of a round moves
+    ``start``, so that weights loaded by then are every replica's; weights loaded later by ``load_state_dict()`` bring
+    all replicas together there. A parameter that is frozen rests at ``theta``; one that is released starts from its
+    value then.
 
     Args:
         optimizer: whose trained parameters move, each under its group's multiplier.
@@ -31,12 +39,21 @@ class VirtualReplicas:
 
     def __init__(self, optimizer: Optimizer, count: int) -> None:
         self.count = count
-        self._groups = [[p for p in group["params"] if p.requires_grad] for group in optimizer.param_groups]
-        self._start = [[p.detach().clone() for p in group] for group in self._groups]
-        self._theta = [[torch.empty_like(p) for p in group] for group in self._start]
+        self.has_loaded: Callable[[], bool] = lambda: False
+        """Whether other weights were loaded since the last call."""
+        self._parameters = [list(group["params"]) for group in optimizer.param_groups]
+        self._trained: list[list[bool]] = []
+        self._groups: list[list[Tensor]] = []
+        self._start: list[list[Tensor]] = []
+        self._theta: list[list[Tensor]] = []
+        self._version = 0
         self._is_displaced = False  # the parameters are those of one replica, not theta
-        self._visits = 0
-        self._multipliers: list[Sequence[float]] = [(1.0,) * count] * len(self._groups)
+        self._is_round_new = True  # the optimizer has taken no step since restart()
+        self._before_step = BeforeStep(optimizer, self._leave_start)
+        self._has_hooks = True  # the optimizer calls them
+        self._visits = self._first_visit = 0
+        self._multipliers: list[Sequence[float]] = [(1.0,) * count] * len(self._parameters)
+        self._follow()
 
     @torch.no_grad()
     def restart(self, multipliers: Sequence[Sequence[float]]) -> None:
@@ -46,8 +63,53 @@ class VirtualReplicas:
             multipliers: ``rho``, [parameter group][virtual replica].
         """
         self._multipliers = list(multipliers)
+        self._follow()
+        self._gather()
+        if self._is_round_new and self._visits > self._first_visit + 1:
+            self._has_hooks = False  # as where a CUDA graph takes the step
+        self._is_round_new, self._first_visit = True, self._visits
+        self._before_step.arm()
+
+    def close(self) -> None:
+        """The parameters are ``theta`` from now on."""
+        self._restore_theta()
+        self._before_step.remove()
+        self._visits += 1
+
+    def _leave_start(self) -> None:
+        self._before_step.disarm()
+        self._is_round_new = False
+
+    def _gather(self) -> None:
         for start, parameters in zip(self._start, self._groups, strict=True):
             torch._foreach_copy_(start, parameters)
+        self._version = self._version_now()
+
+    def _version_now(self) -> int:
+        """It grows when a parameter is written in place."""
+        return sum(p._version for group in self._groups for p in group)
+
+    def _follow(self) -> None:
+        """Keep copies of those parameters that are trained now. One that was not until now starts where it is."""
+        trained = [[p.requires_grad for p in group] for group in self._parameters]
+        if trained == self._trained and all(
+            start.dtype == p.dtype and start.device == p.device and start.shape == p.shape
+            for starts, group in zip(self._start, self._groups, strict=True)
+            for start, p in zip(starts, group, strict=True)
+        ):
+            return
+        pairs = zip(self._groups, self._start, strict=True)
+        known = {id(p): start for group, starts in pairs for p, start in zip(group, starts, strict=True)}
+        self._trained = trained
+        self._groups = [[p for p in group if p.requires_grad] for group in self._parameters]
+
+        def start_of(p: Tensor) -> Tensor:
+            start = known.get(id(p))
+            fits = start is not None and (start.dtype, start.device, start.shape) == (p.dtype, p.device, p.shape)
+            return start if start is not None and fits else p.detach().clone()
+
+        self._start = [[start_of(p) for p in group] for group in self._groups]
+        self._theta = [[torch.empty_like(start) for start in group] for group in self._start]
 
     def visit(self, micro_batches: Iterable[Any]) -> Iterator[Any]:
         """Yield the micro-batches, each with the parameters of its replica; afterwards they are ``theta`` again.
@@ -87,6 +149,10 @@ class VirtualReplicas:
     @torch.no_grad()
     def _save_theta(self) -> None:
         self._restore_theta()  # after an exception the generator of the last step may still be open
+        self._follow()
+        is_first = self._is_round_new and (self._has_hooks or self._visits == self._first_visit)
+        if self.has_loaded() or (is_first and self._version != self._version_now()):
+            self._gather()
         self._is_displaced = True
         for theta, parameters in zip(self._theta, self._groups, strict=True):
             torch._foreach_copy_(theta, parameters)
@@ -105,3 +171,5 @@ class VirtualReplicas:
         self._is_displaced = False
         for theta, parameters in zip(self._theta, self._groups, strict=True):
             torch._foreach_copy_(parameters, theta)
+        if self._is_round_new:
+            self._version = self._version_now()

@@ -10,7 +10,7 @@ from torch import Tensor
 
 # Multipliers for columns and rows, from splitmix64 and MurmurHash3.
 _COLUMN, _ROW = 0x9E3779B97F4A7C15 - 2**64, 0xFF51AFD7ED558CCD - 2**64
-_SMALL = 2**16
+SMALL = 2**16
 """Tensors of up to this many bytes are concatenated before hashing, which is faster."""
 
 
@@ -38,7 +38,7 @@ def fingerprint_all(tensors: Sequence[Tensor]) -> list[int]:
     small: dict[torch.device, list[Tensor]] = {}
     hashes = []
     for tensor in tensors:
-        if tensor.nbytes <= _SMALL:
+        if tensor.nbytes <= SMALL:
             small.setdefault(tensor.device, []).append(_bytes_of(tensor))
         else:
             hashes.append(fingerprint(tensor))

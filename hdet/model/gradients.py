@@ -21,6 +21,7 @@ The last ensemble built on a module decides: one with ``gradients="shared"`` swi
 from __future__ import annotations
 
 import dataclasses
+import functools
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
@@ -90,14 +91,18 @@ def check_gradients(mode: str, modules: Sequence[nn.Module], replicas: Replicas)
             _mesh_without_replicas(group, own)
 
 
-def set_gradients(mode: str, modules: Sequence[nn.Module], replicas: Replicas) -> None:
-    """Put the modules into a mode, which :func:`check_gradients` has checked."""
+def set_gradients(mode: str, modules: Sequence[nn.Module], replicas: Replicas) -> Callable[[], None]:
+    """Put the modules into a mode, which :func:`check_gradients` has checked.
+
+    Returns:
+        A function that switches the synchronisation on again, but for modules that have been put into a mode since.
+    """
     for module in (*_ddp_modules(modules), *_fsdp_modules(modules)):
         undo = _undo.pop(module, None)
         if undo is not None:
             undo(module)
     if mode == "shared" or replicas.size == 1:
-        return
+        return lambda: None
     own = set(replicas.own_ranks)
     for ddp in _ddp_modules(modules):
         if set(ranks_of(ddp.process_group)) <= own:
@@ -108,6 +113,17 @@ def set_gradients(mode: str, modules: Sequence[nn.Module], replicas: Replicas) -
             _average_over_members(ddp, replicas)
     for module in _fsdp_modules(modules):
         _skip_all_reduce(module, own)
+    changed: list[nn.Module] = [m for m in (*_ddp_modules(modules), *_fsdp_modules(modules)) if m in _undo]
+    ours = [functools.partial(_undo[module]) for module in changed]  # each an object of its own
+    _undo.update(zip(changed, ours, strict=True))
+
+    def restore() -> None:
+        for module, mine in zip(changed, ours, strict=True):
+            if module in _undo and _undo[module] is mine:
+                del _undo[module]
+                mine(module)
+
+    return restore
 
 
 def fingerprint_gradients(parameters: Iterable[Tensor]) -> float:

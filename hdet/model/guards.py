@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import itertools
 import sys
 import warnings
 from collections.abc import Sequence
 from weakref import WeakKeyDictionary, ref
 
+import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
 
+from hdet.model.weights import Weights, local
 from hdet.replicas.topology import Replicas, ranks_of
 
 _FRAMES = 6
@@ -50,6 +53,27 @@ def warn_of_batch_norm(modules: Sequence[nn.Module], mode: str, replicas: Replic
             break
 
 
+def check_overlaps(weights: Weights) -> None:
+    """Check that no two trained parameters lie in the same memory, unless they are the same parameter.
+
+    Raises:
+        ValueError: naming two that do.
+    """
+    spans = sorted(
+        (str(t.device), t.data_ptr(), t.data_ptr() + t.nbytes, (tuple(t.shape), t.stride(), t.dtype), slot.name)
+        for slot in weights.slots()
+        if slot.tensor.requires_grad
+        for t in (local(slot.tensor),)
+        if t.layout == torch.strided and t.is_contiguous() and t.numel() and t.data_ptr()
+    )
+    for (device, begin, end, kind, name), (device2, begin2, _, kind2, name2) in itertools.pairwise(spans):
+        if device == device2 and begin2 < end and (begin, kind) != (begin2, kind2):
+            raise ValueError(
+                f"The parameters {name} and {name2} share memory, and are not the same parameter: an average would "
+                f"write one into the other. Tie them by one Parameter in both places, or pass exclude={name2!r}."
+            )
+
+
 def check_caller() -> None:
     """At the first scheduler step: check that an optimizer step has only one.
 
@@ -72,6 +96,29 @@ def check_caller() -> None:
                     "Accelerator(step_scheduler_with_optimizer=False)."
                 )
             return
+
+
+class JoinGuard:
+    """Refuses ``DistributedDataParallel.join()``.
+
+    Args:
+        modules: ``model=``.
+        replicas: who takes part.
+    """
+
+    def __init__(self, modules: Sequence[nn.Module], replicas: Replicas) -> None:
+        ddps = [m for module in modules for m in module.modules() if isinstance(m, DistributedDataParallel)]
+        self._ddps = ddps if replicas.size > 1 else []
+
+    def check(self) -> None:
+        """Raise ValueError inside of ``join()``. To be called before communicating."""
+        if any(ddp._join_config.enable for ddp in self._ddps):
+            raise ValueError(
+                "The model is inside of DistributedDataParallel.join(). A rank that has run out of data takes part in "
+                "DDP's communication there, and cannot in hdet's. Give every rank as many batches, and leave join() "
+                "out: DataLoader(drop_last=True) with a DistributedSampler, or stop all ranks when the first runs out. "
+                "After an earlier join() wrap the model in DistributedDataParallel anew: torch leaves it in that mode."
+            )
 
 
 def another_averages(modules: Sequence[nn.Module], ensemble: object) -> bool:

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 from weakref import WeakKeyDictionary
 
 from torch import Tensor, nn
 from torch.nn import Parameter
+
+from hdet.errors import check_instance, shown
+from hdet.model.exclusion import Exclusion
+from hdet.model.wrappers import Slot, slots
 
 
 class Weights:
@@ -19,17 +23,16 @@ class Weights:
 
     Args:
         models: the modules.
-        extra: further parameters, such as an optimizer's that no module owns.
+        exclusion: what of them is each rank's own, and left out; default nothing.
     """
 
     whole: bool = False
     """Whether this rank holds all elements of every tensor. A subclass must set it to say so: if it were wrongly True,
     shards of different parameters would be averaged."""
 
-    def __init__(self, models: Sequence[nn.Module], extra: Iterable[Tensor] = ()) -> None:
-        self._models, self._extra = tuple(models), tuple(extra)
-        has_shards = is_sharded(self._models) or any(is_dtensor(t) for t in self._extra)
-        self.whole = type(self) is Weights and not has_shards
+    def __init__(self, models: Sequence[nn.Module], exclusion: Exclusion | None = None) -> None:
+        self._models, self._exclusion = tuple(models), exclusion
+        self.whole = type(self) is Weights and not is_sharded(self._models)
 
     def tensors(self) -> Iterable[tuple[Tensor, bool]]:
         """Every tensor and whether it is trained, in the same order on every rank. A tied tensor may come twice."""
@@ -37,11 +40,50 @@ class Weights:
         modules = [module for model in self._models for module in model.modules()]
         parameters = [p for module in modules for p in module._parameters.values()]
         buffers = [b for module in modules for b in module._buffers.values()]
-        return [(local(t), t.requires_grad) for t in (*parameters, *self._extra, *buffers) if t is not None]
+        own = self.own_ids()
+        found = [t for t in (*parameters, *buffers) if t is not None and (not own or id(t) not in own)]
+        return [(local(t), t.requires_grad) for t in found]
+
+    def slots(self) -> list[Slot]:
+        """The same tensors with their names, parameters first; none where a framework keeps them elsewhere."""
+        if type(self) is not Weights:
+            return []
+        reshard(self._models)
+        several, own = len(self._models) > 1, self.own_ids()
+        found = [
+            slot._replace(name=f"model[{i}].{slot.name}") if several else slot
+            for i, model in enumerate(self._models)
+            for slot in slots(model)
+            if id(slot.tensor) not in own
+        ]
+        return sorted(found, key=lambda slot: not slot.is_parameter)
+
+    def own_ids(self) -> frozenset[int]:
+        """Ids of the tensors that are each rank's own."""
+        return frozenset() if self._exclusion is None else self._exclusion.ids()
 
     def written(self) -> None:
         """Must be called after trained tensors were written, before the model runs."""
         reshard(self._models)
+
+
+def check_modules(name: str, value: Any) -> tuple[nn.Module, ...]:
+    """A module, or several, as a tuple.
+
+    Raises:
+        TypeError: for anything else.
+    """
+    if isinstance(value, nn.Module):
+        return (value,)
+    rule = "an nn.Module or several"
+    if isinstance(value, (str, bytes, type, Tensor, Mapping)) or not isinstance(value, Iterable):
+        raise TypeError(f"Invalid {name}={shown(value)}. Must be {rule}, got {type(value).__name__}.")
+    if getattr(value, "ndim", 1) == 0:
+        raise TypeError(f"Invalid {name}={shown(value)}. Must be {rule}.")
+    modules = tuple(value)
+    for module in modules:
+        check_instance(name, module, nn.Module, f"{rule}, got {type(module).__name__} among them")
+    return modules
 
 
 def is_instance(value: object, module: str, name: str) -> bool:
@@ -87,8 +129,8 @@ def register_weights(model: nn.Module, weights: Weights) -> None:
     _REGISTERED[model] = weights
 
 
-def weights_of(models: Sequence[nn.Module], extra: Iterable[Tensor] = ()) -> Weights:
-    """The weights of ``models``: those that an adapter has registered, else the modules' own and ``extra``."""
+def weights_of(models: Sequence[nn.Module], exclusion: Exclusion | None = None) -> Weights:
+    """The weights of ``models``: those that an adapter has registered, else the modules' own but for the exclusion."""
     if len(models) == 1 and (registered := _REGISTERED.get(models[0])) is not None:
         return registered
-    return Weights(models, extra)
+    return Weights(models, exclusion)

@@ -17,6 +17,19 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TypeAlias
 
+from torch import Tensor
+
+from hdet import files
+from hdet.errors import (
+    HdetError,
+    check_callable,
+    check_file,
+    check_flag,
+    check_instance,
+    check_path,
+    check_whole,
+    shown,
+)
 from hdet.monitor.report import Report
 
 Settings: TypeAlias = Mapping[str, bool | int | float | str]
@@ -59,9 +72,7 @@ class Callback(Monitor):
     """
 
     def __init__(self, function: Callable[[Report], object]) -> None:
-        if not callable(function):
-            raise TypeError(f"Invalid {function=}. Must be a function that takes one hdet.Report.")
-        self._function = function
+        self._function = check_callable("function", function, "a function that takes one hdet.Report")
 
     def report(self, report: Report) -> None:
         self._function(report)
@@ -80,16 +91,17 @@ def as_monitors(value: object) -> tuple[Monitor, ...]:
         return ()
     if isinstance(value, Monitor):
         return (value,)
-    if isinstance(value, type) and issubclass(value, Monitor):
+    if isinstance(value, type):
         raise TypeError(
             f"Invalid monitor={value.__name__}. That is the class: pass an instance, {value.__name__}(...)."
         )
     if callable(value):
         return (Callback(value),)
-    if isinstance(value, Iterable) and not isinstance(value, (str, bytes, Mapping)):
+    if isinstance(value, Iterable) and not isinstance(value, (str, bytes, Mapping, Tensor)):
         return tuple(monitor for item in value for monitor in as_monitors(item))
     raise TypeError(
-        f"Invalid monitor={value!r}. Must be None, an hdet.monitor.Monitor, a function that takes one hdet.Report, or "
+        f"Invalid monitor={shown(value)}. Must be None, an hdet.monitor.Monitor, a function that takes one "
+        "hdet.Report, or "
         'an iterable of these. To write to a directory pass hdet.TensorBoard("runs/x").'
     )
 
@@ -102,17 +114,20 @@ class WriterMonitor(Monitor):
 
     def start(self, config: Settings, *, step: int, writer: bool) -> None:
         if self._writer is not None:
-            raise RuntimeError(
+            raise HdetError(
                 f"This {type(self).__name__} is in use by another ensemble. Give every ensemble a monitor of its own."
             )
         check_settings("config", config)
+        step = check_whole("step", step, ">= 0", lambda step: step >= 0)
+        writer = check_flag("writer", writer)
         self._writer, self._closed = writer, False
         if writer:
             self._open(config, step)
 
     def report(self, report: Report) -> None:
+        check_instance("report", report, Report, "an hdet.Report")
         if self._writer is None:
-            raise RuntimeError(f"{type(self).__name__}.report() was called before start() or after close().")
+            raise HdetError(f"{type(self).__name__}.report() was called before start() or after close().")
         if self._writer:
             self._write(report)
 
@@ -146,17 +161,16 @@ class JsonLines(WriterMonitor):
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
-        self.path = Path(check_path("path", path))
-        if self.path.is_dir():
-            raise ValueError(f"Invalid path={str(path)!r}. This is a directory: name a file in it.")
+        self.path = Path(check_file("path", path))
 
     def _open(self, config: Settings, step: int) -> None:
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        with self.path.open("a+b") as file:
-            if file.tell():
-                file.seek(-1, os.SEEK_END)
-                if file.read() != b"\n":  # a crash cut the last line short
-                    file.write(b"\n")
+        with files.open_to_write(self.path, append=True) as file:
+            if file.seek(0, os.SEEK_END):
+                with files.open_to_read(self.path) as written:
+                    written.seek(-1, os.SEEK_END)
+                    if written.read() != b"\n":  # a crash cut the last line short
+                        file.write(b"\n")
         self._append({"config": dict(config), "step": step})
 
     def _write(self, report: Report) -> None:
@@ -164,20 +178,28 @@ class JsonLines(WriterMonitor):
 
     def _append(self, record: dict[str, Any]) -> None:
         # Opened for each line, so that every line is flushed at once and there is nothing to close.
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(_strict(record), allow_nan=False) + "\n")
+        with files.open_to_write(self.path, append=True) as file:
+            file.write(json.dumps(_strict(record), allow_nan=False).encode() + b"\n")
 
 
 def read_jsonl(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
     """The reports that :class:`JsonLines` wrote, in order, without those that a resume from an earlier step made void.
 
     NaN and infinity are read as ``None``. A line that a crash cut short is left out.
+
+    Raises:
+        ValueError: if ``path`` is no regular file.
+        OSError: if it is missing or may not be read.
     """
     reports: list[dict[str, Any]] = []
-    for line in Path(path).read_text(encoding="utf-8").splitlines():
+    with files.open_to_read(check_path("path", path)) as file:
+        lines = file.read().decode("utf-8", errors="replace").splitlines()
+    for line in lines:
         try:
             record = json.loads(line)
-        except json.JSONDecodeError:
+        except (json.JSONDecodeError, RecursionError):
+            continue
+        if not isinstance(record, dict) or "step" not in record:
             continue
         if "config" in record:
             reports = [report for report in reports if report["step"] <= record["step"]]
@@ -202,21 +224,12 @@ def _strict(value: Any) -> Any:
 def check_settings(name: str, settings: object) -> None:
     """Raise ``TypeError`` or ``ValueError`` unless ``settings``, an argument called ``name``, are plain settings."""
     if not isinstance(settings, Mapping):
-        raise TypeError(f"Invalid {name}={settings!r}. Must be a mapping of names to plain values.")
+        raise TypeError(f"Invalid {name}={shown(settings)}. Must be a mapping of names to plain values.")
     for key, value in settings.items():
         if not isinstance(key, str) or not isinstance(value, (bool, int, float, str)):
             raise TypeError(
-                f"Invalid {name}[{key!r}]={value!r}. Keys must be str, values bool, int, float or str; "
+                f"Invalid {name}[{shown(key)}]={shown(value)}. Keys must be str, values bool, int, float or str; "
                 "pass str(value) for anything else."
             )
         if name == "hparams" and key.startswith("hdet/"):
             raise ValueError(f"Invalid {name}[{key!r}]. Names under hdet/ are hdet's own: choose another.")
-
-
-def check_path(name: str, path: object) -> str:
-    """``path``, an argument called ``name``, as a string; raises ``TypeError`` or ``ValueError`` if it is none."""
-    if not isinstance(path, (str, os.PathLike)):
-        raise TypeError(f"Invalid {name}={path!r}. Must be a str or a path.")
-    if not os.fspath(path):
-        raise ValueError(f'Invalid {name}={path!r}. Must not be empty: pass for example "runs/x".')
-    return str(os.fspath(path))

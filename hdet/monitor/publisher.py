@@ -26,6 +26,7 @@ class Publisher:
 
     def __init__(self, monitors: Sequence[Monitor], replicas: Replicas) -> None:
         self._monitors, self._replicas = tuple(monitors), replicas
+        self._nonfinite: tuple[str, ...] = ()  # at the last converge
 
     def terms(self) -> dict[str, Term]:
         """Whether this rank has a monitor."""
@@ -61,7 +62,20 @@ class Publisher:
                 f"Step {report.step}: not finite on replica {', '.join(map(str, averaged.excluded))}: left out of the "
                 "average, and healed from the others, parameters and optimizer state."
             )
-        report = report.with_converged(Converged(distances, averaged.excluded, averaged.bytes, seconds))
+        if averaged.nonfinite and averaged.nonfinite != self._nonfinite and self._replicas.writer:
+            logger.warning(
+                f"Step {report.step}: {' and '.join(averaged.nonfinite)} not finite on any replica. It was left as it "
+                "is. With auto_lr=True and rollback=True the round is undone; else restore an earlier checkpoint."
+            )
+        self._nonfinite = averaged.nonfinite
+        if averaged.rescaled and self._replicas.writer:
+            logger.warning(
+                f"Step {report.step}: the replicas' values are so large that their sum overflows. They were averaged "
+                "in a smaller scale. The run may have blown up: look at the loss, and lower max_lr."
+            )
+        report = report.with_converged(
+            Converged(distances, averaged.excluded, averaged.bytes, seconds, averaged.nonfinite, averaged.rescaled)
+        )
         for monitor in self._monitors:
             monitor.report(report)
         return report

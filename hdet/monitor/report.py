@@ -65,6 +65,10 @@ class Report:
     """Replicas left out of the average because they held a non-finite value."""
     rolled_back: bool
     """Whether the round blew up and was undone."""
+    nonfinite: tuple[str, ...] = ()
+    """What is finite on no replica, and was not undone: ``buffers``, ``optimizer state``."""
+    rescaled: bool = False
+    """Whether a sum of finite values was too large for its dtype, and was taken in a smaller scale."""
     converge_ms: float
     """Wall-clock time of this converge on this rank, in milliseconds."""
     converge_bytes: int
@@ -78,6 +82,8 @@ class Report:
             self,
             distance=converged.distance or self.distance,
             excluded=converged.excluded,
+            nonfinite=converged.nonfinite,
+            rescaled=converged.rescaled,
             converge_ms=converged.seconds * 1e3,
             converge_bytes=converged.bytes,
         )
@@ -108,6 +114,8 @@ class Converged(NamedTuple):
     """Sent by this rank."""
     seconds: float
     """On this rank."""
+    nonfinite: tuple[str, ...] = ()
+    rescaled: bool = False
 
 
 def assemble(

@@ -7,6 +7,7 @@ import importlib
 import math
 import os
 import re
+import secrets
 import statistics
 import sys
 from collections.abc import Iterator, Sequence
@@ -14,7 +15,8 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from hdet.monitor.base import Settings, WriterMonitor, check_path, check_settings
+from hdet.errors import HdetError, check_list, check_number, check_path, check_text, check_whole, shown
+from hdet.monitor.base import Settings, WriterMonitor, check_settings
 from hdet.monitor.report import Report
 
 if TYPE_CHECKING:
@@ -77,17 +79,18 @@ class TensorBoard(WriterMonitor):
         if os.path.isfile(self.log_dir):
             raise ValueError(f"Invalid log_dir={self.log_dir!r}. This is a file: name a directory.")
         check_settings("hparams", {} if hparams is None else hparams)
-        if isinstance(metrics, str) or not all(isinstance(tag, str) for tag in metrics):
-            raise TypeError(f'Invalid {metrics=}. Must be a sequence of tags, for example ("val/loss",).')
-        if isinstance(max_replicas, bool) or not isinstance(max_replicas, int) or max_replicas < 1:
-            raise ValueError(f"Invalid {max_replicas=}. Must be a whole number >= 1.")
+        rule = 'a sequence of tags, for example ("val/loss",)'
+        tags = tuple(check_list("metrics", metrics, rule))
+        if not all(isinstance(tag, str) for tag in tags):
+            raise TypeError(f"Invalid metrics={shown(metrics)}. Must be {rule}.")
+        max_replicas = check_whole("max_replicas", max_replicas, ">= 1", lambda replicas: replicas >= 1)
         try:
             importlib.import_module("torch.utils.tensorboard")
         except ImportError as error:
             raise ImportError(
                 'hdet.TensorBoard needs the tensorboard package: pip install "hdet[tensorboard]".'
             ) from error
-        self._hparams_given, self._metrics, self._max_replicas = dict(hparams or {}), tuple(metrics), max_replicas
+        self._hparams_given, self._metrics, self._max_replicas = dict(hparams or {}), tags, max_replicas
         self._settings: dict[str, bool | int | float | str] = {}
         self._pending: list[tuple[str, float, int]] = []
         self._events: SummaryWriter | None = None
@@ -100,15 +103,21 @@ class TensorBoard(WriterMonitor):
         step, are kept until then.
 
         Raises:
-            ValueError: for a tag under ``hdet/``.
-            RuntimeError: after :meth:`close`.
+            TypeError, ValueError: for a tag under ``hdet/``, a value that is no number, or a step that is no whole
+                number >= 0.
+            HdetError: after :meth:`close`.
         """
+        check_text("tag", tag)
+        step = check_whole("step", step, ">= 0", lambda step: step >= 0)
+        if self._writer is not False:
+            if isinstance(value, Tensor) and value.numel() == 1 and not value.is_meta:
+                value = value.item()
+            number = float(check_number("value", value, "or a tensor of one", finite=False))
         if tag.startswith("hdet/"):
             raise ValueError(f"Invalid {tag=}. Tags under hdet/ are hdet's own: choose another prefix.")
         if self._closed:
-            raise RuntimeError(f"Cannot write {tag!r}: this TensorBoard was closed. Write before close().")
+            raise HdetError(f"Cannot write {tag!r}: this TensorBoard was closed. Write before close().")
         if self._writer is not False:
-            number = float(value.detach() if isinstance(value, Tensor) else value)
             if self._events is None:  # before the start it is not known which rank writes, and which steps are void
                 self._pending.append((tag, number, step))
             else:
@@ -122,7 +131,9 @@ class TensorBoard(WriterMonitor):
         from torch.utils.tensorboard import SummaryWriter
 
         self._settings = {**{f"hdet/{name}": value for name, value in config.items()}, **self._hparams_given}
-        self._events = SummaryWriter(self.log_dir, purge_step=step + 1)
+        # The file is opened through whatever stands under its name, which must not be predictable.
+        suffix = f".{secrets.token_hex(8)}"
+        self._events = SummaryWriter(self.log_dir, purge_step=step + 1, filename_suffix=suffix)
         self._described = False
         self._add_summary(self._hparams()[1])
         for tag, number, at in self._pending:

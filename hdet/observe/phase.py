@@ -93,7 +93,8 @@ class ObservePhase:
         return self._losses.state()
 
     def check_state(self, state: Mapping[str, Any]) -> None:
-        """Losses of a round of another number of replicas are left aside: nothing can be wrong with them."""
+        """Raise TypeError or ValueError if :meth:`load` cannot."""
+        self._losses.check_state(state)
 
     def load(self, state: Mapping[str, Any]) -> None:
         """Continue from a saved :meth:`state`."""

@@ -17,7 +17,6 @@ own, so that the slopes rest on N batches. :mod:`hdet.observe.slopes` computes t
 
 from __future__ import annotations
 
-import math
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -32,7 +31,10 @@ from torch.utils._pytree import tree_map
 
 from hdet.converge.pending import Point
 from hdet.converge.slow_average import SlowAverage
+from hdet.errors import check_batches, check_callable, check_field, check_flag, check_number
+from hdet.model.devices import check_device, check_float_dtype
 from hdet.model.weights import Weights
+from hdet.model.wrappers import without_ddp
 from hdet.observe.slopes import ProbeLosses
 
 REUSED_AFTER = 32
@@ -41,6 +43,14 @@ REUSED_AFTER = 32
 LossFunction = Callable[[Any, Any], Tensor | float]
 """``loss_fn(model, batch)``: the mean loss of a batch, as a scalar. ``model`` is what was passed as ``model=``, without
 DDP around it."""
+
+
+def check_loss_function(name: str, value: Any) -> Any:
+    """``value``, if it can be a :data:`LossFunction`."""
+    rule = "a function: loss_fn(model, batch) -> scalar loss"
+    if isinstance(value, type):
+        raise TypeError(f"Invalid {name}={value.__name__}. That is a class. Must be {rule}.")
+    return check_callable(name, value, rule)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,14 +85,17 @@ class Probe:
     """Of the slow averages, for example ``"cpu"``; default that of the parameters."""
 
     def __post_init__(self) -> None:
-        if not callable(self.loss_fn):
-            raise TypeError(f"Invalid probe={self.loss_fn!r}. Must be a function: probe(model, batch) -> scalar loss.")
+        check_field(self, "loss_fn", check_loss_function, prefix="Probe.")
+        if self.batches is not None:
+            check_batches("Probe.batches", self.batches)
+        check_field(self, "held_out", check_flag, prefix="Probe.")
         if self.held_out and self.batches is None:
             raise ValueError("Probe(held_out=True) needs batches=: those passed to step() are training data.")
-        if not 0 <= self.power < math.inf:
-            raise ValueError(f"Invalid Probe.power={self.power}. Must be finite and >= 0.")
-        if self.dtype is not None and not self.dtype.is_floating_point:
-            raise TypeError(f"Invalid Probe.dtype={self.dtype}. Must be a floating-point dtype.")
+        check_field(self, "power", check_number, "finite and >= 0", lambda power: power >= 0, prefix="Probe.")
+        if self.dtype is not None:
+            check_field(self, "dtype", check_float_dtype, prefix="Probe.")
+        if self.device is not None:
+            check_field(self, "device", check_device, prefix="Probe.")
 
     @property
     def torch_device(self) -> torch.device | None:
@@ -113,7 +126,7 @@ def evaluate(
     are not restored: those of torch's modules do not change in eval mode.
 
     Args:
-        models: evaluated without ``DistributedDataParallel``.
+        models: evaluated without ``DistributedDataParallel``, whose forward pass broadcasts buffers.
         loss_fn: as :attr:`Probe.loss_fn`.
         batch: what it is evaluated on.
         points: by bucket, the replicas' mean and this replica's displacement from it.
@@ -128,11 +141,10 @@ def evaluate(
     Raises:
         TypeError, ValueError: if ``loss_fn`` does not return a scalar.
     """
-    bare = tuple(unwrapped(model) for model in models)
-    subject = bare[0] if len(bare) == 1 else bare
     losses = []
     failures: list[Exception] = []
-    with evaluation(bare):
+    with without_ddp(models) as bare, evaluation(bare):
+        subject = bare[0] if len(bare) == 1 else bare
         try:
             for name in ProbeLosses._fields:
                 for i, (bucket, mean, displacement) in enumerate(points):
@@ -227,11 +239,6 @@ def scalar(loss: object) -> float:
         return loss
     what = f"a tensor of shape {tuple(loss.shape)}, {loss.dtype}" if isinstance(loss, Tensor) else type(loss).__name__
     raise TypeError(f"probe= returned {what}. Must be a scalar loss, such as F.cross_entropy(model(x), y).")
-
-
-def unwrapped(model: nn.Module) -> nn.Module:
-    """The model without ``DistributedDataParallel``, whose forward pass broadcasts buffers."""
-    return model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model
 
 
 @contextmanager

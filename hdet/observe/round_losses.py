@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
+from hdet.errors import check_item, check_list, check_number, check_whole
 from hdet.observe.training_loss import TrainingLoss, check_loss
 from hdet.replicas.agreement import Term
 
@@ -115,7 +116,17 @@ class RoundLosses:
         """What must be saved, once it has been collected."""
         return {"replicas": self._replicas, "round_losses": [list(total) for total in self._totals]}
 
+    def check_state(self, state: Mapping[str, Any]) -> None:
+        """Raise TypeError or ValueError if :meth:`load` cannot. A sum may not be finite: of losses that were not."""
+        what = "The saved state"
+        replicas = check_whole("replicas", check_item(what, state, "replicas"), ">= 1", lambda n: n >= 1)
+        rule = f"[sum, number] of the losses of each of {replicas} replicas"
+        for total in check_list("round_losses", check_item(what, state, "round_losses"), rule, length=replicas):
+            summed, number = check_list("round_losses", total, rule, length=2)
+            check_number("round_losses sum", summed, rule, finite=False)
+            check_whole("round_losses number", number, ">= 0", lambda n: n >= 0)
+
     def load(self, state: Mapping[str, Any]) -> None:
         """Continue the saved round, if it was one of as many replicas."""
         if state["replicas"] == self._replicas:
-            self._totals = [(total, count) for total, count in state["round_losses"]]
+            self._totals = [(float(total), int(count)) for total, count in state["round_losses"]]

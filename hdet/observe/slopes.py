@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
+
+from hdet.errors import check_instance, check_list, check_number
 
 TOO_LARGE = 1e100
 """Losses from here on count as not finite: their squares could overflow."""
@@ -54,7 +56,12 @@ def slopes_of(probe: ProbeLosses, multipliers: tuple[float, ...], lag: float) ->
     Returns:
         ``None`` if fewer than two replicas are left, or only such as trained at the base learning rate while others did
         not. If all did, ``R`` is NaN.
+
+    Raises:
+        TypeError, ValueError: for what are not a number for each replica, or a ``lag`` that is not above 0.
     """
+    check_replicas("multipliers", multipliers, finite=True)
+    check_probe("probe", probe, multipliers, lag)
     rows = [
         (rho - 1, losses)
         for rho, *losses in zip(multipliers, *probe, strict=True)
@@ -74,6 +81,20 @@ def slopes_of(probe: ProbeLosses, multipliers: tuple[float, ...], lag: float) ->
         level_of(known) - (high + low) / 2,
         mean_of(further) if all(abs(x) < TOO_LARGE for x in further) else math.nan,
     )
+
+
+def check_probe(name: str, probe: Any, multipliers: Sequence[float], lag: Any) -> None:
+    """Raise TypeError or ValueError unless there is a loss at every point for each of the ``multipliers``."""
+    check_instance(name, probe, ProbeLosses, "an hdet.controller.ProbeLosses")
+    for point, losses in probe._asdict().items():
+        check_replicas(f"{name}.{point}", losses, length=len(multipliers))
+    check_number("lag", lag, "> 0 rounds", lambda rounds: rounds > 0)
+
+
+def check_replicas(name: str, values: Any, *, finite: bool = False, length: int | None = None) -> list[float]:
+    """[replica] numbers."""
+    rule = "a number for each replica" if length is None else f"a number for each of {length} replicas"
+    return [check_number(name, x, rule, finite=finite) for x in check_list(name, values, rule, length=length)]
 
 
 def loss_near(probe: ProbeLosses) -> float:

@@ -61,7 +61,10 @@ def check_loss(loss: object) -> float | Tensor:
                     return value
             except RuntimeError:
                 pass  # more than one element, or none: refused below
-        if not loss.is_floating_point():
+        if not loss.is_floating_point() or loss.is_meta or loss.layout != torch.strided:
+            what = "on the meta device" if loss.is_meta else f"of layout {loss.layout}"
+            if loss.is_floating_point():
+                raise TypeError(f"scheduler.step(loss) got a tensor {what}; a loss has a value that can be read.")
             raise TypeError(
                 f"scheduler.step(loss) got a tensor of dtype {loss.dtype}; a loss is a floating-point scalar."
             )
@@ -78,7 +81,10 @@ def check_loss(loss: object) -> float | Tensor:
             "size when a scheduler's step() fails: look for the first error.)"
         )
     if isinstance(loss, numbers.Real):
-        return float(loss)
+        try:
+            return float(loss)
+        except OverflowError:
+            return math.inf if bool(loss > type(loss)(0)) else -math.inf  # type: ignore[call-arg]
     raise TypeError(f"scheduler.step(loss) got {type(loss).__name__}; a loss is a float or a scalar tensor.")
 
 
@@ -90,7 +96,12 @@ def mean_losses(totals: list[tuple[float, int]]) -> tuple[float, ...]:
 def finite_mean(losses: Sequence[float]) -> float:
     """Mean of the finite ``losses``; NaN if there are none."""
     finite = [loss for loss in losses if math.isfinite(loss)]
-    return math.fsum(finite) / len(finite) if finite else math.nan
+    if not finite:
+        return math.nan
+    try:
+        return math.fsum(finite) / len(finite)
+    except OverflowError:
+        return math.fsum(loss / len(finite) for loss in finite)
 
 
 def _zero_on(device: torch.device) -> Tensor:

@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from hdet.errors import check_instance, check_number
 from hdet.ops import _native, _reference
 from hdet.ops._native import Backend
 
@@ -36,7 +37,7 @@ def pack(wire: Tensor, pieces: Sequence[Tensor], *, scale: float = 1.0, anchor: 
         wire: 1-D, contiguous, with as many elements as the pieces together; fp32, bf16 or fp64. Overwritten.
         pieces: contiguous tensors of any shape on the wire's device: fp32, bf16 and fp16 in any mix, or all fp64 for an
             fp64 wire. Empty ones are allowed.
-        scale: finite.
+        scale: finite in fp32.
         anchor: flat and in the wire's order; fp32 (fp64 for an fp64 wire). Default: zeros.
 
     Returns:
@@ -55,10 +56,14 @@ def pack(wire: Tensor, pieces: Sequence[Tensor], *, scale: float = 1.0, anchor: 
         >>> wire
         tensor([0.5000, 0.5000, 0.5000, 0.5000, 0.5000, 0.5000, 2.0000,    inf])
     """
+    scale = check_number("scale", scale, "finite in fp32", lambda scale: abs(scale) < 3e38)
+    _check_list("pieces", pieces)
+    _check_views(written=True, wire=wire)
+    _check_views(written=False, pieces=pieces, anchor=anchor)
     try:
         with torch.no_grad():
             nonfinite = torch.ops.hdet.pack(wire, pieces, scale, anchor)
-    except RuntimeError as error:
+    except Exception as error:  # the dispatcher's own errors do not know the arguments' names
         _explain(error, _reference.check_pack, wire, pieces, anchor)
         raise
     torch.autograd.graph.increment_version(wire)
@@ -100,7 +105,8 @@ def unpack(
     Args:
         wire: as for :func:`pack`. Only read.
         pieces: as for :func:`pack`. Overwritten.
-        divisor: what the wire is divided by, in one rounding: the number of wires summed, times their scale.
+        divisor: what the wire is divided by, in one rounding: the number of wires summed, times their scale. Finite
+            in fp32, and not 0.
         anchor: as for :func:`pack`. Overwritten.
         slow: the slow average of the means, laid out like ``anchor``. Overwritten.
         slow_decay: in [0, 1). With 0 the slow average becomes the mean, whatever it held before.
@@ -114,13 +120,17 @@ def unpack(
     Raises:
         TypeError, ValueError: as :func:`pack`, and for a ``slow_decay`` outside [0, 1).
     """
-    if not 0 <= slow_decay < 1:
-        raise ValueError(f"Invalid {slow_decay=}. Must be within [0, 1).")
+    divisor = check_number("divisor", divisor, "finite in fp32 and not 0", lambda divisor: 0 < abs(divisor) < 3e38)
+    slow_decay = check_number("slow_decay", slow_decay, "within [0, 1)", lambda decay: 0 <= decay < 1)
     arguments = (wire, pieces, divisor, anchor, slow, slow_decay, lrs, schedule, gain, multiplier)
+    _check_list("pieces", pieces)
+    _check_list("lrs", lrs)
+    _check_views(written=True, pieces=pieces, lrs=lrs, anchor=anchor, slow=slow)
+    _check_views(written=False, wire=wire, schedule=schedule, gain=gain, multiplier=multiplier)
     try:
         with torch.no_grad():
             squared_distance = torch.ops.hdet.unpack(*arguments)
-    except RuntimeError as error:
+    except Exception as error:
         _explain(error, _reference.check_unpack, wire, pieces, anchor, slow, lrs, schedule, gain, multiplier)
         raise
     torch.autograd.graph.increment_version([*pieces, *lrs, *(t for t in (anchor, slow) if t is not None)])
@@ -132,12 +142,48 @@ def all_finite(pieces: Sequence[Tensor]) -> Tensor:
 
     Args:
         pieces: contiguous tensors of any shape, on one device; fp32, fp64, bf16 and fp16 in any mix. At least one.
+
+    Raises:
+        TypeError: for a wrong dtype.
+        ValueError: for none, or a tensor on another device or not contiguous.
     """
-    with torch.no_grad():
-        return torch.ops.hdet.all_finite(pieces)
+    _check_list("pieces", pieces)
+    _check_views(written=False, pieces=pieces)
+    try:
+        with torch.no_grad():
+            return torch.ops.hdet.all_finite(pieces)
+    except Exception as error:
+        _explain(error, _reference.check_all_finite, pieces)
+        raise
 
 
-def _explain(error: RuntimeError, check: Callable[..., None], *arguments: object) -> None:
+def _check_list(name: str, tensors: object) -> None:
+    # The dispatcher takes iterators, too, of which nothing is left afterwards.
+    check_instance(name, tensors, (list, tuple), "a list of tensors")
+
+
+def _check_views(*, written: bool, **arguments: object) -> None:
+    """Raise ``ValueError`` for tensors whose memory is not theirs to read, or not ours to write. Other types are
+    refused later.
+
+    The dispatcher would hand a copy of a negated view to the kernel, which could not see what it shares."""
+    if torch.compiler.is_compiling():
+        return
+    counts = written and not torch.is_inference_mode_enabled()
+    for name, value in arguments.items():
+        for tensor in value if isinstance(value, (list, tuple)) else (value,):
+            if not isinstance(tensor, Tensor):
+                continue
+            if tensor.is_neg():
+                raise ValueError(f"{name}: a negated view. Must be a tensor of its own: pass resolve_neg() of it.")
+            if counts and tensor.is_inference():
+                raise ValueError(
+                    f"{name}: made under torch.inference_mode(), so that its version is not counted. Must be a normal "
+                    "tensor: make it outside, or clone it there."
+                )
+
+
+def _explain(error: Exception, check: Callable[..., None], *arguments: object) -> None:
     """If the arguments break a rule, raise the reference's error for it in place of the kernel's."""
     try:
         check(*arguments)

@@ -10,6 +10,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from hdet.errors import check_instance, shown
+
 BLOCK, ROWS = 2048, 4
 """A block is this many consecutive wire positions, in this many rows. See :func:`hdet.ops.unpack`."""
 LANES = 1024
@@ -68,6 +70,7 @@ def unpack(
 
 def all_finite(pieces: Sequence[Tensor]) -> Tensor:
     """See :func:`hdet.ops.all_finite`."""
+    check_all_finite(pieces)
     kinds: dict[torch.dtype, list[Tensor]] = {}
     for piece in pieces:
         if piece.numel():
@@ -132,6 +135,7 @@ def check_unpack(
 ) -> None:
     """The same for :func:`unpack`."""
     named = _check_layout(wire, pieces, {"anchor": anchor, "slow": slow})
+    _check_tensors("lrs", lrs)
     for g, lr in enumerate(lrs):
         _check_tensor(name := f"lrs[{g}]", lr, wire, (torch.float32, torch.float64))
         if lr.numel() != 1:
@@ -151,7 +155,26 @@ def check_unpack(
         _check_disjoint(named, factors)
 
 
+def check_all_finite(pieces: Sequence[Tensor]) -> None:
+    """The same for :func:`all_finite`."""
+    _check_tensors("pieces", pieces)
+    if not pieces:
+        raise ValueError("pieces is empty. Must have at least one tensor, on whose device the result is.")
+    for i, piece in enumerate(pieces):
+        _check_tensor(f"pieces[{i}]", piece, pieces[0], _DTYPES, beside="the first piece")
+
+
+def _check_tensors(name: str, value: object) -> None:
+    """Raise ``TypeError`` unless ``value`` is a list of tensors."""
+    if not isinstance(value, (list, tuple)):
+        raise TypeError(f"Invalid {name}={shown(value)}. Must be a list of tensors.")
+    for i, item in enumerate(value):
+        check_instance(f"{name}[{i}]", item, Tensor, "a tensor")
+
+
 def _check_layout(wire: Tensor, pieces: Sequence[Tensor], flats: dict[str, Tensor | None]) -> dict[str, Tensor]:
+    check_instance("wire", wire, Tensor, "a tensor")
+    _check_tensors("pieces", pieces)
     _check_tensor("wire", wire, wire, _WIRE_DTYPES)
     if wire.dim() != 1:
         raise ValueError(f"wire has shape {tuple(wire.shape)}. Must have one dimension.")
@@ -172,12 +195,18 @@ def _check_layout(wire: Tensor, pieces: Sequence[Tensor], flats: dict[str, Tenso
     return named
 
 
-def _check_tensor(name: str, tensor: Tensor, wire: Tensor, dtypes: tuple[torch.dtype, ...]) -> None:
+def _check_tensor(
+    name: str, tensor: Tensor, wire: Tensor, dtypes: tuple[torch.dtype, ...], beside: str = "the wire"
+) -> None:
+    check_instance(name, tensor, Tensor, "a tensor")
+    if tensor.layout != torch.strided or tensor.is_nested:
+        layout = "nested" if tensor.is_nested else tensor.layout
+        raise TypeError(f"{name} has layout {layout}. Must be {torch.strided}: pass a dense tensor.")
     if tensor.device != wire.device:
-        raise ValueError(f"{name} is on {tensor.device}. Must be on the wire's device, {wire.device}.")
+        raise ValueError(f"{name} is on {tensor.device}. Must be on the device of {beside}, {wire.device}.")
     if tensor.dtype not in dtypes:
-        beside = "" if tensor is wire else f" beside a wire of {wire.dtype}"
-        raise TypeError(f"{name} has dtype {tensor.dtype}. Must be {' or '.join(map(str, dtypes))}{beside}.")
+        other = "" if tensor is wire else f" beside a wire of {wire.dtype}" if beside == "the wire" else ""
+        raise TypeError(f"{name} has dtype {tensor.dtype}. Must be {' or '.join(map(str, dtypes))}{other}.")
     if not tensor.is_contiguous():
         raise ValueError(
             f"{name} has strides {tensor.stride()} for shape {tuple(tensor.shape)}. Must be contiguous: pass a "

@@ -5,7 +5,7 @@ and reduces; and :func:`gather_agreed`, which gathers numbers and raises on all 
 or have different settings or models.
 """
 
-from hdet.replicas.agreement import Term, digest, gather_agreed, same
+from hdet.replicas.agreement import Call, Term, differing, digest, gather_agreed, same
 from hdet.replicas.topology import Replicas, ReplicasLike
 
-__all__ = ["Replicas", "ReplicasLike", "Term", "digest", "gather_agreed", "same"]
+__all__ = ["Call", "Replicas", "ReplicasLike", "Term", "differing", "digest", "gather_agreed", "same"]

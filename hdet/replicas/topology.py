@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import logging
+import numbers
+import time
+from collections.abc import Callable, Sequence
+from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
+
+from hdet.errors import HdetError, ReplicaMismatchError, shown
+from hdet.replicas.notes import EVERY, PATIENCE, WARNS_AFTER, Notes
+
+logger = logging.getLogger("hdet")
 
 ReplicasLike = dist.ProcessGroup | DeviceMesh | int | None
 """What ``replicas=`` takes; see :class:`Replicas`."""
@@ -19,6 +28,8 @@ _groups: dict[tuple[int, ...], dist.ProcessGroup] = {}
 """Process groups that hdet has made, by their ranks."""
 _groups_world: list[object] = [None]
 """The world in which they were made."""
+_meetings: dict[str, int] = {}
+"""How often the ranks of a process group have met, by its name."""
 
 
 class Replicas:
@@ -46,12 +57,7 @@ class Replicas:
     """
 
     def __init__(self, group: ReplicasLike = None) -> None:
-        known = group is None or isinstance(group, (dist.ProcessGroup, DeviceMesh, int))
-        if not known or isinstance(group, bool):
-            raise TypeError(
-                "replicas= takes a number of replicas, a torch.distributed ProcessGroup, a 1-D DeviceMesh or None, got "
-                f"{type(group).__name__}."
-            )
+        group = check_replicas("replicas", group)
         active = dist.is_available() and dist.is_initialized()
         world = dist.get_world_size() if active else 1
         # On ranks outside of the group new_group() returns this, which is an int too.
@@ -71,7 +77,11 @@ class Replicas:
         """The type of what was passed. It must be equal on all ranks: it decides which process groups they use."""
         self.members_are_copies = isinstance(group, int)
         """Whether the members of a replica hold copies of all tensors that are not sharded."""
+        self.doing = "a call before the first step()"
+        """The call in which this rank communicates, in the words of a message to the others."""
         self._group = group if isinstance(group, dist.ProcessGroup) else None
+        self._world = dist.group.WORLD if active else None
+        self._known_notes: Notes | None = None
         if not active:
             self.ranks: tuple[int, ...] = (0,)
             """Every rank of the ensemble, replica by replica."""
@@ -124,6 +134,56 @@ class Replicas:
             return tensor.device
         return self._device()
 
+    def check_world(self) -> None:
+        """Check that the processes are those of the time when this was built. Not collective.
+
+        Raises:
+            HdetError: on every rank, if the process group was initialised, or destroyed, since.
+        """
+        active = dist.is_available() and dist.is_initialized()
+        if (dist.group.WORLD if active else None) is self._world:
+            return
+        if self._world is None:
+            size = dist.get_world_size()
+            if size > 1:
+                raise HdetError(
+                    "The scheduler was built before torch.distributed.init_process_group(): it knows of 1 replica, and "
+                    f"there are {size} ranks, which would never be averaged. Build it after init_process_group()."
+                )
+            return
+        raise HdetError(
+            "The process group in which the scheduler was built has been destroyed"
+            + (" and another initialised" if active else "")
+            + ". Build the scheduler anew, after init_process_group()."
+        )
+
+    def meet(self) -> None:
+        """Before a call that not every rank may make: wait until all are here, for some seconds at most. Collective.
+
+        Raises:
+            ReplicaMismatchError: if another rank waits in another call, or has ended.
+        """
+        if self._is_active:
+            name = self._all_ranks_group().group_name
+            _meetings[name] = _meetings.get(name, 0) + 1
+            if obstacles := self._notes.meet(f"{name}/{_meetings[name]}", self.doing):
+                self._fail(obstacles)
+
+    def tell_end(self, text: str) -> None:
+        """Tell the ranks that may wait for this one that it has ended. Not collective."""
+        if self._is_active and dist.is_initialized() and dist.group.WORLD is self._world:
+            self._notes.leave("ended", text)
+
+    def wait(self, work: dist.Work | None) -> None:
+        """Wait for the end of a collective that the other ranks may not have begun.
+
+        Raises:
+            ReplicaMismatchError: if another rank waits in another call, or has ended.
+            HdetError: if it failed.
+        """
+        if work is not None:
+            self._complete(lambda: work)
+
     def all_gather(self, values: Sequence[float], dtype: torch.dtype = torch.float64) -> list[list[Any]]:
         """Every rank's ``values``, replica by replica. All must pass the same number of them. Collective."""
         if not self._is_active:
@@ -144,7 +204,7 @@ class Replicas:
         if not self._is_active:
             return [value]
         values: list[Any] = [None] * len(self.ranks)
-        dist.all_gather_object(values, value, group=self._all_ranks_group())
+        self._complete(lambda: dist.all_gather_object(values, value, group=self._all_ranks_group()))
         return [values[i] for i in self._order]
 
     def all_reduce(self, buffer: Tensor, op: dist.ReduceOp.RedOpType, *, all_ranks: bool = False) -> dist.Work | None:
@@ -164,8 +224,70 @@ class Replicas:
     ) -> list[list[Any]]:
         mine = torch.tensor(values, dtype=dtype, device=self._device())
         theirs = [torch.empty_like(mine) for _ in range(size)]
-        dist.all_gather(theirs, mine, group=group)
+        self._complete(lambda: dist.all_gather(theirs, mine, group=group, async_op=True))
         return torch.stack(theirs).tolist()
+
+    def broadcast(self, buffer: Tensor) -> None:
+        """Write replica 0's ``buffer`` into that of its peers. Collective among the peers."""
+        if self.size > 1:
+            dist.broadcast(buffer, src=self.peers[0], group=self._peers_group())
+
+    def _complete(self, begin: Callable[[], dist.Work | None]) -> None:
+        """Begin a collective and wait for its end. After some seconds look where the others are."""
+        try:
+            work = begin()
+            if work is None:
+                return
+            backend = str(dist.get_backend_config(self._all_ranks_group()))
+            if "gloo" in backend or "nccl" in backend:
+                self._watch(work, "gloo" in backend)
+            work.wait()
+        except HdetError:
+            raise
+        except RuntimeError as error:
+            self._notes.leave("failed", self.doing)
+            self._fail(self._notes.ask(self.doing), error)
+
+    def _watch(self, work: dist.Work, can_time_out: bool) -> None:
+        waited, before, has_warned = PATIENCE, "", False
+        if _ends_within(work, PATIENCE, can_time_out):
+            return
+        self._notes.leave("waits", self.doing)
+        while not _ends_within(work, EVERY, can_time_out):
+            waited += EVERY
+            if (obstacles := self._notes.obstacles(self.doing)) and obstacles == before:
+                self._fail(obstacles)
+            before = obstacles
+            if waited >= WARNS_AFTER and not has_warned:
+                has_warned = True
+                logger.warning(
+                    f"{self._own_name()} has waited {waited:.0f} s in {self.doing} for the others. If one of them does "
+                    "not make this call, all wait until the process group's timeout."
+                )
+        self._notes.clear()
+
+    def _fail(self, obstacles: str, error: Exception | None = None) -> None:
+        self._notes.leave("failed", self.doing)
+        where = f"{self._own_name()} is in {self.doing}"
+        if obstacles:
+            raise ReplicaMismatchError(
+                f"The replicas do not make the same calls: {where}; {obstacles}. Every rank must build its schedulers "
+                "at the same steps, call step() equally often, and call converge() at the same steps."
+            ) from error
+        raise HdetError(
+            f"{where}, and the message of another rank did not come: it has ended, or is in another collective, such "
+            f"as a backward pass under DistributedDataParallel. Look at the other ranks' output. ({error})"
+        ) from error
+
+    @property
+    def _notes(self) -> Notes:
+        if self._known_notes is None:
+            me = dist.get_rank()
+            self._known_notes = Notes(_store(), self.ranks, me, lambda rank: self.name_of(self.ranks.index(rank)))
+        return self._known_notes
+
+    def _own_name(self) -> str:
+        return self.name_of(self.rank * self.members + self.member)
 
     def _all_ranks_group(self) -> dist.ProcessGroup:
         if self.members == 1:
@@ -189,6 +311,23 @@ class Replicas:
         if "cpu" in types:
             return torch.device("cpu")
         return torch.device(types[0], torch.accelerator.current_device_index())
+
+
+def forget_groups() -> None:
+    """Drop the process groups made here, before they are destroyed: a group that is still referred to is freed at the
+    interpreter's end."""
+    _groups.clear()
+    _groups_world[0] = None
+
+
+def check_replicas(name: str, value: Any) -> ReplicasLike:
+    """``value``, if its type is one that :class:`Replicas` takes."""
+    if isinstance(value, bool) or not isinstance(value, (dist.ProcessGroup, DeviceMesh, numbers.Integral, type(None))):
+        raise TypeError(
+            f"Invalid {name}={shown(value)}. {name}= takes a number of replicas, a torch.distributed ProcessGroup, a "
+            f"1-D DeviceMesh or None, got {type(value).__name__}."
+        )
+    return int(value) if isinstance(value, numbers.Integral) else value
 
 
 class GradientScope:
@@ -219,6 +358,39 @@ average_gradients.__annotations__ |= {"bucket": dist.GradBucket, "return": torch
 def ranks_of(group: dist.ProcessGroup) -> tuple[int, ...]:
     """The ranks in a process group."""
     return tuple(dist.get_process_group_ranks(group))
+
+
+def _ends_within(work: dist.Work, seconds: float, can_time_out: bool) -> bool:
+    """Whether a collective ends in that time.
+
+    Raises:
+        RuntimeError: if it fails.
+    """
+    if can_time_out:
+        try:
+            work.wait(timedelta(seconds=seconds))
+        except RuntimeError:
+            if work.is_completed():
+                raise
+            return False
+        return True
+    started = time.monotonic()
+    while not work.is_completed():
+        waited = time.monotonic() - started
+        if waited > seconds:
+            return False
+        time.sleep(min(0.01, waited / 10))
+    return True
+
+
+def _store() -> Any:
+    """The process group's store; ``None`` where it keeps nothing."""
+    try:
+        store = dist.distributed_c10d._get_default_store()
+        store.set("hdet/store", "1")
+        return store if store.check(["hdet/store"]) and store.get("hdet/store") == b"1" else None
+    except (AttributeError, RuntimeError, ValueError):
+        return None
 
 
 def _not_a_member() -> str:

@@ -17,7 +17,8 @@ All schedules share these rules:
 - **Progress** is ``p = (t - start) / (end - start)``, clamped to [0, 1]: **past its end a schedule holds its final
   value**, and further steps are no error.
 - Values lie in [0, 1], and never rise again after the peak.
-- All arguments are keywords; one outside its range raises ``ValueError``.
+- All arguments are keywords; one of a wrong type raises ``TypeError``, one outside its range ``ValueError``. So does a
+  step that is no whole number >= 0.
 
 ``LambdaLR.state_dict()`` saves a schedule's arguments (plain numbers and strings, readable with
 ``torch.load(weights_only=True)``), and loading it **restores** them. To resume under other arguments, for a longer run
@@ -33,6 +34,15 @@ they are used like functions.
 from __future__ import annotations
 
 import math
+
+from hdet.errors import check_whole
+
+
+def check_step(step: int) -> int:
+    """``step``, if it is a number of steps."""
+    if type(step) is int and 0 <= step < 2**63:  # between converges this is all that most calls cost
+        return step
+    return check_whole("step", step, ">= 0: so many updates came before", lambda n: n >= 0)
 
 
 def warmup(step: int, warmup_steps: int) -> float:

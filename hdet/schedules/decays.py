@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from hdet.schedules.checks import check_choice, check_float, check_int
-from hdet.schedules.curves import half_cosine, interpolate, progress, warmup
+from hdet.errors import check_choice, check_field, check_number, check_whole
+from hdet.schedules.curves import check_step, half_cosine, interpolate, progress, warmup
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -18,11 +18,18 @@ class _Decay:
     final_factor: float = 0.0
 
     def __post_init__(self) -> None:
-        check_int(self, "total_steps", lambda n: n >= 1, ">= 1")
-        check_int(self, "warmup_steps", lambda n: 0 <= n < self.total_steps, f"in [0, total_steps={self.total_steps})")
-        check_float(self, "final_factor", lambda x: 0 <= x <= 1, "in [0, 1]")
+        check_field(self, "total_steps", check_whole, ">= 1", lambda n: n >= 1)
+        check_field(
+            self,
+            "warmup_steps",
+            check_whole,
+            f"in [0, total_steps={self.total_steps})",
+            lambda n: 0 <= n < self.total_steps,
+        )
+        check_field(self, "final_factor", check_number, "in [0, 1]", lambda x: 0 <= x <= 1)
 
     def __call__(self, step: int) -> float:
+        step = check_step(step)
         p = progress(step, self.warmup_steps, self.total_steps)
         return warmup(step, self.warmup_steps) * interpolate(self._shape(p), self.final_factor)
 
@@ -125,8 +132,12 @@ class uba(_Decay):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_float(
-            self, "phi", lambda x: x > 0, "> 0: 2 is the cosine, and a smaller one stays near the peak for longer"
+        check_field(
+            self,
+            "phi",
+            check_number,
+            "> 0: 2 is the cosine, and a smaller one stays near the peak for longer",
+            lambda x: x > 0,
         )
 
     def _shape(self, p: float) -> float:
@@ -170,14 +181,21 @@ class warmup_stable_decay(_Decay):
     def __post_init__(self) -> None:
         super().__post_init__()
         available = self.total_steps - self.warmup_steps
-        check_int(
-            self, "decay_steps", lambda n: 1 <= n <= available, f"in [1, total_steps - warmup_steps = {available}]"
+        check_field(
+            self,
+            "decay_steps",
+            check_whole,
+            f"in [1, total_steps - warmup_steps = {available}]",
+            lambda n: 1 <= n <= available,
         )
-        check_choice(self, "decay_type", ["sqrt", "linear", "cosine", "exponential"])
+        check_field(self, "decay_type", check_choice, ["sqrt", "linear", "cosine", "exponential"])
         if self.decay_type == "exponential":
-            check_float(self, "final_factor", lambda x: x > 0, "> 0: an exponential decay never reaches 0")
+            check_field(
+                self, "final_factor", check_number, "> 0: an exponential decay never reaches 0", lambda x: x > 0
+            )
 
     def __call__(self, step: int) -> float:
+        step = check_step(step)
         p = progress(step, self.total_steps - self.decay_steps, self.total_steps)
         if self.decay_type == "exponential":
             return warmup(step, self.warmup_steps) * float(self.final_factor**p)

@@ -7,17 +7,31 @@ learning rate that their mean trained under. The schedule is the user's; the gai
 from __future__ import annotations
 
 import bisect
+import hashlib
 import itertools
 import json
-import math
 import os
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
+
+from hdet import files
+from hdet.errors import (
+    check_field,
+    check_file,
+    check_instance,
+    check_list,
+    check_number,
+    check_path,
+    check_text,
+    check_whole,
+    shown,
+)
+from hdet.schedules.curves import check_step
+from hdet.transaction import AllOrNothing
 
 _FORMAT = "hdet schedule 1"
 _POINTS = 1000
@@ -36,19 +50,21 @@ class FoundSchedule:
     steps: tuple[int, ...]
     """Knots, increasing; the first is 0."""
     lrs: tuple[tuple[float, ...], ...]
-    """[g][k] learning rate of group ``g`` in knot ``k``."""
+    """[g][k] learning rate of group ``g`` in knot ``k``, finite and >= 0."""
 
     def __post_init__(self) -> None:
-        if not self.steps or self.steps[0] != 0 or list(self.steps) != sorted(set(self.steps)):
-            raise ValueError(f"Invalid steps={self.steps[:5]}... Must begin with 0 and increase.")
-        if len(self.lrs) != len(self.groups) or any(len(lrs) != len(self.steps) for lrs in self.lrs):
-            raise ValueError("Invalid lrs. Must hold a learning rate for each of the groups and steps.")
-        if not all(math.isfinite(lr) and lr >= 0 for lrs in self.lrs for lr in lrs):
-            raise ValueError("Invalid lrs. Must be finite and >= 0.")
+        check_field(self, "groups", _groups)
+        check_field(self, "steps", _steps)
+        check_field(self, "lrs", _lrs, len(self.groups), len(self.steps))
 
     def lr(self, step: int, group: int = 0) -> float:
-        """Learning rate of a group for the update after ``step`` others."""
-        lrs = self.lrs[group]
+        """Learning rate of a group for the update after ``step`` others.
+
+        Raises:
+            TypeError, ValueError: unless ``step`` is a whole number >= 0, and ``group`` the index of one.
+        """
+        step, last = check_step(step), len(self.groups) - 1
+        lrs = self.lrs[check_whole("group", group, f"in [0, {last}]", lambda g: 0 <= g <= last)]
         right = bisect.bisect_right(self.steps, step)
         if right == len(self.steps):
             return lrs[-1]
@@ -62,17 +78,21 @@ class FoundSchedule:
         The optimizer's own learning rates are set to 1, since the factor is the learning rate.
 
         Raises:
-            ValueError: if the optimizer has another number of parameter groups.
+            TypeError, ValueError: if the optimizer has another number of parameter groups, or for a bad ``last_epoch``;
+                the optimizer is then as it was.
         """
+        check_instance("optimizer", optimizer, Optimizer, "a torch.optim.Optimizer")
+        last_epoch = check_whole("last_epoch", last_epoch, ">= -1", lambda epoch: epoch >= -1)
         if len(optimizer.param_groups) != len(self.groups):
             raise ValueError(
                 f"The schedule has {len(self.groups)} parameter groups ({', '.join(self.groups)}), this optimizer "
                 f"{len(optimizer.param_groups)}."
             )
-        for group in optimizer.param_groups:
-            group["lr"] = group["initial_lr"] = 1.0
         factors: list[Callable[[int], float]] = [_Factor(self, g) for g in range(len(self.groups))]
-        return LambdaLR(optimizer, factors, last_epoch)
+        with AllOrNothing(optimizer):
+            for group in optimizer.param_groups:
+                group["lr"] = group["initial_lr"] = 1.0
+            return LambdaLR(optimizer, factors, last_epoch)
 
     @staticmethod
     def refined(
@@ -101,19 +121,16 @@ class FoundSchedule:
             power: > 0.
 
         Raises:
-            ValueError: for a value outside its range.
+            TypeError, ValueError: for a value outside its range.
         """
-        if len(norms) < 2 or not all(math.isfinite(norm) and norm > 0 for norm in norms):
-            raise ValueError("Invalid norms. Must be at least 2 gradient norms, finite and > 0.")
-        steps = len(norms) if total_steps is None else total_steps
-        for name, ok, rule in (
-            ("max_lr", 0 < max_lr < math.inf, "finite and > 0"),
-            ("total_steps", steps >= 2, ">= 2"),
-            ("smoothing", 0 <= smoothing <= 1, "in [0, 1]"),
-            ("power", 0 < power < math.inf, "finite and > 0"),
-        ):
-            if not ok:
-                raise ValueError(f"Invalid {name}. Must be {rule}.")
+        rule = "at least 2 gradient norms, finite and > 0"
+        norms = [check_number("norms", norm, rule, lambda x: x > 0) for norm in check_list("norms", norms, rule)]
+        if len(norms) < 2:
+            raise ValueError(f"Invalid norms={norms}. Must be {rule}.")
+        max_lr = check_number("max_lr", max_lr, "finite and > 0", lambda x: x > 0)
+        steps = len(norms) if total_steps is None else check_whole("total_steps", total_steps, ">= 2", lambda n: n >= 2)
+        smoothing = check_number("smoothing", smoothing, "in [0, 1]", lambda x: 0 <= x <= 1)
+        power = check_number("power", power, "finite and > 0", lambda x: x > 0)
         count = min(len(norms), steps, _POINTS)
         edges = [len(norms) * i // count for i in range(count + 1)]
         points = [statistics.median(norms[a:b]) for a, b in itertools.pairwise(edges)]
@@ -122,28 +139,86 @@ class FoundSchedule:
         weights = [(min(smooth) / norm) ** power for norm in smooth]
         remaining = list(itertools.accumulate(reversed(weights)))[::-1]
         shape = [weight * (rest - weight) for weight, rest in zip(weights, remaining, strict=True)]
+        if not max(shape) > 0:
+            raise ValueError(
+                f"Invalid power={power}. Of these norms nothing but the smallest is left. Must be smaller: 1 and 2 are "
+                "usual."
+            )
         knots = tuple((steps - 1) * i // (count - 1) for i in range(count))
         return FoundSchedule(("group0",), knots, (tuple(max_lr * x / max(shape) for x in shape),))
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write a JSON file of a few kilobytes. It appears under ``path`` only when it is complete."""
-        target = Path(path)
-        text = json.dumps({"format": _FORMAT, "groups": self.groups, "steps": self.steps, "lrs": self.lrs})
-        temporary = target.with_name(f"{target.name}.{os.getpid()}.tmp")
-        temporary.write_text(text + "\n", encoding="utf-8")
-        os.replace(temporary, target)
+        """Write a JSON file of a few kilobytes, at once or not at all, and through no link. Its ``digest`` is that of
+        the rest.
+
+        Raises:
+            ValueError, OSError: as :func:`hdet.files.write_at_once`.
+        """
+        path = check_file("path", path)
+        found = {"groups": list(self.groups), "steps": list(self.steps), "lrs": [list(lrs) for lrs in self.lrs]}
+        text = json.dumps({"format": _FORMAT, **found, "digest": _digest(found)})
+        files.write_at_once(path, lambda file: file.write(text.encode() + b"\n"))
 
     @staticmethod
     def load(path: str | os.PathLike[str]) -> FoundSchedule:
-        """Read :meth:`save`'s file.
+        """Read :meth:`save`'s file. One without a ``digest`` is read too: a person may have written it.
 
         Raises:
-            ValueError: if it is another file.
+            TypeError, ValueError: if it cannot be read, is another file, is damaged, or has values that make no
+                schedule; the message names the file.
         """
-        found = json.loads(Path(path).read_text(encoding="utf-8"))
-        if not isinstance(found, Mapping) or found.get("format") != _FORMAT:
-            raise ValueError(f"{path} is not a schedule saved by hdet (format {_FORMAT!r}).")
-        return FoundSchedule(tuple(found["groups"]), tuple(found["steps"]), tuple(tuple(lrs) for lrs in found["lrs"]))
+        name = check_path("path", path)
+        try:
+            content = files.read_json(name)
+        except OSError as error:
+            raise ValueError(f"Cannot read the schedule {name}: {error.strerror}. Must be a file of save().") from error
+        if not isinstance(content, Mapping) or content.get("format") != _FORMAT:
+            raise ValueError(f"{name} is not a schedule saved by hdet (format {_FORMAT!r}).")
+        parts = ("groups", "steps", "lrs")
+        if not all(isinstance(content.get(part), list) for part in parts) or not all(
+            isinstance(lrs, list) for lrs in content["lrs"]
+        ):
+            raise ValueError(f"{name} is no schedule: groups and steps must be lists, and lrs a list of lists.")
+        if "digest" in content and content["digest"] != _digest({part: content[part] for part in parts}):
+            raise ValueError(
+                f"{name} is damaged: it is not what was saved. Save it anew; if you have changed it by hand, remove "
+                "its digest."
+            )
+        unknown = set(content) - {"format", "digest", *parts}
+        if unknown:
+            raise ValueError(f"{name} has the unknown key {sorted(unknown)[0]!r}.")
+        try:
+            return FoundSchedule(
+                tuple(content["groups"]), tuple(content["steps"]), tuple(tuple(lrs) for lrs in content["lrs"])
+            )
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"{name}: {error}") from error
+
+
+def _digest(found: Mapping[str, object]) -> str:
+    return hashlib.sha256(json.dumps(found, sort_keys=True).encode()).hexdigest()
+
+
+def _groups(name: str, value: object) -> tuple[str, ...]:
+    rule = "at least one name of a parameter group"
+    groups = tuple(check_text(name, group, rule) for group in check_list(name, value, rule))
+    if not groups:
+        raise ValueError(f"Invalid {name}=(). Must be {rule}.")
+    return groups
+
+
+def _steps(name: str, value: object) -> tuple[int, ...]:
+    rule = "whole numbers that begin with 0 and increase"
+    steps = tuple(check_whole(name, step, rule) for step in check_list(name, value, rule))
+    if not steps or steps[0] != 0 or any(b <= a for a, b in itertools.pairwise(steps)):
+        raise ValueError(f"Invalid {name}={shown(steps)}. Must be {rule}.")
+    return steps
+
+
+def _lrs(name: str, value: object, groups: int, knots: int) -> tuple[tuple[float, ...], ...]:
+    rule = f"a learning rate, finite and >= 0, for each of {groups} groups and {knots} steps"
+    rows = [check_list(name, row, rule, length=knots) for row in check_list(name, value, rule, length=groups)]
+    return tuple(tuple(check_number(name, lr, rule, lambda lr: lr >= 0) for lr in row) for row in rows)
 
 
 class Recorder:

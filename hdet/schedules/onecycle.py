@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from hdet.schedules.checks import check_bool, check_choice, check_float, check_int
+from hdet.errors import check_choice, check_field, check_flag, check_number, check_whole
+from hdet.schedules.curves import check_step
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,17 +41,22 @@ class one_cycle:
     three_phase: bool = False
 
     def __post_init__(self) -> None:
-        check_int(self, "total_steps", lambda n: n >= 1, ">= 1")
-        check_float(self, "pct_start", lambda x: 0 <= x <= 1, "in [0, 1]")
-        check_choice(self, "anneal_strategy", ["cos", "linear"])
-        check_float(self, "div_factor", lambda x: x >= 1, ">= 1: it divides the peak")
-        check_bool(self, "three_phase")
+        check_field(self, "total_steps", check_whole, ">= 1", lambda n: n >= 1)
+        check_field(self, "pct_start", check_number, "in [0, 1]", lambda x: 0 <= x <= 1)
+        check_field(self, "anneal_strategy", check_choice, ["cos", "linear"])
+        check_field(self, "div_factor", check_number, ">= 1: it divides the peak", lambda x: x >= 1)
+        check_field(self, "three_phase", check_flag)
         least = 1.0 if self.three_phase else 1 / self.div_factor
-        check_float(
-            self, "final_div_factor", lambda x: x >= least, f">= {least}: the end must not rise above what precedes it"
+        check_field(
+            self,
+            "final_div_factor",
+            check_number,
+            f">= {least}: the end must not rise above what precedes it",
+            lambda x: x >= least,
         )
 
     def __call__(self, step: int) -> float:
+        step = check_step(step)
         # The same arithmetic in the same order as torch's, so that the two agree to rounding for all arguments.
         initial = 1.0 / self.div_factor
         final = initial / self.final_div_factor

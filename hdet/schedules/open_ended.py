@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from hdet.schedules.checks import check_choice, check_float, check_int
-from hdet.schedules.curves import half_cosine, interpolate, progress, warmup
+from hdet.errors import check_choice, check_field, check_number, check_whole
+from hdet.schedules.curves import check_step, half_cosine, interpolate, progress, warmup
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,9 +27,10 @@ class constant:
     warmup_steps: int = 0
 
     def __post_init__(self) -> None:
-        check_int(self, "warmup_steps", lambda n: n >= 0, ">= 0")
+        check_field(self, "warmup_steps", check_whole, ">= 0", lambda n: n >= 0)
 
     def __call__(self, step: int) -> float:
+        step = check_step(step)
         return warmup(step, self.warmup_steps)
 
 
@@ -78,15 +79,18 @@ class power:
     decay_steps: int = 0
 
     def __post_init__(self) -> None:
-        check_int(self, "batch_size", lambda n: n >= 1, ">= 1, in sequences")
-        check_int(self, "sequence_length", lambda n: n >= 1, ">= 1, in tokens")
-        check_float(self, "max_lr", lambda x: x > 0, "> 0, and the optimizer's lr")
-        check_float(self, "amplitude", lambda x: x > 0, "> 0")
-        check_float(self, "exponent", lambda x: x < 0, "< 0: the learning rate falls with the tokens seen")
-        check_int(self, "warmup_steps", lambda n: n >= 0, ">= 0")
+        check_field(self, "batch_size", check_whole, ">= 1, in sequences", lambda n: n >= 1)
+        check_field(self, "sequence_length", check_whole, ">= 1, in tokens", lambda n: n >= 1)
+        check_field(self, "max_lr", check_number, "> 0, and the optimizer's lr", lambda x: x > 0)
+        check_field(self, "amplitude", check_number, "> 0", lambda x: x > 0)
+        check_field(
+            self, "exponent", check_number, "< 0: the learning rate falls with the tokens seen", lambda x: x < 0
+        )
+        check_field(self, "warmup_steps", check_whole, ">= 0", lambda n: n >= 0)
         _check_final_phase(self, "decay", self.warmup_steps)
 
     def __call__(self, step: int) -> float:
+        step = check_step(step)
         power_step = max(step, self.warmup_steps)  # the power law starts at W and ends at S
         decay = 1.0
         if self.decay_start is not None:
@@ -139,17 +143,24 @@ class infinite:
     final_factor: float = 0.1
 
     def __post_init__(self) -> None:
-        check_int(self, "warmup_steps", lambda n: n >= 0, ">= 0")
-        check_int(self, "cooldown_steps", lambda n: n >= 1, ">= 1")
-        check_choice(self, "cooldown_type", ["cosine", "inverse_sqrt"])
-        check_float(self, "constant_factor", lambda x: 0 < x <= 1, "in (0, 1]")
+        check_field(self, "warmup_steps", check_whole, ">= 0", lambda n: n >= 0)
+        check_field(self, "cooldown_steps", check_whole, ">= 1", lambda n: n >= 1)
+        check_field(self, "cooldown_type", check_choice, ["cosine", "inverse_sqrt"])
+        check_field(self, "constant_factor", check_number, "in (0, 1]", lambda x: 0 < x <= 1)
         _check_final_phase(self, "anneal", self.warmup_steps + self.cooldown_steps)
-        check_float(self, "final_factor", lambda x: 0 < x <= 1, "in (0, 1]")
+        check_field(self, "final_factor", check_number, "in (0, 1]", lambda x: 0 < x <= 1)
         if self.anneal_start is not None:
             low = self.constant_factor
-            check_float(self, "final_factor", lambda x: x <= low, f"<= constant_factor={low}, from which it anneals")
+            check_field(
+                self,
+                "final_factor",
+                check_number,
+                f"<= constant_factor={low}, from which it anneals",
+                lambda x: x <= low,
+            )
 
     def __call__(self, step: int) -> float:
+        step = check_step(step)
         if self.anneal_start is not None and step >= self.anneal_start:
             q = progress(step, self.anneal_start, self.anneal_start + self.anneal_steps)
             return float(self.constant_factor * (self.final_factor / self.constant_factor) ** q)
@@ -166,9 +177,19 @@ def _inverse_sqrt(p: float) -> float:
 def _check_final_phase(schedule: power | infinite, name: str, earliest: int) -> None:
     """Check ``<name>_start`` (``None`` or >= ``earliest``) and ``<name>_steps`` of a final phase."""
     if getattr(schedule, f"{name}_start") is None:
-        check_int(
-            schedule, f"{name}_steps", lambda n: n == 0, f"0 without {name}_start: pass the step at which it begins"
+        check_field(
+            schedule,
+            f"{name}_steps",
+            check_whole,
+            f"0 without {name}_start: pass the step at which it begins",
+            lambda n: n == 0,
         )
         return
-    check_int(schedule, f"{name}_start", lambda n: n >= earliest, f">= {earliest}, the end of the phases before it")
-    check_int(schedule, f"{name}_steps", lambda n: n >= 1, f">= 1 with {name}_start")
+    check_field(
+        schedule,
+        f"{name}_start",
+        check_whole,
+        f">= {earliest}, the end of the phases before it",
+        lambda n: n >= earliest,
+    )
+    check_field(schedule, f"{name}_steps", check_whole, f">= 1 with {name}_start", lambda n: n >= 1)

@@ -7,18 +7,31 @@ import functools
 import inspect
 import os
 import textwrap
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Annotated, Any, Literal, NamedTuple, get_args, get_type_hints
 
+import numpy as np
 import torch
 from torch import nn
 from typing_extensions import TypedDict
 
-from hdet.errors import check_choice, check_flag, check_number, check_whole
+from hdet.errors import (
+    check_choice,
+    check_flag,
+    check_instance,
+    check_list,
+    check_number,
+    check_path,
+    check_whole,
+    shown,
+)
 from hdet.explore.hyperparameters import Hyperparameter
+from hdet.model.devices import check_device
+from hdet.model.exclusion import ExcludeLike, check_exclude
+from hdet.model.weights import check_modules
 from hdet.monitor.base import MonitorLike
-from hdet.observe.probe import LossFunction, Probe
-from hdet.replicas.topology import ReplicasLike
+from hdet.observe.probe import LossFunction, Probe, check_loss_function
+from hdet.replicas.topology import ReplicasLike, check_replicas
 from hdet.settings.groups import Averaging, Exploration, Outer
 from hdet.steer.controllers import Controller
 from hdet.steer.published import Published
@@ -31,64 +44,82 @@ class Setting(NamedTuple):
     """Of one setting."""
 
     default: Any
-    check: Callable[[str, Any], object] = lambda name, value: None
-    """Raises TypeError or ValueError for a value that is wrong by itself."""
+    check: Callable[[str, Any], Any]
+    """The value as it is kept. Raises TypeError or ValueError for one that is wrong by itself."""
 
 
-def _number(rule: str, ok: Callable[[float], bool]) -> Callable[[str, Any], object]:
+def _number(rule: str, ok: Callable[[float], bool]) -> Callable[[str, Any], Any]:
     return functools.partial(check_number, rule=rule, ok=ok)
 
 
-def _whole(rule: str, ok: Callable[[int], bool]) -> Callable[[str, Any], object]:
+def _whole(rule: str, ok: Callable[[int], bool]) -> Callable[[str, Any], Any]:
     return functools.partial(check_whole, rule=rule, ok=ok)
 
 
-def _optional(check: Callable[[str, Any], object]) -> Callable[[str, Any], object]:
+def _optional(check: Callable[[str, Any], Any]) -> Callable[[str, Any], Any]:
     return lambda name, value: None if value is None else check(name, value)
 
 
-def _instance(kind: type) -> Callable[[str, Any], object]:
-    def check(name: str, value: Any) -> None:
-        if not isinstance(value, kind):
-            raise TypeError(f"Invalid {name}={value!r}. Must be an instance of hdet.{kind.__name__}.")
-
-    return check
+def _instance(kind: type) -> Callable[[str, Any], Any]:
+    return functools.partial(check_instance, kinds=kind, rule=f"an instance of hdet.{kind.__name__}")
 
 
-def _controller(name: str, value: Any) -> None:
-    if not isinstance(value, (Published, TwoSlope, type(None))):
-        raise TypeError(f"Invalid {name}={value!r}. Must be an instance of hdet.controller.TwoSlope or Published.")
+def _controller(name: str, value: Any) -> Any:
+    rule = "an instance of hdet.controller.TwoSlope or Published"
+    return check_instance(name, value, (Published, TwoSlope, type(None)), rule)
 
 
-def _hyperparameters(name: str, value: Any) -> None:
-    known = isinstance(value, Sequence) and not isinstance(value, str)
-    if not known or not all(isinstance(h, Hyperparameter) for h in value):
-        raise TypeError(
-            f"Invalid {name}={value!r}. Must be a list of what hdet.param_group, hdet.module_attribute and hdet.scalar "
-            "make."
-        )
+def _hyperparameters(name: str, value: Any) -> tuple[Hyperparameter, ...]:
+    rule = "a list of what hdet.param_group, hdet.module_attribute and hdet.scalar make"
+    given = tuple(check_list(name, value, rule))
+    for one in given:
+        check_instance(name, one, Hyperparameter, rule)
+    if len({id(one) for one in given}) < len(given):
+        raise ValueError(f"Invalid {name}={shown(value)}. Must hold each hyperparameter once.")
+    return given
 
 
-def _rollback(name: str, value: Any) -> None:
-    if not isinstance(value, (bool, str, torch.device)):
-        raise TypeError(f"Invalid {name}={value!r}. Must be True, False, or a device such as 'cpu'.")
-    if isinstance(value, str):
-        try:
-            torch.device(value)
-        except RuntimeError as error:
-            raise ValueError(f"Invalid {name}={value!r}. Must be True, False, or a device such as 'cpu'.") from error
+def _rollback(name: str, value: Any) -> Any:
+    if isinstance(value, (bool, np.bool_)):
+        return bool(value)
+    rule = "True, False, or a device such as 'cpu'"
+    check_instance(name, value, (str, torch.device), rule)
+    return check_device(name, value, rule)
 
 
-def _path(name: str, value: Any) -> None:
-    if not isinstance(value, (str, os.PathLike)):
-        raise TypeError(f"Invalid {name}={value!r}. Must be the path of a file that save_prior() wrote.")
+def _path(name: str, value: Any) -> str:
+    return check_path(name, value, "the path of a file that save_prior() wrote")
+
+
+def _modules(name: str, value: Any) -> Any:
+    """``None``, a module, or a tuple of several."""
+    return value if value is None or isinstance(value, nn.Module) else check_modules(name, value)
+
+
+def _probe(name: str, value: Any) -> Any:
+    return value if value is None or isinstance(value, Probe) else check_loss_function(name, value)
+
+
+def _monitors(name: str, value: Any) -> Any:
+    """As it is, or a tuple where it is an iterator, which can be read only once."""
+    return tuple(value) if isinstance(value, Iterator) else value
 
 
 class Settings(TypedDict, total=False):
     """What :class:`hdet.OneCycleLR` and :class:`hdet.Ensemble` take by keyword."""
 
-    model: Annotated[nn.Module | Iterable[nn.Module] | None, Setting(None)]
-    """The module or modules whose parameters and buffers are averaged. Required when replicas differ."""
+    model: Annotated[nn.Module | Iterable[nn.Module] | None, Setting(None, _modules)]
+    """The module or modules whose parameters and buffers are averaged. Required when replicas differ.
+    Parameters that the optimizer trains beside theirs are not averaged, and warned of."""
+    exclude: Annotated[ExcludeLike, Setting((), check_exclude)]
+    """Parameters and buffers of ``model`` that are each rank's own, such as experts, queues and heads: neither averaged
+    nor compared, and neither is what the optimizer keeps for them. Name patterns as ``fnmatch`` reads them
+    (``"experts.*"``; a ``module.`` of ``DistributedDataParallel`` may be there or not), tensors, modules, or a list of
+    these. One that matches nothing is an error. What ``DistributedDataParallel`` was told to ignore is excluded, too.
+    """
+    broadcast: Annotated[bool, Setting(False, check_flag)]
+    """Whether the first ``step()``, and the first after a load, makes unequal replicas equal: parameters, buffers and
+    optimizer state become replica 0's, in place. Otherwise weights that differ at the start are an error there."""
     spread: Annotated[float, Setting(0.0, _number("in [0, 1)", lambda alpha: 0 <= alpha < 1))]
     """``alpha``, in [0, 1): replicas train under ``[1 - alpha, 1 + alpha]`` times the base learning rate. The paper
     uses 1/9."""
@@ -99,7 +130,7 @@ class Settings(TypedDict, total=False):
     100 steps, up to 400 rounds."""
     auto_lr: Annotated[bool, Setting(False, check_flag)]
     """Whether the controller moves the gain. Needs the loss in ``step()``, and ``spread > 0``."""
-    probe: Annotated[LossFunction | Probe | None, Setting(None)]
+    probe: Annotated[LossFunction | Probe | None, Setting(None, _probe)]
     """``loss_fn(model, batch)``, or a :class:`hdet.Probe`: the paired probe, by which learning rates can be told apart
     in short rounds. Pass the batch to ``step()`` then."""
     controller: Annotated[Controller | None, Setting(None, _controller)]
@@ -118,11 +149,13 @@ class Settings(TypedDict, total=False):
     prior: Annotated[str | os.PathLike[str] | None, Setting(None, _optional(_path))]
     """Gains and centres to start from: a file that :meth:`hdet.Ensemble.save_prior` wrote."""
     rollback: Annotated[bool | str | torch.device, Setting(True, _rollback)]
-    """With ``auto_lr``, whether a round that blew up is undone: the loss at twice the first round's (twice as high
-    again after each rollback), or no replica finite. Parameters, buffers and optimizer state go back to the last
-    converge whose round was not above 1.1 times the first one, and the gain falls to a third. It takes memory for one
-    copy of them, on the device named instead of ``True`` (``"cpu"``). Not with ``averaging.overlap_steps``."""
-    replicas: Annotated[ReplicasLike, Setting(None)]
+    """With ``auto_lr``, whether a round that blew up is undone: parameters, buffers or optimizer state are finite on no
+    replica; or the loss jumped, in units of its own spread so far, while the weights moved
+    (:class:`hdet.steer.Recovery`; neither the loss's zero nor its sign matters). Parameters, buffers and optimizer
+    state go back to the last good converge, and the gain falls to a third; also in a ``converge()`` inside a round, if
+    nothing is finite. It takes memory for one copy of them, on the device named instead of ``True`` (``"cpu"``). Not
+    with ``averaging.overlap_steps``. Pass ``False`` for a loss whose jumps are meant."""
+    replicas: Annotated[ReplicasLike, Setting(None, check_replicas)]
     """Who they are: a number of replicas (each of as many consecutive ranks), a ``ProcessGroup`` (every rank in it is
     one), a 1-D ``DeviceMesh``, or one dimension of a mesh (``mesh["replicate"]``; the ranks along the others are a
     replica's members, over which it is sharded). Default: every rank is one. Members share a learning rate, and their
@@ -139,7 +172,7 @@ class Settings(TypedDict, total=False):
     """With local gradients, the outer optimizer that moves the replicas' mean."""
     seed: Annotated[int, Setting(0, _whole("an int, the same on every rank", lambda seed: True))]
     """Of the permutations, by which multipliers are assigned to replicas."""
-    monitor: Annotated[MonitorLike, Setting(None)]
+    monitor: Annotated[MonitorLike, Setting(None, _monitors)]
     """Where the reports go: :class:`hdet.TensorBoard`, :class:`hdet.JsonLines`, a function of a :class:`hdet.Report`,
     or several of these."""
 

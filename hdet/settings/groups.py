@@ -7,7 +7,7 @@ from typing import Literal
 
 import torch
 
-from hdet.errors import check_choice, check_number, check_whole
+from hdet.errors import check_choice, check_field, check_instance, check_number, check_whole
 from hdet.explore.design import Design
 from hdet.steer.one_slope import OneSlope
 
@@ -45,10 +45,10 @@ class Averaging:
     of them alone, and averages elsewhere (docs/optimizer_state.md)."""
 
     def __post_init__(self) -> None:
-        check_number("bucket_mib", self.bucket_mib, "> 0 MiB", lambda mib: mib > 0)
-        check_whole("overlap_steps", self.overlap_steps, ">= 0 steps", lambda steps: steps >= 0)
-        check_choice("wire_dtype", self.wire_dtype, list(_WIRE_DTYPES))
-        check_choice("optimizer_state", self.optimizer_state, _OPTIMIZER_STATES)
+        check_field(self, "bucket_mib", check_number, "> 0 MiB, and at most 2**20", lambda mib: 0 < mib <= 2**20)
+        check_field(self, "overlap_steps", check_whole, ">= 0 steps", lambda steps: steps >= 0)
+        check_field(self, "wire_dtype", check_choice, list(_WIRE_DTYPES))
+        check_field(self, "optimizer_state", check_choice, _OPTIMIZER_STATES)
         if self.optimizer_state == "average" and self.overlap_steps:
             raise ValueError(
                 f'optimizer_state="average" and overlap_steps={self.overlap_steps} exclude one another: moments cannot '
@@ -87,8 +87,10 @@ class Outer:
     """``nu``, > 0: the share of the way to the mean that is gone."""
 
     def __post_init__(self) -> None:
-        check_number("outer.momentum", self.momentum, "in [0, 1)", lambda momentum: 0 <= momentum < 1)
-        check_number("outer.lr", self.lr, "> 0; 1 goes all the way to the average", lambda lr: lr > 0)
+        check_field(self, "momentum", check_number, "in [0, 1)", lambda momentum: 0 <= momentum < 1, prefix="outer.")
+        check_field(
+            self, "lr", check_number, "> 0; 1 goes all the way to the average", lambda lr: lr > 0, prefix="outer."
+        )
 
     @property
     def is_plain(self) -> bool:
@@ -111,8 +113,6 @@ class Exploration:
     """How the centres of ``hyperparameters`` move."""
 
     def __post_init__(self) -> None:
-        check_choice("exploration.design", self.design, _DESIGNS)
-        if not isinstance(self.controller, OneSlope):
-            raise TypeError(
-                f"Invalid exploration.controller={self.controller!r}. Must be an instance of hdet.controller.OneSlope."
-            )
+        check_field(self, "design", check_choice, _DESIGNS, prefix="exploration.")
+        rule = "an instance of hdet.controller.OneSlope"
+        check_field(self, "controller", check_instance, OneSlope, rule, prefix="exploration.")

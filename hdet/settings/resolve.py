@@ -4,20 +4,24 @@ from __future__ import annotations
 
 import difflib
 import functools
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, is_dataclass
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from hdet.converge.optimizer_policy import policy_of
 from hdet.errors import check_whole
 from hdet.explore.identification import check_identified
 from hdet.explore.prior import Prior
+from hdet.explore.rates import share_memory
+from hdet.model.exclusion import Exclusion
 from hdet.model.gradients import check_gradients
+from hdet.model.optimizers import inside
 from hdet.model.sharding import check_sharding
+from hdet.model.weights import Weights, weights_of
 from hdet.monitor.base import Monitor, as_monitors
 from hdet.observe.probe import Probe
 from hdet.replicas.topology import Replicas
@@ -48,8 +52,14 @@ class Resolved:
     probe: Probe | None
     prior: Prior | None
     modules: tuple[nn.Module, ...]
+    exclusion: Exclusion
+    """What of the modules is each rank's own."""
+    outside: tuple[Tensor, ...]
+    """Parameters that the optimizer trains and no module has."""
     monitors: tuple[Monitor, ...]
     replicas: Replicas
+    optimizer: Optimizer
+    """The one that was passed, or the one inside a wrapper."""
     optimizer_state: str
     """The policy that ``averaging.optimizer_state`` comes to with this optimizer."""
 
@@ -76,7 +86,7 @@ class Resolved:
         given = self.given
         values: dict[str, Any] = {}
         for name, value in given.items():
-            if name in ("model", "monitor", "prior", "replicas"):
+            if name in ("model", "exclude", "monitor", "prior", "replicas"):
                 continue  # objects, and what may differ between ranks
             if is_dataclass(value) and name in GROUPS:
                 for inner in fields(value):
@@ -106,14 +116,12 @@ def resolve(optimizer: Optimizer, total_steps: int | None, settings: Mapping[str
     Raises:
         TypeError, ValueError: naming the setting, its value, the rule and the way out.
     """
-    if not isinstance(optimizer, Optimizer):
-        raise TypeError(f"{type(optimizer).__name__} is not an Optimizer")
+    optimizer = inside(optimizer)
     _check_known(settings)
-    given = Settings(**{name: settings.get(name, setting.default) for name, setting in DECLARED.items()})  # type: ignore[typeddict-item]
-    for name, setting in DECLARED.items():
-        setting.check(name, given[name])
+    checked = {name: setting.check(name, settings.get(name, setting.default)) for name, setting in DECLARED.items()}
+    given = Settings(**checked)  # type: ignore[typeddict-item]
     if total_steps is not None:
-        check_whole("total_steps", total_steps, ">= 1 step", lambda steps: steps >= 1)
+        total_steps = check_whole("total_steps", total_steps, ">= 1 step", lambda steps: steps >= 1)
 
     spread, hyperparameters, converge_every = given["spread"], given["hyperparameters"], given["converge_every"]
     if converge_every is None and total_steps is not None:
@@ -122,6 +130,8 @@ def resolve(optimizer: Optimizer, total_steps: int | None, settings: Mapping[str
         raise ValueError("Pass converge_every, the round's length in steps, or total_steps, from which it follows.")
     given_probe = given["probe"]
     probe = given_probe if isinstance(given_probe, Probe) or given_probe is None else Probe(loss_fn=given_probe)
+    modules = _modules(given["model"])
+    outside = _outside(modules, optimizer)
     resolved = Resolved(
         given=given,
         total_steps=total_steps,
@@ -129,9 +139,12 @@ def resolve(optimizer: Optimizer, total_steps: int | None, settings: Mapping[str
         controller=given["controller"] or (Published() if probe is None else TwoSlope()),
         probe=probe,
         prior=None if given["prior"] is None else Prior.load(given["prior"]),
-        modules=_modules(given["model"]),
+        modules=modules,
+        exclusion=Exclusion(modules, given["exclude"], outside),
+        outside=outside,
         monitors=as_monitors(given["monitor"]),
         replicas=Replicas(given["replicas"]),
+        optimizer=optimizer,
         optimizer_state=policy_of(
             given["averaging"].optimizer_state,
             optimizer,
@@ -141,7 +154,10 @@ def resolve(optimizer: Optimizer, total_steps: int | None, settings: Mapping[str
         ),
     )
     _check_together(resolved)
+    if given["per_group"]:
+        _check_own_rates(optimizer)
     check_sharding(resolved.modules, resolved.replicas)
+    _check_exclusion(resolved)
     check_gradients(given["gradients"], resolved.modules, resolved.replicas)
     return resolved
 
@@ -165,14 +181,27 @@ def _check_known(settings: Mapping[str, Any]) -> None:
         raise TypeError(f"Unknown setting {name}=.{hint}")
 
 
-def _modules(model: object) -> tuple[nn.Module, ...]:
-    if not isinstance(model, (nn.Module, Iterable, type(None))):
-        raise TypeError(f"model= takes an nn.Module or several, got {type(model).__name__}.")
-    modules = () if model is None else (model,) if isinstance(model, nn.Module) else tuple(model)
-    for module in modules:
-        if not isinstance(module, nn.Module):
-            raise TypeError(f"model= takes an nn.Module or several, got {type(module).__name__}.")
-    return modules
+def _modules(model: Any) -> tuple[nn.Module, ...]:
+    return () if model is None else (model,) if isinstance(model, nn.Module) else tuple(model)
+
+
+def _outside(modules: tuple[nn.Module, ...], optimizer: Optimizer) -> tuple[Tensor, ...]:
+    """Parameters of the optimizer that no module has; none where an adapter says what is trained."""
+    if not modules or type(weights_of(modules)) is not Weights:
+        return ()
+    inside = {id(slot.tensor) for slot in Weights(modules).slots()}
+    return tuple(p for group in optimizer.param_groups for p in group["params"] if id(p) not in inside)
+
+
+def _check_exclusion(resolved: Resolved) -> None:
+    weights = weights_of(resolved.modules, resolved.exclusion)
+    if type(weights) is not Weights:
+        if resolved.given["exclude"]:
+            raise ValueError(
+                "exclude= is not supported under DeepSpeed, whose masters hold several parameters each. Leave it out."
+            )
+    elif resolved.given["exclude"] and not weights.slots():
+        raise ValueError("exclude= leaves nothing of model= to be averaged. Exclude less, or leave model= out.")
 
 
 def _check_together(resolved: Resolved) -> None:
@@ -219,6 +248,19 @@ def _check_together(resolved: Resolved) -> None:
         _check_outer(outer, gradients, averaging, resolved.modules)
     if given["virtual_replicas"] > 1:
         _check_virtual(given["virtual_replicas"], given)
+
+
+def _check_own_rates(optimizer: Optimizer) -> None:
+    """Raise ValueError if parameter groups that are to have multipliers of their own share a learning rate."""
+    rates = [group["lr"] for group in optimizer.param_groups]
+    for i, rate in enumerate(rates):
+        first = next((j for j in range(i) if share_memory(rates[j], rate)), None)
+        if first is not None:
+            raise ValueError(
+                f"per_group=True gives every parameter group a learning rate of its own, and groups {first} and {i} "
+                "share one tensor. Give each a tensor of its own: group['lr'] = group['lr'].clone(), or leave out "
+                "per_group."
+            )
 
 
 def _check_outer(outer: Outer, gradients: str, averaging: Averaging, modules: Sequence[nn.Module]) -> None:

@@ -7,7 +7,7 @@ next round (:class:`Controllers`) and a :class:`ControllerReport`; after a round
 
 from hdet.observe.slopes import ProbeLosses, Slopes, slopes_of
 from hdet.steer.controllers import Controller, Controllers, RoundObservation, RoundSignal
-from hdet.steer.lr_finder import LRFinding, find_lr
+from hdet.steer.lr_finder import LRFinding, find_lr, learning_rates
 from hdet.steer.observation import ControllerState, Observation
 from hdet.steer.one_slope import CentreState, OneSlope
 from hdet.steer.phase import SteerPhase
@@ -37,5 +37,6 @@ __all__ = [
     "TwoSlope",
     "find_lr",
     "hypergradient",
+    "learning_rates",
     "slopes_of",
 ]

@@ -11,11 +11,12 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
+from hdet.errors import check_item, check_list, check_mapping
 from hdet.explore.design import Design, Effect, levels, multipliers_of
 from hdet.observe.slopes import UNKNOWN_SLOPES, ProbeLosses, Slopes
 from hdet.steer.attribution import attribute
-from hdet.steer.observation import ControllerState, Observation
-from hdet.steer.one_slope import CentreState, OneSlope
+from hdet.steer.observation import ControllerState, Observation, saved_state
+from hdet.steer.one_slope import CentreState, OneSlope, saved_centre
 from hdet.steer.published import Published
 from hdet.steer.report import ControllerReport, HyperparameterReport
 from hdet.steer.two_slope import TwoSlope
@@ -290,19 +291,27 @@ class Controllers:
         }
 
     def check_state(self, state: Mapping[str, Any]) -> None:
-        """Raise ``ValueError`` if :meth:`load` cannot."""
-        if len(state["controller"]) != len(self.lr_states):
+        """Raise ``TypeError`` or ``ValueError`` if :meth:`load` cannot."""
+        gains = check_list("controller", check_item("The saved state", state, "controller"), "a list of controllers")
+        if len(gains) != len(self.lr_states):
             raise ValueError(
-                f"The saved state has {len(state['controller'])} gains, this run {len(self.lr_states)}: another "
+                f"The saved state has {len(gains)} gains, this run {len(self.lr_states)}: another "
                 "number of parameter groups, or another per_group=."
             )
-        if sorted(state["hyperparameters"]) != sorted(self._names):
+        for values in gains:
+            saved_state("controller", values)
+        centres = check_item("The saved state", state, "hyperparameters")
+        check_mapping("hyperparameters", centres, "a mapping of names to centres")
+        if set(centres) != set(self._names):
             raise ValueError(
-                f"The saved state has the hyperparameters {sorted(state['hyperparameters'])}, this run "
+                f"The saved state has the hyperparameters {sorted(map(str, centres))}, this run "
                 f"{sorted(self._names)}. Resume with the same hyperparameters=."
             )
+        for name, values in centres.items():
+            saved_centre(f"centre of {name}", values)
 
     def load(self, state: Mapping[str, Any]) -> None:
         """Continue from a saved :meth:`state`."""
-        self.lr_states = [ControllerState(*values) for values in state["controller"]]
-        self.centre_states = [CentreState(*state["hyperparameters"][name]) for name in self._names]
+        self.lr_states = [saved_state("controller", values) for values in state["controller"]]
+        centres = state["hyperparameters"]
+        self.centre_states = [saved_centre(f"centre of {name}", centres[name]) for name in self._names]

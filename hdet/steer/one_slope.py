@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+from hdet.errors import check_field, check_instance, check_list, check_number, check_whole
 from hdet.observe.slopes import TOO_LARGE
-from hdet.steer.checks import require
+from hdet.steer.observation import check_share
 from hdet.steer.running_average import HUNDREDTH, Decay, mean_and_error, significance, t_statistic, update_average
 
 
@@ -23,6 +24,23 @@ class CentreState(NamedTuple):
     """Of ``-effect / c`` from round to round, around that average."""
 
 
+def saved_centre(name: str, values: Any) -> CentreState:
+    """A :class:`CentreState` from the values that were saved of one.
+
+    Raises:
+        TypeError, ValueError: if they are not such as a run can have.
+    """
+    position, velocity, rounds, variance = check_list(
+        name, values, "[position, velocity, rounds, variance]", length=len(CentreState._fields)
+    )
+    return CentreState(
+        check_number(f"{name}.position", position),
+        check_number(f"{name}.velocity", velocity, "at most 1e150", lambda x: abs(x) <= 1e150),
+        check_whole(f"{name}.rounds", rounds, ">= 0", lambda n: n >= 0),
+        check_number(f"{name}.variance", variance, ">= 0", lambda x: x >= 0),
+    )
+
+
 @dataclass(frozen=True, kw_only=True)
 class OneSlope:
     r"""Moves the centre of a hyperparameter other than the learning rate down the slope of the probe's loss.
@@ -37,7 +55,7 @@ class OneSlope:
     An effect that shows only after the round is not seen.
 
     Raises:
-        ValueError: for a value outside the range its field names.
+        TypeError, ValueError: for a value outside the range its field names.
     """
 
     step: float = 0.25
@@ -50,10 +68,10 @@ class OneSlope:
     """> 0: how far ``|t|`` must exceed ``threshold`` for a whole step."""
 
     def __post_init__(self) -> None:
-        require("step", self.step, self.step > 0, "finite and > 0")
-        require("smoothing", self.smoothing, 0 <= self.smoothing < 1, "in [0, 1)")
-        require("threshold", self.threshold, self.threshold >= 0, "finite and >= 0")
-        require("slack", self.slack, self.slack > 0, "finite and > 0")
+        check_field(self, "step", check_number, "finite and > 0", lambda x: x > 0)
+        check_field(self, "smoothing", check_number, "in [0, 1)", lambda x: 0 <= x < 1)
+        check_field(self, "threshold", check_number, "finite and >= 0", lambda x: x >= 0)
+        check_field(self, "slack", check_number, "finite and > 0", lambda x: x > 0)
 
     def update(
         self, state: CentreState, effect: float, *, spread: float, height: float = 1.0, share: float = 0.01
@@ -67,6 +85,12 @@ class OneSlope:
                 learning rate shows little of an effect.
             share: the round's length as a share of the run's, > 0.
         """
+        check_instance("state", state, CentreState, "an hdet.controller.CentreState")
+        saved_centre("state", state)
+        check_number("effect", effect, "a difference of losses, or NaN", finite=False)
+        check_number("spread", spread, ">= 0", lambda x: x >= 0)
+        check_number("height", height)
+        check_share("share", share)
         if not abs(effect) < TOO_LARGE:
             return state
         rounds = state.rounds + 1

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from hdet.explore.hyperparameters import Hyperparameter
 from hdet.observe.slopes import ProbeLosses
+from hdet.replicas.agreement import Term
 from hdet.schedules.course import Course
 from hdet.steer.controllers import Controller, Controllers, RoundObservation
-from hdet.steer.recovery import GAIN_DIVISOR, Recovery
+from hdet.steer.recovery import GAIN_DIVISOR, Recovery, check_recovery
 from hdet.steer.report import ControllerReport
 
 
@@ -124,19 +125,32 @@ class SteerPhase:
         """The report of a converge at which nothing moves."""
         return self._controllers.rest(self._course.ended_round(steps), self._hyperparameters)
 
-    def keep(self, mean_loss: float) -> None:
-        """Keep the state that the round has led to, for a later rollback."""
-        kept = self._recovery is None or self._recovery.keep(mean_loss)
+    def terms(self) -> dict[str, Term]:
+        """Whether this rank has a state to go back to."""
+        return {"can restore": Term(float(self._recovery is not None and self._recovery.can_restore), min)}
+
+    def keep(self, *, good: bool) -> None:
+        """Keep the state that the round has led to, for a later rollback, if it is ``good``: finite."""
+        kept = self._recovery is None or (good and self._recovery.keep())
         self.rounds_since_kept = 1 if kept else self.rounds_since_kept + 1
 
-    def has_blown_up(self, steps: int, finite: Sequence[bool], losses: tuple[float, ...], *, can_probe: bool) -> bool:
-        """Whether the round that just ended is to be undone.
+    def has_blown_up(
+        self,
+        steps: int,
+        finite: Sequence[bool],
+        losses: tuple[float, ...],
+        *,
+        can_probe: bool,
+        agree: Callable[[float], float],
+    ) -> bool:
+        """Whether the round so far is to be undone. To be asked only if every rank can.
 
         Args:
             steps: taken so far.
-            finite: [replica] whether its parameters are.
-            losses: [replica] mean loss of the round; empty if none was reported.
+            finite: [replica] whether its parameters, buffers and optimizer state are.
+            losses: [replica] mean loss of the round; empty if none was reported, or the round is not over.
             can_probe: whether there is a probe, and more than one replica.
+            agree: what all ranks make of a number of this rank; collective.
 
         Raises:
             DivergedError: if it is, after too many rollbacks.
@@ -145,7 +159,7 @@ class SteerPhase:
             return False
         # While the controller may still move the gain, it can also take it back.
         may_move = not self._controller.needs_probe or (can_probe and self.wants_probe(steps))
-        return self._recovery.is_needed(finite, losses, watches_losses=may_move)
+        return self._recovery.is_needed(finite, losses, watches_losses=may_move, agree=agree)
 
     def roll_back(self, steps: int) -> ControllerReport:
         """Put model and optimizer back to the last good state, and divide the gains."""
@@ -154,16 +168,21 @@ class SteerPhase:
         self.rounds_since_kept = 1
         return self._controllers.roll_back(self._course.ended_round(steps), self._hyperparameters, divisor=GAIN_DIVISOR)
 
-    def warn_of_rollback(self, steps: int, mean_loss: float) -> None:
+    def warn_of_rollback(self, steps: int) -> None:
         """Log it."""
         assert self._recovery is not None
-        self._recovery.warn(steps, mean_loss)
+        self._recovery.warn(steps)
 
     def restart(self) -> None:
         """The run goes on from a state that is being loaded."""
         self.rounds_since_kept = 1
         if self._recovery is not None:
             self._recovery.copy_before_next_step()
+
+    def close(self) -> None:
+        """Keep no state for a rollback any more."""
+        if self._recovery is not None:
+            self._recovery.close()
 
     def facts(self) -> dict[str, Any]:
         """What must be the same on every rank."""
@@ -180,8 +199,9 @@ class SteerPhase:
         return state if self._recovery is None else state | self._recovery.state()
 
     def check_state(self, state: Mapping[str, Any]) -> None:
-        """Raise ValueError if :meth:`load` cannot."""
+        """Raise TypeError or ValueError if :meth:`load` cannot."""
         self._controllers.check_state(state)
+        check_recovery(state)
 
     def load(self, state: Mapping[str, Any]) -> None:
         """Continue from a saved :meth:`state`."""

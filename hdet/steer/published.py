@@ -17,9 +17,18 @@ import math
 from dataclasses import dataclass
 from typing import ClassVar
 
+from hdet.errors import (
+    check_bounds,
+    check_field,
+    check_flag,
+    check_instance,
+    check_list,
+    check_number,
+    check_whole,
+)
+from hdet.observe.slopes import TOO_LARGE
 from hdet.schedules.course import Course
-from hdet.steer.checks import check_bounds, clamped, require
-from hdet.steer.observation import ControllerState, Observation
+from hdet.steer.observation import ControllerState, Observation, check_update, clamped
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,7 +36,7 @@ class Published:
     """The paper's momentum controller on the replicas' training losses.
 
     Raises:
-        ValueError: for a value outside the range its field names.
+        TypeError, ValueError: for a value outside the range its field names.
     """
 
     needs_probe: ClassVar[bool] = False
@@ -49,25 +58,31 @@ class Published:
     """Compute the published update word for word, for comparison."""
 
     def __post_init__(self) -> None:
-        require("meta_lr", self.meta_lr, self.meta_lr >= 0, "finite and >= 0")
-        require("momentum", self.momentum, 0 <= self.momentum < 1, "in [0, 1)")
-        require("temperature", self.temperature, self.temperature > 0, "finite and > 0")
-        decay_ok = self.decay < 1 if self.literal else 0 <= self.decay < 1
-        require("decay", self.decay, decay_ok, "< 1" if self.literal else "in [0, 1)")
-        check_bounds(self.bounds)
-        if self.warmup_rounds < 0 or self.warmup_rounds != int(self.warmup_rounds):
-            raise ValueError(f"Invalid warmup_rounds={self.warmup_rounds}. Must be a whole number >= 0.")
+        check_field(self, "meta_lr", check_number, "finite and >= 0", lambda x: x >= 0)
+        check_field(self, "momentum", check_number, "in [0, 1)", lambda x: 0 <= x < 1)
+        check_field(self, "temperature", check_number, "finite and > 0", lambda x: x > 0)
+        check_field(self, "literal", check_flag)
+        if self.literal:
+            check_field(self, "decay", check_number, "< 1", lambda x: x < 1)
+        else:
+            check_field(self, "decay", check_number, "in [0, 1)", lambda x: 0 <= x < 1)
+        check_field(self, "bounds", check_bounds)
+        check_field(self, "warmup_rounds", check_whole, ">= 0", lambda n: n >= 0)
 
     def wants_probe(self, progress: float, until: float) -> bool:
         """No: it uses training losses only."""
+        check_number("progress", progress, "a share of the run, or NaN", finite=False)
+        check_number("until", until, "a share of the run")
         return False
 
     def rests_after(self, course: Course) -> float:
         """It never rests."""
+        check_instance("course", course, Course, "an hdet.schedules.course.Course")
         return 1.0
 
     def reach(self, height: float) -> float:
         """Not used, as there is no probe."""
+        check_number("height", height, "a share of the schedule's peak")
         return 1.0
 
     def update(self, state: ControllerState, observation: Observation) -> tuple[ControllerState, float | None]:
@@ -77,6 +92,13 @@ class Published:
         In units: ``Delta`` and ``v`` are relative (fractions of the base learning rate); with ``literal`` they are
         learning rates, as published.
         """
+        check_update(state, observation)
+        if not self.literal:
+            check_number("state.gain", state.gain, "> 0", lambda gain: gain > 0)
+        replicas = len(observation.multipliers)
+        check_list(
+            "observation.losses", observation.losses, f"a number for each of {replicas} replicas", length=replicas
+        )
         return (_literal_update if self.literal else _update)(self, state, observation)
 
 
@@ -94,6 +116,13 @@ def hypergradient(losses: tuple[float, ...], values: tuple[float, ...], temperat
     Returns:
         The hypergradient in the units of ``values``, or ``None`` if fewer than two losses are finite.
     """
+    check_number("temperature", temperature, "> 0", lambda x: x > 0)
+    rule = "numbers, one for each replica"
+    known = check_list("values", values, rule)
+    values = tuple(check_number("values", x, rule, lambda x: abs(x) <= TOO_LARGE) for x in known)
+    losses = tuple(
+        check_number("losses", x, rule, finite=False) for x in check_list("losses", losses, rule, length=len(values))
+    )
     pairs = [(loss, value) for loss, value in zip(losses, values, strict=True) if math.isfinite(loss)]
     if len(pairs) < 2:
         return None

@@ -7,10 +7,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
+from hdet.errors import check_bounds, check_field, check_instance, check_list, check_number
 from hdet.observe.slopes import TOO_LARGE, Slopes, loss_near, mean_of, slopes_of
 from hdet.schedules.course import Course
-from hdet.steer.checks import check_bounds, clamped, require
-from hdet.steer.observation import ControllerState, Observation
+from hdet.steer.observation import ControllerState, Observation, check_update, clamped
 from hdet.steer.running_average import (
     HUNDREDTH,
     MIN_ROUNDS,
@@ -80,7 +80,7 @@ class TwoSlope:
     the annealing.
 
     Raises:
-        ValueError: for a value outside the range its field names.
+        TypeError, ValueError: for a value outside the range its field names.
     """
 
     needs_probe: ClassVar[bool] = True
@@ -115,38 +115,42 @@ class TwoSlope:
     """Smallest and largest gain, ``0 < low <= 1 <= high``."""
 
     def __post_init__(self) -> None:
-        require("step", self.step, self.step > 0, "finite and > 0")
-        require("ramp", self.ramp, 0 < self.ramp <= 1, "in (0, 1]")
-        for weight in self.noise_weight:
-            require("noise_weight", weight, weight > 0, "finite and > 0")
-        if not self.rise > 1:
-            raise ValueError(f"Invalid rise={self.rise}. Must be > 1; inf: any.")
-        require("smoothing", self.smoothing, 0 <= self.smoothing < 1, "in [0, 1)")
-        require("overshoot", self.overshoot, self.overshoot >= 0, "finite and >= 0")
-        require("threshold", self.threshold, self.threshold >= 0, "finite and >= 0")
-        require("slack", self.slack, self.slack > 0, "finite and > 0")
-        require("down", self.down, self.down > 0, "finite and > 0")
-        require("far", self.far, self.far >= 1, "finite and >= 1")
-        require("climb", self.climb, self.climb > 0, "finite and > 0")
-        require("rest_below", self.rest_below, 0 <= self.rest_below <= 1, "in [0, 1]")
-        check_bounds(self.bounds)
+        check_field(self, "step", check_number, "finite and > 0", lambda x: x > 0)
+        check_field(self, "ramp", check_number, "in (0, 1]", lambda x: 0 < x <= 1)
+        check_field(self, "noise_weight", _noise_weight)
+        check_field(self, "rise", check_number, "> 1; inf: any", lambda x: x > 1, finite=False)
+        check_field(self, "smoothing", check_number, "in [0, 1)", lambda x: 0 <= x < 1)
+        check_field(self, "overshoot", check_number, "finite and >= 0", lambda x: x >= 0)
+        check_field(self, "threshold", check_number, "finite and >= 0", lambda x: x >= 0)
+        check_field(self, "slack", check_number, "finite and > 0", lambda x: x > 0)
+        check_field(self, "down", check_number, "finite and > 0", lambda x: x > 0)
+        check_field(self, "far", check_number, "finite and >= 1", lambda x: x >= 1)
+        check_field(self, "climb", check_number, "finite and > 0", lambda x: x > 0)
+        check_field(self, "rest_below", check_number, "in [0, 1]", lambda x: 0 <= x <= 1)
+        check_field(self, "bounds", check_bounds)
 
     def wants_probe(self, progress: float, until: float) -> bool:
         """Whether a round that ends at ``progress`` may still move the gain."""
+        check_number("progress", progress, "a share of the run, or NaN", finite=False)
+        check_number("until", until, "a share of the run")
         return progress <= until
 
     def rests_after(self, course: Course) -> float:
         """Share of the run after which the gain rests."""
+        check_instance("course", course, Course, "an hdet.schedules.course.Course")
         return course.high_until(self.rest_below)
 
     def reach(self, height: float) -> float:
         """How far the far point is to be from the slow average, in units of ``e - f``."""
+        check_number("height", height, "a share of the schedule's peak")
         return self.far / max(height, _LOWEST)
 
     def update(self, state: ControllerState, observation: Observation) -> tuple[ControllerState, float | None]:
         """One round: ``(state, observation) -> (next state, x)``, ``x`` in units of the loss per hundredth of the run.
 
         In a round without a probe ``x`` is ``None``, and the state unchanged."""
+        check_update(state, observation)
+        check_number("state.gain", state.gain, "> 0", lambda gain: gain > 0)
         if observation.probe is None or not self.wants_probe(observation.progress, observation.until):
             return state, None
         slopes = slopes_of(observation.probe, observation.multipliers, observation.lag)
@@ -198,6 +202,11 @@ class TwoSlope:
 
     def evidence(self, slopes: Slopes, progress: float, until: float, final: float) -> float:
         """``x`` of one round: > 0 for "a larger learning rate would do better"."""
+        check_instance("slopes", slopes, Slopes, "an hdet.controller.Slopes")
+        for name, slope in slopes._asdict().items():
+            check_number(f"slopes.{name}", slope, "a slope, or NaN", finite=False)
+        for name, share in (("progress", progress), ("until", until), ("final", final)):
+            check_number(name, share, "in [0, 1]", lambda share: 0 <= share <= 1)
         return _weighed(slopes, self._weights(progress, until, final))
 
     def _weights(self, progress: float, until: float, final: float) -> tuple[float, float, float]:
@@ -206,6 +215,12 @@ class TwoSlope:
         first, last = self.noise_weight
         late = min(1.0, max(0.0, progress - self.ramp) / max(until - self.ramp, 1e-9))
         return 1 - u, u, -u * (first * (last / first) ** late + 2 * final * late**2)
+
+
+def _noise_weight(name: str, value: object) -> tuple[float, ...]:
+    rule = "a pair of numbers > 0, finite"
+    pair = check_list(name, value, rule, length=2)
+    return tuple(check_number(name, weight, rule, lambda x: x > 0) for weight in pair)
 
 
 def _weighed(slopes: Slopes, weights: Sequence[float]) -> float:

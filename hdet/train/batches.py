@@ -22,11 +22,11 @@ class Batches:
 
     def __init__(self, config: Config, process: Process, source: data.Data, model: nn.Module) -> None:
         self.config, self.source = config, source
-        self.device, self._rank, self._model = process.device, process.rank, model
+        self._process, self._model = process, model
 
     def draw(self, step: int, purpose: int | str, *, held_out: bool = False) -> data.Batch:
         """The batch for a purpose beside training itself."""
-        seed = data.step_seed(self.config.train.seed, self._rank, step, purpose)
+        seed = data.step_seed(self.config.train.seed, self._process.rank, step, purpose)
         return self.source.draw(self.config.train.batch_size, torch.Generator().manual_seed(seed), held_out=held_out)
 
     def loss_of(self, model: nn.Module, batch: data.Batch, label_smoothing: float = 0.0) -> Tensor:
@@ -39,14 +39,14 @@ class Batches:
         """The batch where the model is."""
         if batch.inputs.is_floating_point():  # a model that is bfloat16 itself takes nothing else
             batch = batch._replace(inputs=batch.inputs.to(self._dtype))
-        if self.device.type == "cpu":
+        if self._process.device.type == "cpu":
             return batch
-        return data.Batch(*(t.pin_memory().to(self.device, non_blocking=True) for t in batch))
+        return data.Batch(*(t.pin_memory().to(self._process.device, non_blocking=True) for t in batch))
 
     def autocast(self) -> torch.autocast:
         """``train.dtype`` of forward passes."""
         bf16 = self.config.train.dtype == "bfloat16" and self._dtype == torch.float32
-        return torch.autocast(self.device.type, torch.bfloat16, enabled=bf16)
+        return torch.autocast(self._process.device.type, torch.bfloat16, enabled=bf16)
 
     @property
     def _dtype(self) -> torch.dtype:

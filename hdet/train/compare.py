@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from hdet import files
 from hdet.monitor.base import read_jsonl
 
 
@@ -16,26 +16,32 @@ def table(runs: Sequence[Path]) -> str:
     """What the runs came to, one line each.
 
     Raises:
-        FileNotFoundError: if a run has no ``summary.json``.
+        OSError, ValueError: if a run has no ``summary.json``, or another file in its place.
     """
-    rows = [("run", "spread", "validation loss", "max LR", "final LR", "gain", "converge overhead", "seconds")]
+    rows: list[tuple[str, ...]] = [
+        ("run", "spread", "validation loss", "max LR", "final LR", "gain", "converge overhead", "seconds")
+    ]
     for run in runs:
-        summary = json.loads((run / "summary.json").read_text(encoding="utf-8"))
-        loss = summary["validation_loss"]
-        rows.append(
-            (
-                run.name,
-                f"{summary['spread']:.3g}",
-                "diverged" if loss is None else f"{loss:.4f}",
-                f"{summary['max_lr']:.2e}",
-                f"{summary['final_lr']:.2e}",
-                " / ".join(f"{gain:.3g}" for gain in summary["gain"].values()),
-                f"{summary['converge_overhead']:.2%}",
-                f"{summary['wall_seconds']:.0f}",
-            )
-        )
+        path = run / "summary.json"
+        try:
+            rows.append((run.name, *_row(files.read_json(path))))
+        except (AttributeError, LookupError, TypeError) as error:
+            raise ValueError(f"{path} is no summary of a run: {error!r}.") from error
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return "\n".join("  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows)
+
+
+def _row(summary: dict[str, Any]) -> tuple[str, ...]:
+    loss = summary["validation_loss"]
+    return (
+        f"{summary['spread']:.3g}",
+        "diverged" if loss is None else f"{loss:.4f}",
+        f"{summary['max_lr']:.2e}",
+        f"{summary['final_lr']:.2e}",
+        " / ".join(f"{gain:.3g}" for gain in summary["gain"].values()),
+        f"{summary['converge_overhead']:.2%}",
+        f"{summary['wall_seconds']:.0f}",
+    )
 
 
 def plot(runs: Sequence[Path], output: Path) -> None:
@@ -81,6 +87,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(f"curves: {arguments.output}")
     except FileNotFoundError as error:
         print(f"python -m hdet.train.compare: error: {error.filename} is missing: no finished run.", file=sys.stderr)
+        return 2
+    except (OSError, ValueError) as error:
+        print(f"python -m hdet.train.compare: error: {error}", file=sys.stderr)
         return 2
     return 0
 

@@ -5,14 +5,14 @@ Unknown keys, wrong types and values out of range are errors that name the key.
 
 from __future__ import annotations
 
-import contextlib
-import os
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from hdet.steer.published import Published
 from hdet.steer.two_slope import TwoSlope
+from hdet.train.shared import SHARED as SHARED
 from hdet.train.shared import Shared
 
 EXPLORED = ("weight_decay", "momentum", "dropout", "label_smoothing")
@@ -20,7 +20,7 @@ EXPLORED = ("weight_decay", "momentum", "dropout", "label_smoothing")
 
 
 class ConfigError(ValueError):
-    """The run cannot start as configured. The message is for the user, and the same on every rank."""
+    """The run cannot start, or go on, as configured. The message is for the user: it names the setting or the file."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,7 +33,7 @@ class TaskConfig:
     any file."""
     path: str | None = None
     """The training file of ``tokens`` and ``text``. Without it, ``tokens`` reads the standard library's source, byte by
-    byte, from a token file that it makes in the directory for temporary files: to try a config on any machine."""
+    byte, as tokens: to try a config on any machine."""
     val_path: str | None = None
     """The validation file of ``tokens`` and ``text``. Without it, validation uses the end of ``path``."""
     val_fraction: float = 0.05
@@ -79,8 +79,15 @@ class ModelConfig:
     """Dropout probability, in [0, 1)."""
 
     def __post_init__(self) -> None:
-        for name in ("n_layer", "n_head", "n_embd", "block_size", "channels"):
-            _require(f"model.{name}", getattr(self, name), getattr(self, name) >= 1, ">= 1")
+        for name, most in (
+            ("n_layer", 2**12),
+            ("n_head", 2**16),
+            ("n_embd", 2**16),
+            ("block_size", 2**20),
+            ("channels", 2**14),
+        ):
+            value = getattr(self, name)
+            _require(f"model.{name}", value, 1 <= value <= most, f"in [1, {most}]")
         _require("model.n_head", self.n_head, self.n_embd % self.n_head == 0, f"a divisor of n_embd={self.n_embd}")
         _require("model.dropout", self.dropout, 0 <= self.dropout < 1, "in [0, 1)")
 
@@ -107,11 +114,12 @@ class OptimizerConfig:
     """Share of the training loss that asks for all answers alike, in [0, 1). Validation and probe have none of it."""
 
     def __post_init__(self) -> None:
-        _require("optimizer.max_lr", self.max_lr, isinstance(self.max_lr, str) or self.max_lr > 0, "> 0, or auto")
-        _require("optimizer.weight_decay", self.weight_decay, self.weight_decay >= 0, ">= 0")
+        known = isinstance(self.max_lr, str) or 0 < self.max_lr < math.inf
+        _require("optimizer.max_lr", self.max_lr, known, "finite and > 0, or auto")
+        _require("optimizer.weight_decay", self.weight_decay, 0 <= self.weight_decay < math.inf, "finite and >= 0")
         _require("optimizer.betas", self.betas, all(0 <= beta < 1 for beta in self.betas), "two numbers in [0, 1)")
         _require("optimizer.momentum", self.momentum, 0 <= self.momentum < 1, "in [0, 1)")
-        _require("optimizer.grad_clip", self.grad_clip, self.grad_clip >= 0, ">= 0")
+        _require("optimizer.grad_clip", self.grad_clip, 0 <= self.grad_clip < math.inf, "finite and >= 0")
         _require("optimizer.label_smoothing", self.label_smoothing, 0 <= self.label_smoothing < 1, "in [0, 1)")
 
     @property
@@ -146,6 +154,14 @@ class ScheduleConfig:
     """Lowest momentum of ``cycle_momentum``."""
     max_momentum: float = 0.95
     """Highest momentum of ``cycle_momentum``."""
+
+    def __post_init__(self) -> None:
+        _require("schedule.pct_start", self.pct_start, 0 <= self.pct_start <= 1, "in [0, 1]")
+        for name in ("div_factor", "final_div_factor"):
+            value = getattr(self, name)
+            _require(f"schedule.{name}", value, 1e-9 <= value <= 1e18, "in [1e-9, 1e18]")
+        for name in ("base_momentum", "max_momentum"):
+            _require(f"schedule.{name}", getattr(self, name), 0 <= getattr(self, name) < 1, "in [0, 1)")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -245,13 +261,25 @@ class TrainConfig:
     save_every: int = 0
     """Steps between checkpoints, best a multiple of ``hdet.converge_every``; 0: only at the end and when stopped."""
     stop_at: int | None = None
-    """Stop after this step as if by a signal, but with exit status 0: for jobs of limited time."""
+    """Stop as if by a signal after this step, but with exit status 0: for jobs of limited time."""
+    stop_within: float = 25.0
+    """Seconds that a run goes on after a signal, to the end of the round, so that it can be resumed there bit for bit.
+    If the round is expected to take longer, the replicas are averaged at once, inside the round, and the resumed run
+    is not the uninterrupted one. torchrun kills its processes 30 s after it has told them to stop."""
     resume: bool = False
     """Continue from ``checkpoint.pt`` in ``log_dir``; without one there, start anew. ``--resume`` for short."""
 
     def __post_init__(self) -> None:
-        for name in ("total_steps", "batch_size", "accumulate", "eval_batches", "log_every"):
-            _require(f"train.{name}", getattr(self, name), getattr(self, name) >= 1, ">= 1")
+        most = {
+            "total_steps": 10**12,
+            "batch_size": 2**20,
+            "accumulate": 2**20,
+            "eval_batches": 2**30,
+            "log_every": 10**12,
+        }
+        for name, limit in most.items():
+            value = getattr(self, name)
+            _require(f"train.{name}", value, 1 <= value <= limit, f"in [1, {limit}]")
         for name in ("eval_every", "save_every"):
             _require(f"train.{name}", getattr(self, name), getattr(self, name) >= 0, ">= 0 steps")
         if self.replicas is not None:
@@ -265,6 +293,11 @@ class TrainConfig:
             )
         if self.stop_at is not None:
             _require("train.stop_at", self.stop_at, self.stop_at >= 1, ">= 1")
+        _require("train.stop_within", self.stop_within, 0 <= self.stop_within < math.inf, "finite and >= 0 seconds")
+        _require("train.seed", self.seed, abs(self.seed) < 2**63, "below 2**63")
+        for name in ("log_dir", "deepspeed_config"):
+            value = getattr(self, name)
+            _require(f"train.{name}", repr(value), value is None or (value and "\0" not in value), "a path")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -293,37 +326,15 @@ class Config:
 
 
 def parse(argv: Sequence[str]) -> Config:
-    """The configuration that the command line asks for.
-
-    Under torchrun, ``--help`` and ``--print_config`` print on rank 0 only.
+    """The configuration that the command line asks for: see :func:`hdet.train.command_line.parse`.
 
     Raises:
-        ConfigError: for an unknown key, a wrong type or a value out of range, on every rank.
+        ConfigError: for an unknown key, a wrong type or a value out of range.
         SystemExit: after ``--help`` or ``--print_config``.
     """
-    import jsonargparse
+    from hdet.train import command_line
 
-    jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
-    parser = jsonargparse.ArgumentParser(
-        prog="python -m hdet.train",
-        description="Train one model with N replicas under N learning rates; start it with torchrun.",
-        exit_on_error=False,
-    )
-    parser.add_argument("--config", action="config", help="YAML file of a run; later arguments override its values.")
-    parser.add_class_arguments(Config)
-    arguments = ["--train.resume=true" if argument == "--resume" else argument for argument in argv]
-    with contextlib.ExitStack() as stack:
-        if os.environ.get("RANK", "0") != "0":
-            stack.enter_context(contextlib.redirect_stdout(stack.enter_context(open(os.devnull, "w"))))
-        try:
-            parsed = parser.parse_args(arguments)
-            for name in (*Config.__dataclass_fields__, "hdet.two_slope", "hdet.published"):
-                if not isinstance(parsed.get(name), jsonargparse.Namespace):
-                    raise ConfigError(f"Invalid {name}={parsed.get(name)}. Must be a section with settings in it.")
-            sections = vars(parser.instantiate(parsed))
-            return Config(**{name: sections[name] for name in Config.__dataclass_fields__})
-        except (jsonargparse.ArgumentError, ValueError, TypeError) as error:
-            raise ConfigError(str(error)) from error
+    return command_line.parse(argv)
 
 
 def _require(name: str, value: object, ok: bool, rule: str) -> None:

@@ -6,15 +6,15 @@ from __future__ import annotations
 import hashlib
 import os
 import sysconfig
-import tempfile
 from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import BinaryIO, NamedTuple, Protocol
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from hdet import files
 from hdet.train.config import ConfigError, TaskConfig
 
 
@@ -151,14 +151,16 @@ def load(task: TaskConfig, block_size: int, *, held_out: bool = False) -> Data:
     if task.name == "char_lm":
         train = _standard_library()
     elif task.name == "text":
-        train = np.frombuffer(_existing("task.path", task.path).read_bytes(), np.uint8)
+        train = _text("task.path", task.path)
+    elif task.path is None:
+        train = _standard_library().astype(np.uint16)
     else:
-        train = _tokens("task.path", task.path or _standard_library_tokens())
+        train = _tokens("task.path", task.path)
     if task.val_path is None:
         cut = int(len(train) * (1 - task.val_fraction))
         train, val = train[:cut], train[cut:]
     elif task.name == "text":
-        val = np.frombuffer(_existing("task.val_path", task.val_path).read_bytes(), np.uint8)
+        val = _text("task.val_path", task.val_path)
     else:
         val = _tokens("task.val_path", task.val_path)
     return Windows(train, val, block_size, task.vocab_size if task.name == "tokens" else 256, probe_fraction)
@@ -175,23 +177,25 @@ def _standard_library() -> NDArray[np.uint8]:
     return np.frombuffer(b"".join(file.read_bytes() for file in files), np.uint8)
 
 
-def _standard_library_tokens() -> str:
-    """A token file of the standard library's source; every process makes the same one, and puts it in place at once."""
-    with tempfile.NamedTemporaryFile(suffix=".bin", delete=False) as file:
-        _standard_library().astype(np.uint16).tofile(file)
-    target = Path(file.name).with_name(f"hdet-standard-library-{os.getuid()}.bin")
-    os.replace(file.name, target)
-    return str(target)
+def _text(name: str, path: str | None) -> NDArray[np.uint8]:
+    with _opened(name, path) as file:
+        return np.frombuffer(file.read(), np.uint8)
 
 
-def _tokens(name: str, path: str | None) -> NDArray[np.uint16]:
-    file = _existing(name, path)
-    if file.stat().st_size % 2 or not file.stat().st_size:
-        raise ConfigError(f"Invalid {name}={path}: {file.stat().st_size} bytes are not a sequence of uint16 tokens.")
-    return np.memmap(file, np.uint16, mode="r")
+def _tokens(name: str, path: str) -> NDArray[np.uint16]:
+    with _opened(name, path) as file:
+        size = os.fstat(file.fileno()).st_size
+        if size % 2 or not size:
+            raise ConfigError(f"Invalid {name}={path}: {size} bytes are not a sequence of uint16 tokens.")
+        return np.memmap(file, np.uint16, mode="r")
 
 
-def _existing(name: str, path: str | None) -> Path:
-    if path is None or not Path(path).is_file():
-        raise ConfigError(f"Invalid {name}={path}: there is no such file.")
-    return Path(path)
+def _opened(name: str, path: str | None) -> BinaryIO:
+    try:
+        return files.open_to_read(path or "")
+    except FileNotFoundError as error:
+        raise ConfigError(f"Invalid {name}={path}: there is no such file.") from error
+    except OSError as error:
+        raise ConfigError(f"Invalid {name}={path}: {error.strerror}.") from error
+    except ValueError as error:
+        raise ConfigError(f"Invalid {name}={path}: {error}") from error

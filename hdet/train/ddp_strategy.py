@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 from torch import nn
@@ -11,6 +12,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 from hdet.replicas.topology import Replicas, ReplicasLike
+from hdet.train import checkpoint
 from hdet.train.config import Config, ConfigError
 from hdet.train.processes import Process
 
@@ -64,6 +66,10 @@ class DDPStrategy:
         if not self._process.writer:
             return {}
         return {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "scheduler": scheduler}
+
+    def check(self, path: Path, state: dict[str, Any], model: nn.Module, optimizer: Optimizer) -> None:
+        """Raise :class:`ConfigError` if the tensors of a checkpoint are not those of model and optimizer."""
+        checkpoint.check_fits(path, state, model, optimizer)
 
     def load(self, state: dict[str, Any], model: nn.Module, optimizer: Optimizer) -> dict[str, Any]:
         """Restore :meth:`state` but for the scheduler's, which is returned. Collective."""

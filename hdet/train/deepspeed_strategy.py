@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-import json
+import collections
+import contextlib
 import logging
+import os
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,10 +16,34 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from hdet import files
+from hdet.files import plain
 from hdet.replicas.topology import ReplicasLike
+from hdet.train import checkpoint
 from hdet.train.config import Config, ConfigError
 from hdet.train.ddp_strategy import DDPStrategy
+from hdet.train.log import writing
 from hdet.train.processes import Process
+
+_SECTIONS = (
+    "zero_optimization",
+    "zero_allow_untested_optimizer",
+    "zero_force_ds_cpu_optimizer",
+    "communication_data_type",
+    "seq_parallel_communication_data_type",
+    "prescale_gradients",
+    "gradient_predivide_factor",
+    "sparse_gradients",
+    "activation_checkpointing",
+    "aio",
+    "comms_logger",
+    "dump_state",
+    "memory_breakdown",
+    "steps_per_print",
+    "wall_clock_breakdown",
+)
+"""Of DeepSpeed's settings, what a run may set beside its own."""
+_PLAIN = (collections.OrderedDict, collections.defaultdict, dict, set)
 
 
 class DeepSpeedStrategy(DDPStrategy):
@@ -106,8 +132,14 @@ class DeepSpeedStrategy(DDPStrategy):
         return total
 
     def state(self, model: nn.Module, optimizer: Optimizer, scheduler: dict[str, Any]) -> dict[str, Any]:
-        """Nothing: it is too large, and too much of it depends on the rank; DeepSpeed writes it beside. Collective."""
-        self._integration.save_checkpoint(self.engine, self._directory, f"step{self.engine.global_steps}")
+        """Nothing: it is too large, and too much of it depends on the rank; DeepSpeed writes it beside. Collective.
+
+        Raises:
+            ConfigError: if it cannot be written, or through a link only.
+        """
+        with writing(self._directory):
+            files.check_tree(self._directory)
+            self._integration.save_checkpoint(self.engine, self._directory, f"step{self.engine.global_steps}")
         return {}
 
     def forget(self, step: int) -> None:
@@ -117,10 +149,39 @@ class DeepSpeedStrategy(DDPStrategy):
                 if path.name != f"step{step}":
                     shutil.rmtree(path)
 
+    def check(self, path: Path, state: dict[str, Any], model: nn.Module, optimizer: Optimizer) -> None:
+        """Nothing: DeepSpeed's own files are checked when they are loaded."""
+
     def load(self, state: dict[str, Any], model: nn.Module, optimizer: Optimizer) -> dict[str, Any]:
-        """Restore what :meth:`state` wrote; returns the scheduler's state. Collective."""
-        self._integration.load_checkpoint(self.engine, self._directory, f"step{state['step']}")
+        """Restore what :meth:`state` wrote; returns the scheduler's state. Collective.
+
+        DeepSpeed reads its files with pickle. They are verified, and read as plain values, tensors and four classes
+        of DeepSpeed's that are no more than values: nothing else is imported or called.
+        """
+        for path in sorted(self._directory.glob(f"replica*/step{state['step']}/*")):
+            checkpoint.verify(path)
+        from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
+        from deepspeed.runtime.zero.config import ZeroStageEnum
+        from deepspeed.utils.tensor_fragment import fragment_address
+
+        known = [DynamicLossScaler, LossScaler, ZeroStageEnum, fragment_address, *_PLAIN]
+        with torch.serialization.safe_globals(known), _weights_only():
+            self._integration.load_checkpoint(self.engine, self._directory, f"step{state['step']}")
         return self.engine.lr_scheduler.state_dict()
+
+
+@contextlib.contextmanager
+def _weights_only() -> Iterator[None]:
+    """``torch.load`` reads with ``weights_only=True``, whatever its caller passes."""
+    name = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"
+    before = os.environ.get(name)
+    os.environ[name] = "1"
+    try:
+        yield
+    finally:
+        os.environ.pop(name)
+        if before is not None:
+            os.environ[name] = before
 
 
 def _read(config: Config) -> dict[str, Any]:
@@ -131,9 +192,12 @@ def _read(config: Config) -> dict[str, Any]:
             "train.strategy=deepspeed needs train.deepspeed_config, such as configs/deepspeed_zero1.json."
         )
     try:
-        settings = json.loads(Path(path).read_text(encoding="utf-8"))
+        settings = files.read_json(path)
+        plain.check_plain_keys(settings)
     except (OSError, ValueError) as error:
         raise ConfigError(f"Invalid train.deepspeed_config={path}: {error}") from error
+    if not isinstance(settings, dict):
+        raise ConfigError(f"Invalid train.deepspeed_config={path}. Must hold a JSON object.")
     if config.train.compile:
         raise ConfigError("train.compile=true does not go with train.strategy=deepspeed.")
     ours = {
@@ -149,6 +213,12 @@ def _read(config: Config) -> dict[str, Any]:
     for key, name in {"optimizer": "the section optimizer", "scheduler": "the sections schedule and hdet"}.items():
         if key in settings:
             raise ConfigError(f"{path} has {key!r}: leave it to {name} of the run.")
+    for key in settings:
+        if key not in _SECTIONS and key not in ours and key not in ("optimizer", "scheduler", "fp16"):
+            raise ConfigError(
+                f"{path} has {key!r}. Must be among {', '.join(_SECTIONS)}: what else DeepSpeed knows imports modules "
+                "by name, writes files elsewhere, or does not go with hdet."
+            )
     if "fp16" in settings:
         raise ConfigError(f'{path} has "fp16": the run knows train.dtype=float32 and bfloat16.')
     return settings

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -69,6 +70,16 @@ class FSDPStrategy(DDPStrategy):
         # hdet's averages are sharded like the parameters: one state for each member of a replica.
         schedulers = Replicas(self.replicas_argument).all_gather_object(scheduler)
         return {**whole, "scheduler": self.replicas.by_replica(schedulers)[0]} if self._process.writer else {}
+
+    def check(self, path: Path, state: dict[str, Any], model: nn.Module, optimizer: Optimizer) -> None:
+        """Raise :class:`ConfigError` if a checkpoint holds another number of shards, or another model."""
+        shards = state["scheduler"]
+        if not isinstance(shards, list) or len(shards) != self.replicas.members:
+            raise ConfigError(f"{path} is not of a run with {self.replicas.members} processes to a replica.")
+        ours, theirs = model.state_dict(), state["model"]
+        for name in (*ours, *theirs):
+            if name not in ours or name not in theirs or ours[name].shape != theirs[name].shape:
+                raise ConfigError(f"{path}: the model's {name!r} is not that of this run.")
 
     def load(self, state: dict[str, Any], model: nn.Module, optimizer: Optimizer) -> dict[str, Any]:
         """Restore :meth:`state` but for the scheduler's, which is returned. Collective."""

@@ -2,17 +2,27 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import math
+import os
+import secrets
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, TextIO
 
 from tqdm import tqdm
 
 import hdet
+from hdet import files
 from hdet.monitor.base import Monitor
+from hdet.train.config import ConfigError
+
+_FILES = ("metrics.jsonl", "rounds.jsonl", "summary.json", "summary.json.tmp", "checkpoint.pt", "checkpoint.pt.tmp",
+          "find_lr.png", "find_lr.png.tmp")  # fmt: skip
 
 
 class RunLog:
@@ -45,8 +55,13 @@ class RunLog:
         self._started = time.monotonic()
         if not self.writer:
             return
-        self.directory.mkdir(parents=True, exist_ok=True)
-        self._metrics = (self.directory / "metrics.jsonl").open("a" if step else "w", encoding="utf-8")
+        path = self.directory / "metrics.jsonl"
+        with writing(path):
+            self.directory.mkdir(parents=True, exist_ok=True)
+            cut_short = step and not _ends_a_line(path)
+            self._metrics = io.TextIOWrapper(files.open_to_write(path, append=step > 0), encoding="utf-8")
+            if cut_short:
+                self._metrics.write("\n")
         self._write({"config": self._settings, "step": step})
         terminal = sys.stderr.isatty()
         self._bar = tqdm(
@@ -94,7 +109,23 @@ class RunLog:
         """Write ``summary.json``."""
         if self.writer:
             text = json.dumps({name: _strict(value) for name, value in values.items()}, indent=2, allow_nan=False)
-            (self.directory / "summary.json").write_text(text + "\n", encoding="utf-8")
+            path = self.directory / "summary.json"
+            with writing(path):
+                files.write_at_once(path, lambda file: file.write(f"{text}\n".encode()), beside=f"{path.name}.tmp")
+
+    def picture(self, finding: hdet.LRFinding) -> Path:
+        """Write ``find_lr.png``."""
+        path = self.directory / "find_lr.png"
+        if self.writer:
+            temporary = path.with_name(f"find_lr.{secrets.token_hex(8)}.png")
+            with writing(path):
+                try:
+                    finding.plot(temporary)
+                    files.check_place(path)
+                    os.replace(temporary, path)
+                finally:
+                    temporary.unlink(missing_ok=True)
+        return path
 
     def close(self) -> None:
         """Flush and close everything; twice is once."""
@@ -111,8 +142,49 @@ class RunLog:
     def _write(self, record: dict[str, Any]) -> None:
         if self._metrics is not None:
             record = {name: _strict(value) for name, value in record.items()}
-            self._metrics.write(json.dumps(record, allow_nan=False) + "\n")
-            self._metrics.flush()
+            with writing(self.directory / "metrics.jsonl"):
+                self._metrics.write(json.dumps(record, allow_nan=False) + "\n")
+                self._metrics.flush()
+
+
+def check_directory(directory: Path) -> None:
+    """Raise :class:`ConfigError` if the directory cannot be written to, or anything but a regular file stands where a
+    run writes one. Makes nothing."""
+    here = directory
+    with writing(directory):
+        while not os.path.lexists(here) and here != here.parent:
+            here = here.parent
+        if not here.is_dir():
+            raise ValueError(f"{here} is no directory.")
+        if not os.access(here, os.W_OK | os.X_OK):
+            raise ValueError(f"{here} may not be written to.")
+        if here == directory:
+            for name in _FILES:
+                files.check_place(directory / name)
+            files.check_tree(directory / "deepspeed")
+
+
+@contextlib.contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """What goes wrong inside is a :class:`ConfigError` that names the file."""
+    try:
+        yield
+    except OSError as error:
+        raise ConfigError(f"Cannot write {path}: {error.strerror or error}.") from error
+    except ValueError as error:
+        raise ConfigError(f"Cannot write {path}: {error}") from error
+
+
+def _ends_a_line(path: Path) -> bool:
+    """Whether a file is missing, empty, or ends as its writer ends it."""
+    try:
+        with files.open_to_read(path) as file:
+            if not file.seek(0, os.SEEK_END):
+                return True
+            file.seek(-1, os.SEEK_END)
+            return file.read() == b"\n"
+    except FileNotFoundError:
+        return True
 
 
 class _Lines:

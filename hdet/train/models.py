@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
+import os
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from hdet.train.config import ModelConfig
+from hdet.train.config import ConfigError, ModelConfig
 
 
 class Attention(nn.Module):
@@ -91,6 +92,33 @@ class DigitsNet(nn.Sequential):
             nn.Flatten(),
             nn.Dropout(config.dropout),
             nn.Linear(2 * width * 16, 10),
+        )
+
+
+def check_size(config: ModelConfig, task: str, classes: int, batch_size: int) -> None:
+    """Raise :class:`ConfigError`, before it is tried, if the parameters, or the activations of one batch, take more
+    than this machine's memory."""
+    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    if torch.cuda.is_available():
+        memory = max(memory, torch.cuda.mem_get_info()[1])
+    width, blocks, length = config.n_embd, config.n_layer, config.block_size
+    if task == "digits":
+        parameters, activations = 18 * config.channels**2, 64 * config.channels
+        named = f"model.channels={config.channels}"
+    else:
+        parameters = 12 * blocks * width**2 + (classes + length) * width
+        activations = length * (8 * blocks * width + classes)
+        named = f"model.n_layer={blocks}, n_embd={width} and block_size={length}"
+    if 4 * parameters > memory:
+        raise ConfigError(
+            f"Invalid {named}: they make about {parameters:.1e} parameters, {4 * parameters / 2**30:.0f} GiB, and this "
+            f"machine has {memory / 2**30:.0f} GiB. Use a smaller model."
+        )
+    if 4 * activations * batch_size > memory:
+        raise ConfigError(
+            f"Invalid train.batch_size={batch_size} with {named}: the activations take about "
+            f"{4 * activations * batch_size / 2**30:.0f} GiB, and this machine has {memory / 2**30:.0f} GiB. Use a "
+            "smaller batch_size, and train.accumulate."
         )
 
 

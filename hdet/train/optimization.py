@@ -88,7 +88,7 @@ class Schedule:
             self._scheduler = _build(
                 config, optimizer, model, monitors, probe, replicas, build, list(explored.values())
             )
-        except (TypeError, ValueError) as error:
+        except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
             raise ConfigError(f"In the sections schedule and hdet: {error}") from error
         scheduler = self._scheduler
         self._base: Any = scheduler.schedule if isinstance(scheduler, hdet.Ensemble) else scheduler

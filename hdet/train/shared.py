@@ -1,4 +1,4 @@
-"""The settings of the section ``hdet`` that are the library's own, made from their declarations."""
+"""Settings that are the same in the training program's section ``hdet`` as in hdet."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any, get_type_hints
 from hdet.settings import DECLARED, Settings, documentation
 
 SHARED = ("converge_every", "per_group", "gradients", "averaging", "outer", "exploration", "seed")
-"""Settings that are the same here as in hdet."""
+"""Their names."""
 
 
 def _shared_settings() -> Any:
@@ -16,14 +16,12 @@ def _shared_settings() -> Any:
     hints, texts = get_type_hints(Settings), documentation(Settings)
     shared = make_dataclass(
         "Shared",
-        [(name, hints[name], field(default=DECLARED[name].default)) for name in SHARED],
+        [(name, hints[name], field(default=DECLARED[name].default, metadata={"doc": texts[name]})) for name in SHARED],
         frozen=True,
         kw_only=True,
     )
-    shared.__doc__ = "Settings that are hdet's.\n\nArgs:\n" + "\n".join(f"    {name}: {texts[name]}" for name in SHARED)
     shared.__module__ = __name__
     return shared
 
 
 Shared: Any = _shared_settings()
-"""The base of the section ``hdet``."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import math
 import time
@@ -15,17 +16,18 @@ import torch
 from torch import Tensor, nn
 
 import hdet
-from hdet import ops
 from hdet.replicas.topology import Replicas
-from hdet.train import checkpoint, data, models
+from hdet.train import checkpoint, data, models, report, resume
 from hdet.train.batches import Batches
 from hdet.train.config import Config
 from hdet.train.ddp_strategy import DDPStrategy
 from hdet.train.deepspeed_strategy import DeepSpeedStrategy
 from hdet.train.fsdp_strategy import FSDPStrategy
-from hdet.train.log import RunLog
+from hdet.train.log import RunLog, check_directory
 from hdet.train.optimization import Schedule, build_optimizer, find_max_lr
-from hdet.train.processes import Process, StopRequest
+from hdet.train.processes import Process
+from hdet.train.report import Finding
+from hdet.train.stop import StopRequest, round_end
 from hdet.train.validation import validate
 
 _STRATEGIES: dict[str, type[DDPStrategy]] = {
@@ -53,20 +55,25 @@ class Trainer:
         self._settings = asdict(config)
         directory = Path(config.train.log_dir)
         self._checkpoint = directory / "checkpoint.pt"
-        saved = None
-        if config.train.resume and self._checkpoint.exists():
-            saved = checkpoint.load(self._checkpoint, self._settings)
+        saved = resume.read(config, self._checkpoint, self._settings, self._processes)
         self.step: int = saved["step"] if saved else 0
         """Optimizer steps taken."""
+        if process.writer:
+            check_directory(directory)
         holds_out = config.hdet.probe == "held_out" and not config.hdet.is_baseline
         self.data = data.load(config.task, config.model.block_size, held_out=holds_out)
+        models.check_size(config.model, config.task.name, self.data.classes, config.train.batch_size)
         torch.manual_seed(config.train.seed)
         self.model = models.build(config.model, config.task.name, self.data.classes).to(process.device)
-        self._batches = Batches(config, process, self.data, self.model)
         self._parameters = sum(p.numel() for p in self.model.parameters())
-        self._finding: hdet.LRFinding | None = None
+        self.batches = Batches(config, process, self.data, self.model)
+        self._finding: Finding | None = None
         if config.optimizer.max_lr == "auto":
-            max_lr = saved["max_lr"] if saved else self._find_lr()
+            if saved:
+                max_lr = saved["max_lr"]
+            else:
+                self._finding = self._find_lr()
+                max_lr = self._finding.found.max_lr
             self.config = config = replace(config, optimizer=replace(config.optimizer, max_lr=max_lr))
         self._ddp = self._strategy.wrap(self.model)
         self.optimizer = build_optimizer(config.optimizer, self.model, process.device)
@@ -78,15 +85,13 @@ class Trainer:
         self.log = RunLog(directory, _flat(asdict(config)), writer=process.writer)
         probe = None
         if config.hdet.probe:
-            probe = hdet.Probe(
-                loss_fn=self._batches.loss_of, batches=self._probe_batches(holds_out), held_out=holds_out
-            )
+            probe = hdet.Probe(loss_fn=self.batches.loss_of, batches=self._probe_batches(holds_out), held_out=holds_out)
         self.schedule = Schedule(
             config, self.optimizer, self._ddp, self.log.monitors, probe, self._strategy.replicas_argument, build
         )
         if saved:
-            self.schedule.load_state_dict(self._strategy.load(saved, self.model, self.optimizer))
-            if saved["config"]["train"]["total_steps"] != config.train.total_steps:
+            resume.load(self._checkpoint, saved, self._strategy, self.model, self.optimizer, self.schedule)
+            if saved["config"].get("train", {}).get("total_steps") != config.train.total_steps:
                 self.schedule.continue_at(self.step)
         if config.train.compile:
             self.model.compile()
@@ -98,19 +103,31 @@ class Trainer:
         Returns:
             The signal that stopped the run, or 0.
         """
+        try:
+            return self._run()
+        except BaseException:
+            with contextlib.suppress(Exception):
+                self.log.close()
+            raise
+
+    def _run(self) -> int:
         config, log = self.config.train, self.log
         log.open(step=self.step, total_steps=config.total_steps)
-        self._introduce()
+        report.introduce(self.config, self._parameters, self.replicas, self.process, self.schedule, log)
+        if self._finding is not None:
+            report.tell_finding(self._finding, log)
+        if self.step:
+            log.say(f"Resumed after step {self.step}.")
         if self.schedule.ensemble is None:  # an ensemble starts its monitors itself
             settings = {"spread": 0.0, "replicas": self.replicas.size}
             log.tensorboard.start(settings, step=self.step, writer=self.process.writer)
-        last = min(config.total_steps, config.stop_at or config.total_steps)
-        stopped_by = 0
+        last = config.total_steps if config.stop_at is None else self._round_end(max(config.stop_at, self.step))
+        stopped_by, started, first = 0, time.monotonic(), self.step
         losses = torch.zeros((), device=self.process.device)
         lr, since, validated_at = self.schedule.base_lr, self.step, -1
         self._warm_up()
         with StopRequest(self._processes) as stop:
-            while self.step < last and not stopped_by:
+            while self.step < last:
                 lr, gain = self.schedule.base_lr, next(iter(self.schedule.gains.values()))
                 losses += self._train_step()
                 self.step += 1
@@ -124,20 +141,46 @@ class Trainer:
                     validated_at = self.step
                 if config.save_every and self.step % config.save_every == 0:
                     self._save()
-                stopped_by = stop.after_step()
+                if not stopped_by and (stopped_by := stop.after_step()):
+                    last = min(last, self._last_step((time.monotonic() - started) / (self.step - first)))
+            stop.drain()
             if self.step == config.total_steps and validated_at != self.step:
                 self._validate()
             self._save()
+            self._mean(losses)  # when a process leaves, the checkpoint is there
         if self.step == config.total_steps:
             stopped_by = 0
-            self._summarise(lr)
+            report.summarise(self.config, self._validated, lr, self._parameters, self.replicas, self.schedule, log)
         else:
             log.say(
                 f"Stopped after step {self.step} of {config.total_steps}; the state is in {self._checkpoint}. "
                 "Start again with the same arguments and --resume to go on."
             )
+            if self._round_end(self.step) != self.step:
+                log.say(
+                    "The replicas were averaged inside a round: the resumed run will not be the uninterrupted one bit "
+                    "for bit."
+                )
         log.close()
         return stopped_by
+
+    def _round_end(self, step: int) -> int:
+        return round_end(self.config, self.schedule.ensemble, step)
+
+    def _last_step(self, seconds: float) -> int:
+        """After a signal: where to stop. Collective; the same on every rank.
+
+        Args:
+            seconds: that a step takes here.
+        """
+        end = self._round_end(self.step)
+        slowest = max(row[0] for row in self._processes.all_gather([seconds]))
+        expected = (end - self.step) * slowest
+        if expected > self.config.train.stop_within:
+            return self.step
+        if end > self.step:
+            self.log.say(f"Going on to step {end}, the end of the round, for about {expected:.0f} s.")
+        return end
 
     def _train_step(self) -> Tensor:
         """One optimizer step; returns this replica's loss, on its device."""
@@ -178,7 +221,7 @@ class Trainer:
             self.optimizer.zero_grad(set_to_none=True)
 
     def _loss(self, batch: data.Batch) -> Tensor:
-        return self._batches.loss_of(self._ddp, batch, float(self.schedule.label_smoothing))
+        return self.batches.loss_of(self._ddp, batch, float(self.schedule.label_smoothing))
 
     def _probe_batches(self, held_out: bool) -> Iterator[data.Batch]:
         """One for each round, which depends on the round and not on how many were taken before: they may go on after a
@@ -186,29 +229,29 @@ class Trainer:
         ensemble = self.schedule.ensemble
         assert ensemble is not None
         while True:
-            yield self._batches.draw(ensemble.round, "probe", held_out=held_out)
+            yield self.batches.draw(ensemble.round, "probe", held_out=held_out)
 
-    def _find_lr(self) -> float:
+    def _find_lr(self) -> Finding:
         """``max_lr=auto``. Collective."""
         started = time.monotonic()
-        batches = (self._batches.draw(i, "find_lr") for i in itertools.count())
+        batches = (self.batches.draw(i, "find_lr") for i in itertools.count())
         ours = self.config.hdet
-        self._finding = find_max_lr(
+        found = find_max_lr(
             self.config.optimizer,
             self.model,
-            self._batches.loss_of,
+            self.batches.loss_of,
             batches,
             self.process.device,
             auto_lr=bool(ours.auto_lr and ours.probe and ours.spread),
         )
-        self._find_seconds = time.monotonic() - started
-        return self._finding.max_lr
+        return Finding(found, time.monotonic() - started)
 
     def _validate(self) -> None:
         self.schedule.converge()
-        self._validated = validate(self._batches, self.model, self._ddp, self.replicas)
-        loss, accuracy = self._validated["validation_loss"], self._validated["validation_accuracy"]
-        self.log.validation(self.step, loss=loss, accuracy=accuracy)
+        self._validated = validate(self.batches, self.model, self._ddp, self.replicas)
+        self.log.validation(
+            self.step, loss=self._validated["validation_loss"], accuracy=self._validated["validation_accuracy"]
+        )
 
     def _save(self) -> None:
         self.schedule.converge()
@@ -228,71 +271,6 @@ class Trainer:
         """Over the processes. Collective."""
         gathered = self._processes.all_gather([value.item()])
         return math.fsum(row[0] for row in gathered) / len(gathered)
-
-    def _introduce(self) -> None:
-        config, ensemble = self.config, self.schedule.ensemble
-        count = self.replicas.size if ensemble is None else ensemble.size
-        how = "spread 0: the plain schedule"
-        if ensemble is not None:
-            how = f"spread {config.hdet.spread:.3g}, converging every {ensemble.settings.converge_every} steps"
-            how += ", learning rate by the paired probe" if config.hdet.probe and config.hdet.auto_lr else ""
-            names = ", ".join(config.hdet.hyperparameters)
-            how += f", exploring {names}" if names else ""
-            how += f", {config.hdet.gradients} gradients" if config.hdet.gradients != "shared" else ""
-        self.log.say(
-            f"{config.task.name}: {self._parameters / 1e6:.2f}M parameters, {count} "
-            f"replica{'s' * (count > 1)}{self._members()} on {self.process.device.type}, {how}"
-        )
-        self.log.say(str(ops.backend()))
-        self.log.say(f"tensorboard --logdir {config.train.log_dir}")
-        if ensemble is not None and ensemble.size == 1:
-            self.log.say("One replica has nobody to differ from: this is the plain schedule. Start more with torchrun.")
-        if self._finding is not None:
-            self._tell_finding(self._finding)
-        if self.step:
-            self.log.say(f"Resumed after step {self.step}.")
-
-    def _members(self) -> str:
-        return f" of {self.replicas.members} processes each" if self.replicas.members > 1 else ""
-
-    def _tell_finding(self, finding: hdet.LRFinding) -> None:
-        picture = Path(self.config.train.log_dir) / "find_lr.png"
-        if self.process.writer:
-            finding.plot(picture)
-        best, lr = min(zip(finding.losses, finding.lrs, strict=True))
-        self.log.say(
-            f"max_lr {finding.max_lr:.2e} found by trying {len(finding.lrs)} learning rates in "
-            f"{self._find_seconds:.1f} s (loss {finding.start_loss:.3f}, after {finding.steps} steps at {lr:.2e} "
-            f"{best:.3f}): {picture}"
-        )
-
-    def _summarise(self, lr: float) -> None:
-        log, config, ensemble = self.log, self.config, self.schedule.ensemble
-        overhead = log.converge_seconds / log.seconds
-        gains = self.schedule.gains
-        centres = "" if ensemble is None else "".join(f"{name} {c:.3g}, " for name, c in ensemble.centres.items())
-        log.summary(
-            {
-                **self._validated,
-                "max_lr": config.optimizer.max_lr,
-                "final_lr": lr,
-                "gain": gains,
-                "hyperparameters": {} if ensemble is None else ensemble.centres,
-                "converge_overhead": overhead,
-                "converge_seconds": log.converge_seconds,
-                "wall_seconds": log.seconds,
-                "steps": self.step,
-                "replicas": self.replicas.size if ensemble is None else ensemble.size,
-                "spread": 0.0 if ensemble is None else config.hdet.spread,
-                "converge_every": None if ensemble is None else ensemble.settings.converge_every,
-                "parameters": self._parameters,
-            }
-        )
-        log.say(
-            f"Done in {log.seconds:.0f} s: validation loss {self._validated['validation_loss']:.4f}, "
-            f"final LR {lr:.2e}, gain {', '.join(f'{name} {gain:.3f}' for name, gain in gains.items())}, {centres}"
-            f"converge overhead {overhead:.2%}"
-        )
 
 
 def _flat(settings: dict[str, Any], prefix: str = "") -> dict[str, bool | int | float | str]:

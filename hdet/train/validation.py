@@ -42,7 +42,8 @@ def validate(batches: Batches, model: nn.Module, wrapped: nn.Module, replicas: R
                 )
             )
         )
-    rows += [torch.zeros(3, dtype=torch.float64, device=batches.device)] * (-(-count // replicas.size) - len(rows))
+    device = next(model.parameters()).device
+    rows += [torch.zeros(3, dtype=torch.float64, device=device)] * (-(-count // replicas.size) - len(rows))
     everyone = replicas.all_gather(torch.stack(rows).flatten().tolist())
     gathered = [members[0] for members in replicas.by_replica(everyone)]
     # fsum is exact, so that the result does not depend on how many replicas shared the work.

@@ -69,3 +69,13 @@ def launch_state(tmp_path_factory) -> Launch:
 @pytest.fixture(scope="session")
 def launch_matrix(tmp_path_factory) -> Launch:
     return Launch(tmp_path_factory.mktemp("matrix"), "matrix_worker.py")
+
+
+@pytest.fixture(scope="session")
+def launch_ownership(tmp_path_factory) -> Launch:
+    return Launch(tmp_path_factory.mktemp("ownership"), "ownership_worker.py")
+
+
+@pytest.fixture(scope="session")
+def launch_agreement(tmp_path_factory) -> Launch:
+    return Launch(tmp_path_factory.mktemp("agreement"), "agreement_worker.py")

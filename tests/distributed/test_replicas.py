@@ -167,6 +167,77 @@ def test_all_replicas_non_finite_is_an_error_that_changes_nothing(launch, proces
 
 
 @every_size
+def test_what_is_finite_on_no_replica_is_undone(launch, processes):
+    for result in launch.results(processes, "blow_ups"):
+        for case in ("state", "statistics"):
+            assert result[case]["undone"] == [8], case
+            assert result[case]["gains"][1] == pytest.approx(result[case]["gains"][0] / 3)
+            assert result[case]["finite"]
+        first = result["first round"]
+        assert first["undone"] == [4]
+        assert first["start"]  # BatchNorm's statistics too
+        inside = result["inside"]
+        assert inside["undone"] == [6]
+        assert inside["gains"][1:] == [pytest.approx(inside["gains"][0] / 3)] * 2
+        assert inside["lr"][0] == pytest.approx(1e-2 * inside["gains"][1], rel=0.21)  # the rest of the round has it
+        assert inside["finite"]
+        errors = {case: told["error"] for case, told in result.items() if told["error"]}
+        assert errors.keys() == {"statistics, not undone"}
+        assert "hold non-finite values" in errors["statistics, not undone"]
+
+
+@every_size
+def test_what_is_not_undone_is_reported(launch, processes):
+    for result in launch.results(processes, "blow_ups"):
+        assert result["frozen"]["nonfinite"] == [(), ("optimizer state",), ("optimizer state",)]
+        kept = result["frozen, kept"]["nonfinite"]  # read in turn
+        assert ("optimizer state",) in kept[3:20]
+        assert result["statistics, one"]["excluded"] == [(), (0,), ()]
+        assert result["statistics, one"]["buffers"]["1.running_mean"].isfinite().all()
+        assert result["statistics, one"]["undone"] == []
+        for dtype in ("float32", "float16", "bfloat16", "float8_e5m2"):
+            told = result[f"alike, torch.{dtype}"]
+            assert told["nonfinite"] == [("buffers",)] * 3, dtype
+            assert told["excluded"] == [()] * 3
+            assert told["finite"]
+
+
+@every_size
+def test_buffers_that_are_infinite_by_design_are_no_blow_up(launch, processes):
+    inf = math.inf
+    for result in launch.results(processes, "blow_ups"):
+        for case in ("by design", "a longer mask"):
+            told = result[case]
+            assert (told["undone"], told["equal"]) == ([], True), case
+            assert told["excluded"] == told["nonfinite"] == [()] * 3
+        buffers = result["by design"]["buffers"]
+        assert buffers["low"].tolist() == [-2.0, inf]  # the mean over those that have seen any
+        assert buffers["high"].tolist() == [3.0, -inf]
+        assert buffers["mask"].tolist() == [0.0, -inf]
+
+
+@every_size
+@pytest.mark.parametrize("case", ["sum", "late sum", "differences"])
+def test_a_sum_that_overflows_is_taken_in_a_smaller_scale(launch, processes, case):
+    mean = (3e38 + (processes - 1) * 2e38) / processes
+    for result in launch.results(processes, "blow_ups"):
+        told = result[case]
+        assert told["first"].tolist() == [[pytest.approx(mean, rel=1e-6)] * 4] * 4
+        assert told["finite"]
+        assert told["equal"] or case == "late sum"
+        assert told["rescaled"] == [False, True]
+
+
+@every_size
+def test_dtypes_without_addition_are_averaged_late_too(launch, processes):
+    for result in launch.results(processes, "blow_ups"):
+        buffers = result["late dtypes"]["buffers"]
+        assert buffers["flag"].tolist() == [1, 1]
+        assert buffers["count"].tolist() == [processes - 1] * 2
+        assert buffers["small"].tolist() == [pytest.approx((processes + 1) / 2, rel=0.07)] * 2
+
+
+@every_size
 def test_overlap_applies_the_mean_of_the_snapshot_late(launch, processes):
     """theta(kT + tau) = theta_local(kT + tau) + mean(snapshot) - snapshot, and equal replicas at a forced converge."""
     for result in launch.results(processes, "overlap"):

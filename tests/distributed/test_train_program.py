@@ -148,6 +148,7 @@ def test_a_signal_stops_all_ranks_after_the_same_step(tmp_path, to):
     worker only. The ranks that got nothing must neither hang nor go on."""
     log_dir = tmp_path / "run"
     long = [*TINY, "--train.total_steps=1000000", "--train.log_every=1", "--train.eval_every=0", "--hdet.spread=0.3"]
+    long += ["--hdet.converge_every=7"]
     process = start(2, log_dir, *long)
     metrics, deadline = log_dir / "metrics.jsonl", time.monotonic() + LIMIT
     while not metrics.exists() or metrics.read_text().count("train_loss") < 3:

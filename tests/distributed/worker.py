@@ -331,6 +331,7 @@ def simulation(rank, world):
             auto_lr=True,
             controller=hdet.controller.Published(warmup_rounds=0),
             averaging=hdet.Averaging(optimizer_state="keep"),  # as the simulation does
+            gradients=gradients,
         )
         real = train(wrapped, optimizer, scheduler.step, rank, steps)
         scheduler.converge()
@@ -389,8 +390,9 @@ def excluded(rank, world):
         model.weight.fill_(float(rank))
     optimizer = torch.optim.SGD(model.parameters(), lr=0.0, momentum=0.9)
     scheduler = hdet.OneCycleLR(
-        optimizer, 0.1, total_steps=9, model=model, spread=0.1, converge_every=2, auto_lr=True, monitor=reports.append
-    )
+        optimizer, 0.1, total_steps=9, model=model, spread=0.1, converge_every=2, auto_lr=True, monitor=reports.append,
+        rollback=False,
+    )  # fmt: skip
     bad = world - 1
     optimizer.step()
     scheduler.step(float("nan") if rank == bad else 1.0 + rank)
@@ -421,6 +423,132 @@ def excluded(rank, world):
         result["all_bad"] = str(error)
     result["untouched"] = torch.equal(saved, model.bias)
     return result
+
+
+@scenario
+def blow_ups(rank, world):
+    """What is not finite on all replicas, in what was finite; and what is infinite by design."""
+    nan, inf = float("nan"), float("inf")
+    results = {}
+
+    def train(
+        case, poison, at, *, steps=12, converges_at=-9, buffers=None, moves=None, kind=torch.optim.AdamW, **settings
+    ):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4), nn.Linear(4, 1))
+        for name, value in (buffers or {}).items():
+            model.register_buffer(name, value.clone())
+        optimizer = kind(model.parameters(), 1e-2)
+        reports = []
+        settings = {"auto_lr": True, "controller": hdet.controller.Published(), "gradients": "local"} | settings
+        ensemble = hdet.Ensemble(
+            optimizer, model=model, spread=0.2, converge_every=4, total_steps=200, monitor=reports.append, **settings
+        )
+        start = copy.deepcopy(model.state_dict())
+        generator = torch.Generator().manual_seed(rank)
+        begun, error = None, None
+        try:
+            for step in range(steps):
+                optimizer.zero_grad()
+                model(torch.randn(8, 4, generator=generator)).square().mean().backward()
+                for p in model.parameters():
+                    p.grad.nan_to_num_(0.0, 0.0, 0.0)
+                optimizer.step()
+                if step - 1 == converges_at:
+                    begun = [float(group["lr"]) for group in optimizer.param_groups]
+                with torch.no_grad():
+                    if step == at:
+                        poison(model, optimizer)
+                    if moves is not None:
+                        moves(model, step)
+                ensemble.step(1.0)
+                if step == converges_at:
+                    ensemble.converge()
+        except hdet.DivergedError as raised:
+            error = str(raised)
+        tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+        finite = all(bool(p.isfinite().all()) for p in model.parameters()) and all(
+            bool(v.isfinite().all()) for s in optimizer.state.values() for v in s.values()
+        )
+        results[case] = {
+            "undone": [r.step for r in reports if r.rolled_back],
+            "excluded": [r.excluded for r in reports],
+            "nonfinite": [r.nonfinite for r in reports],
+            "rescaled": [r.rescaled for r in reports],
+            "gains": [r.next_gain[0] for r in reports],
+            "lr": begun,
+            "error": error,
+            "finite": finite,
+            "equal": len({str(digest) for digest in gather(bits(model))}) == 1,
+            "start": all(torch.equal(value, start[name]) for name, value in model.state_dict().items()),
+            "buffers": {name: value.double() for name, value in model.named_buffers()},  # float8 cannot be pickled
+            "first": next(iter(tensors.values())).detach().clone(),
+        }
+
+    def in_state(key):
+        def poison(model, optimizer):
+            optimizer.state[model[0].weight][key][0, 0] = inf
+
+        return poison
+
+    def in_statistics(model, optimizer):
+        model[1].running_mean[0] = inf
+
+    def in_parameters(model, optimizer):
+        model[0].bias[1] = nan
+
+    train("state", in_state("exp_avg"), 7)
+    train("frozen", in_state("exp_avg_sq"), 7, auto_lr=False)
+    train("frozen, kept", in_state("exp_avg_sq"), 13, auto_lr=False, steps=84,
+          averaging=hdet.Averaging(optimizer_state="keep"))  # fmt: skip
+    train("statistics", in_statistics, 7)
+    train("statistics, one", lambda m, o: in_statistics(m, o) if rank == 0 else None, 7)
+    train("statistics, not undone", in_statistics, 7, auto_lr=False)
+    train("first round", in_parameters, 2, steps=4)
+    train("inside", in_parameters, 5, steps=8, converges_at=5)
+    for dtype in (torch.float32, torch.float16, torch.bfloat16, torch.float8_e5m2):
+        train(
+            f"alike, {dtype}", lambda m, o: m.ema.view(-1)[:1].fill_(nan), 1, auto_lr=False,
+            buffers={"ema": torch.ones(2).to(dtype)},
+        )  # fmt: skip
+
+    observers = {"low": torch.full((2,), inf), "high": torch.full((2,), -inf), "mask": torch.tensor([0.0, -inf])}
+
+    def observe(model, step):
+        if rank == 0 and step >= 5:  # the others see nothing
+            model.low[0], model.high[0] = -2.0, 3.0
+
+    train("by design", lambda m, o: None, 0, buffers=observers, moves=observe)
+
+    def lengthen(model, step):
+        if step == 6:
+            model.mask = torch.full((3, 3), -inf).triu(1)
+
+    train("a longer mask", lambda m, o: None, 0, buffers={"mask": torch.zeros(1, 1)}, moves=lengthen)
+
+    def enlarge(model, optimizer):
+        model[0].weight.fill_(3e38 if rank == 0 else 2e38)
+        optimizer.state[model[0].weight]["exp_avg_sq"].fill_(3e38)
+
+    for name, overlap, wire in (("sum", 0, "float32"), ("late sum", 1, "float32"), ("differences", 0, "bfloat16")):
+        train(
+            name, enlarge, 7, auto_lr=False, steps=8 + overlap,
+            kind=lambda params, lr: torch.optim.Adam(params, lr=0.0),
+            averaging=hdet.Averaging(overlap_steps=overlap, wire_dtype=wire),
+        )  # fmt: skip
+
+    def stir(model, step):
+        for name, value in {"flag": rank == 0, "small": rank + 1.0, "count": rank}.items():
+            getattr(model, name).fill_(value)
+
+    stirred = {
+        "flag": torch.tensor([True, False]),
+        "small": torch.ones(2).to(torch.float8_e4m3fn),
+        "count": torch.zeros(2, dtype=torch.uint8),
+    }
+    train("late dtypes", lambda m, o: None, 0, auto_lr=False, steps=5, buffers=stirred, moves=stir,
+          averaging=hdet.Averaging(overlap_steps=1))  # fmt: skip
+    return results
 
 
 @scenario
@@ -561,7 +689,7 @@ def overlap(rank, world):
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     scheduler = hdet.OneCycleLR(
         optimizer, 0.1, total_steps=20, cycle_momentum=False, model=model, spread=0.3, converge_every=every,
-        averaging=hdet.Averaging(overlap_steps=late), monitor=reports.append,
+        averaging=hdet.Averaging(overlap_steps=late), monitor=reports.append, gradients="local",
     )  # fmt: skip
     value, snapshot, path, reported = 1.0, None, [], []
     for step in range(steps):
@@ -693,6 +821,7 @@ def monitors(rank, world):
         spread=0.2,
         converge_every=3,
         monitor=lone.append if rank == world - 1 else None,
+        gradients="local",
     )
     train(model, optimizer, scheduler.step, rank, 6)
     return {"reports": reports, "directory": str(directory), "lone": lone}
@@ -750,7 +879,7 @@ def resume(rank, world):
         order = (1, 2) if at == 8 else (2, 1)  # the optimizer's state first, or the scheduler's
         for i in order:
             second[i].load_state_dict(loaded[["model", "optimizer", "scheduler"][i]])
-        lr_match = second[1].param_groups[0]["lr"] == first[1].param_groups[0]["lr"]
+        lr_match = second[2].get_last_lr() == first[2].get_last_lr() == [second[1].param_groups[0]["lr"]]
         advance(*second, at, 24)
         results[at] = {
             "equal": bits(second[0]) == bits(whole[0]),
@@ -758,7 +887,7 @@ def resume(rank, world):
             "lr_match": lr_match,
             "scheduler_equal": len({repr(s) for s in gather(state["scheduler"])}) == 1,
             "optimizer_lr_equal": len({s["param_groups"][0]["lr"] for s in gather(state["optimizer"])}) == 1,
-            "lrs_differ": len(set(gather(first[1].param_groups[0]["lr"]))),
+            "lrs_differ": len({lr for (lr,) in gather(first[2].get_last_lr())}),
         }
     # Another number of replicas: gains and step are kept, multipliers drawn anew.
     state = copy.deepcopy(loaded["scheduler"])

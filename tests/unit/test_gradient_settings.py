@@ -30,7 +30,7 @@ def test_a_bad_outer_optimizer_is_refused(settings, message):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"gradients": "lokal"}, "Invalid gradients='lokal'. Must be one of shared, grouped, local"),
+        ({"gradients": "lokal"}, "Invalid gradients='lokal'. Must be one of 'shared', 'grouped', 'local'"),
         ({"outer": hdet.Outer(momentum=0.5)}, r'outer=Outer\(momentum=0.5, lr=1.0\) needs gradients="local"'),
         ({"outer": hdet.Outer(lr=0.5), "gradients": "grouped"}, r'lr=0.5\) needs gradients="local"'),
         (

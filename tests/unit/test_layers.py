@@ -11,15 +11,15 @@ ROOT = Path(hdet.__file__).parent
 
 # Lowest first: a package, or a module directly under hdet, imports from those that stand before it.
 LAYERS = [
-    "errors", "ops", "schedules",
-    "replicas", "model", "explore", "converge", "observe", "steer", "monitor",
+    "errors", "transaction", "files", "ops", "schedules",
+    "replicas", "model", "explore", "converge", "observe", "steer", "controller", "monitor",
     "settings", "ensemble", "lr_scheduler",
     "integrations", "train", "bench",
 ]  # fmt: skip
 PURE = [  # no torch
-    "errors", "schedules/checks", "schedules/course", "schedules/curves", "schedules/decays", "schedules/onecycle",
+    "errors", "files/plain", "schedules/course", "schedules/curves", "schedules/decays", "schedules/onecycle",
     "schedules/open_ended", "explore/spread", "explore/design", "explore/prior", "observe/slopes", "steer/attribution",
-    "steer/checks", "steer/controllers", "steer/observation", "steer/one_slope", "steer/published", "steer/report",
+    "steer/controllers", "steer/observation", "steer/one_slope", "steer/published", "steer/report",
     "steer/running_average", "steer/two_slope", "monitor/report", "monitor/tables",
 ]  # fmt: skip
 ADAPTERS = {"lr_scheduler", "integrations", "train", "bench"}
@@ -32,6 +32,8 @@ LIFE_CYCLE = {
     "checkpoint",
     "init_process_group",
     "PrefixStore",
+    "Store",
+    "TCPStore",
     "rendezvous",
     "destroy_process_group",
     "barrier",

@@ -453,8 +453,8 @@ class TestTensorBoard:
             ({"metrics": "val/loss"}, TypeError, "Invalid metrics='val/loss'"),
             ({"metrics": [1]}, TypeError, "Invalid metrics=[1]"),
             ({"max_replicas": 0}, ValueError, "Invalid max_replicas=0"),
-            ({"max_replicas": 2.0}, ValueError, "Invalid max_replicas=2.0"),
-            ({"max_replicas": True}, ValueError, "Invalid max_replicas=True"),
+            ({"max_replicas": 2.0}, TypeError, "Invalid max_replicas=2.0"),
+            ({"max_replicas": True}, TypeError, "Invalid max_replicas=True"),
         ],
     )
     def test_bad_arguments(

@@ -123,7 +123,7 @@ def test_a_saved_state_of_more_replicas_keeps_gains_and_velocities():
 
     state = build().state_dict()
     memory = state["hdet"]["controller"][0]
-    state["hdet"]["controller"] = [[2.5, *[0.25] * (len(memory) - 1)]]
+    state["hdet"]["controller"] = [[2.5, 0.25, 3, *memory[3:]]]
     state["hdet"] |= {"replicas": 8, "steps": 6, "round_losses": [[1.0, 1]] * 8}
     again = build()
     again.load_state_dict(state | {"last_epoch": 6})

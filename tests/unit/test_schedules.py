@@ -377,10 +377,10 @@ BUDGETED = ("linear", "cosine", "rex", "uba", "warmup_stable_decay")
 BAD: list[tuple[str, dict[str, Any], str, str]] = [
     # schedule, arguments, the value the message must show, the rule it must state
     *((name, {"total_steps": 0}, "total_steps=0", ">= 1") for name in (*BUDGETED, "one_cycle")),
-    *((name, {"total_steps": 1e3}, "total_steps=1000.0", "an int") for name in (*BUDGETED, "one_cycle")),
+    *((name, {"total_steps": 1e3}, "total_steps=1000.0", "a whole number") for name in (*BUDGETED, "one_cycle")),
     *((name, {"warmup_steps": 10}, "warmup_steps=10", "in [0, total_steps=10)") for name in BUDGETED),
     *((name, {"warmup_steps": -1}, "warmup_steps=-1", "0") for name in GOOD if name != "one_cycle"),
-    *((name, {"warmup_steps": True}, "warmup_steps=True", "an int") for name in GOOD if name != "one_cycle"),
+    *((name, {"warmup_steps": True}, "warmup_steps=True", "a whole number") for name in GOOD if name != "one_cycle"),
     *((name, {"final_factor": 1.5}, "final_factor=1.5", "in [0, 1]") for name in BUDGETED),
     *((name, {"final_factor": -0.1}, "final_factor=-0.1", "in [0, 1]") for name in BUDGETED),
     *((name, {"final_factor": math.nan}, "final_factor=nan", "finite") for name in (*BUDGETED, "infinite")),
@@ -392,7 +392,7 @@ BAD: list[tuple[str, dict[str, Any], str, str]] = [
     ("warmup_stable_decay", {"decay_type": "1-sqrt"}, "decay_type='1-sqrt'", "'sqrt', 'linear'"),
     ("warmup_stable_decay", {"decay_type": "exponential"}, "final_factor=0.0", "> 0"),
     ("power", {"batch_size": 0}, "batch_size=0", ">= 1, in sequences"),
-    ("power", {"sequence_length": 2.5}, "sequence_length=2.5", "an int"),
+    ("power", {"sequence_length": 2.5}, "sequence_length=2.5", "a whole number"),
     ("power", {"max_lr": 0.0}, "max_lr=0.0", "> 0"),
     ("power", {"amplitude": -4}, "amplitude=-4", "> 0"),
     ("power", {"exponent": 0.51}, "exponent=0.51", "< 0"),
@@ -423,8 +423,9 @@ BAD: list[tuple[str, dict[str, Any], str, str]] = [
 def test_bad_arguments(name: str, bad: dict[str, Any], given_: str, rule: str) -> None:
     make = getattr(schedules, name)
     make(**GOOD[name])
-    with pytest.raises(ValueError, match="Must be") as error:
+    with pytest.raises((TypeError, ValueError), match="Must be") as error:
         make(**{**GOOD[name], **bad})
+    assert (error.type is TypeError) == (rule in ("a whole number", "number", "True or False"))
     assert str(error.value).startswith(f"Invalid {given_}. Must be ")
     assert rule in str(error.value)
 

@@ -194,11 +194,11 @@ class _Replicas:
         if self._recovery:
             finite = bool(mean.isfinite().all())
             may_move = not isinstance(controller, TwoSlope) or controller.wants_probe(progress, self._until)
-            if self._recovery.is_needed([finite], losses, watches_losses=may_move):
+            if self._recovery.can_restore and self._recovery.is_needed([finite], losses, watches_losses=may_move):
                 self._roll_back()
                 return
             self._recovery.observe(losses)
-            self._recovery.keep(math.fsum(losses) / len(losses))
+            self._recovery.keep()
         rhos = self.multipliers(len(self.gains))
         known = 1.0 if self._setting.flat else height
         probe = None

@@ -142,7 +142,8 @@ def _check_one_cycle(name: str, state: Mapping[str, Any]) -> None:
     for phase in phases:
         check_mapping(f"{name}['_schedule_phases']", phase, "a mapping")
         end = check_item(f"{name}['_schedule_phases']", phase, "end_step")
-        check_number(f"{name}['_schedule_phases']['end_step']", end, f"finite and <= {steps}", lambda n: n <= steps)
+        # The middle one of three ends at 2 pct_start total_steps - 2.
+        check_number(f"{name}['_schedule_phases']['end_step']", end, f"< {2 * steps}", lambda n: n < 2 * steps)
         for key, names in (("lr", ("initial_lr", "max_lr", "min_lr")), ("momentum", ("max_momentum", "base_momentum"))):
             for side in ("start", "end"):
                 field = f"{side}_{key}"

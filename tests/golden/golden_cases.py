@@ -271,7 +271,7 @@ def shared_published(rank, out):
 def shared_rollback(rank, out):
     """Rounds that blow up, one of them at a rate far too high."""
     model = ddp(net())
-    run = one_cycle(model, sgd(model), 40.0, 50, **probing(rank))
+    run = one_cycle(model, sgd(model), 4.0, 50, **probing(rank))
     first = train(run, rank, 18)
     second = train(run, rank, 26, first=18, blow=(20, 21))
     return outcome(run, first[0] + second[0], first[1] + second[1])

@@ -354,6 +354,7 @@ def guards(rank, world):
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             ensemble = hdet.Ensemble(optimizer, model=given, spread=0.1, converge_every=2, gradients=gradients)
+            errors = []
             for step in range(4):
                 loss = loss_of(model, batch(rank, step))
                 optimizer.zero_grad()
@@ -361,8 +362,12 @@ def guards(rank, world):
                 optimizer.step()
                 if name == "no gradients":
                     optimizer.zero_grad()
-                ensemble.step(loss)
-        said[name] = [str(w.message) for w in caught]
+                try:
+                    ensemble.step(loss)
+                except hdet.ReplicaMismatchError as error:
+                    errors.append(str(error))
+                    break
+        said[name] = [*errors, *(str(w.message) for w in caught)]
     return said
 
 

@@ -229,9 +229,10 @@ def policies(rank, world):
             optimizer, model=model, spread=0.2, converge_every=3, averaging=hdet.Averaging(optimizer_state=policy)
         )
         with Lines() as lines, warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # gradients are local, and nobody said so
+            warnings.simplefilter("ignore")
             try:
-                train(model, optimizer, scheduler, rank, 3)
+                train(model, optimizer, scheduler, 0, 1)  # the same gradients, as was said
+                train(model, optimizer, scheduler, rank, 2, first=1)  # and then each replica's own
                 error = None
             except hdet.ReplicaMismatchError as raised:
                 error = str(raised)

@@ -82,12 +82,15 @@ def test_gradients_stay_apart_under_no_sync_and_come_together_again_under_the_ne
     assert all(result[how] == [True, False, True, False] for result in results("switches"))
 
 
-def test_gradients_that_are_not_what_the_mode_says_are_warned_of(results):
+def test_gradients_that_are_not_what_the_mode_says_are_an_error_or_warned_of(results):
     first, *others = results("guards")
+    wrong = "shared, no DDP"
+    assert 'pass gradients="local"' in first[wrong][0]
+    assert "the gradient of 0.weight: other values on replica 1, 2, 3" in first[wrong][0]
+    assert all(said[wrong] == first[wrong] for said in others)  # on every rank
     assert "Pass the DistributedDataParallel" in first["local, bare model"][0]
-    assert 'pass gradients="local"' in first["shared, no DDP"][0]
     assert [len(said) for said in first.values()] == [1, 1, 0]  # once
-    assert all(said == [] for result in others for said in result.values())
+    assert all(said == [] for result in others for name, said in result.items() if name != wrong)
 
 
 def test_outer_momentum_equals_a_reference_in_one_process_and_resumes_bit_for_bit(results):

@@ -18,7 +18,7 @@ from hdet.observe import Loss, check_loss
 from hdet.schedules.forecast import forecast
 from hdet.schedules.saved import check_scheduler_state
 from hdet.settings import Resolved, Settings, resolve
-from hdet.steer import find_lr, learning_rates
+from hdet.steer import Published, find_lr, learning_rates
 from hdet.transaction import AllOrNothing
 
 _step_schedule = lr_scheduler.OneCycleLR.step  # looked up once: super() would cost every step 5% more
@@ -36,7 +36,9 @@ class OneCycleLR(lr_scheduler.OneCycleLR):
         scheduler.converge()                    # before evaluating or saving
 
     Args:
-        optimizer, max_lr, ..., last_epoch: as in torch. ``max_lr="auto"`` asks :func:`hdet.find_lr`, with the probe's
+        optimizer, max_lr, ..., last_epoch: as in torch. With ``auto_lr=True`` ``max_lr`` is where the controller
+            begins, and what it keeps if it cannot tell it from the right one. It may be left out: then the controller
+            begins at the optimizer's own learning rates. ``max_lr="auto"`` asks :func:`hdet.find_lr`, with the probe's
             ``loss_fn`` and ``batches``; the constructor is then collective.
         settings: those of :class:`hdet.Settings`, which documents each.
 
@@ -56,7 +58,7 @@ class OneCycleLR(lr_scheduler.OneCycleLR):
     def __init__(
         self,
         optimizer: Optimizer,
-        max_lr: float | list[float] | Literal["auto"],
+        max_lr: float | list[float] | Literal["auto"] | None = None,
         total_steps: int | None = None,
         epochs: int | None = None,
         steps_per_epoch: int | None = None,
@@ -83,6 +85,9 @@ class OneCycleLR(lr_scheduler.OneCycleLR):
             raise ValueError("cycle_momentum=True sets the momentum in every step. To explore it, pass False.")
         if isinstance(max_lr, str) and max_lr != "auto":
             raise ValueError(f"Invalid {max_lr=}. Must be a learning rate, a list of them by group, or 'auto'.")
+        is_given = max_lr is not None and not isinstance(max_lr, str)
+        if max_lr is None:
+            max_lr = _own_rates(optimizer, given)
         with AllOrNothing() as transaction:
             transaction.on_failure(keep_fan_out(resolved.optimizer))
             transaction.keep(optimizer, *resolved.modules)
@@ -108,12 +113,15 @@ class OneCycleLR(lr_scheduler.OneCycleLR):
                 last_epoch,
             )
             if differs:
-                # Before the learning rates fan out; without a probe nothing asks what is to come.
-                ahead = None if resolved.probe is None else forecast(self, optimizer, self.total_steps)
+                # Before the learning rates fan out.
+                asks = resolved.probe is not None or resolved.controller.needs_length
+                ahead = forecast(self, optimizer, self.total_steps) if asks else None
                 # What could be read only once has been.
                 again = {name: value for name, value in given.items() if name in settings}
                 self._ensemble = Ensemble(optimizer, total_steps=length, **again)  # type: ignore[arg-type]
                 self._ensemble.recomputed_by("OneCycleLR")
+                if not is_given:
+                    self._ensemble.rate_was_found()
                 if ahead is not None:
                     self._ensemble.look_ahead(ahead)
                 if self.last_epoch:
@@ -278,6 +286,27 @@ def _differs(given: Settings) -> bool:
     return bool(asked) or any(x is not None for x in (*objects, given["replicas"], given["monitor"]))
 
 
+def _own_rates(optimizer: Optimizer, given: Settings) -> list[float]:
+    """Where ``max_lr`` is left out: the optimizer's learning rates, by group.
+
+    Raises:
+        TypeError: without ``auto_lr``.
+        ValueError: if they are not positive.
+    """
+    if not given["auto_lr"]:
+        raise TypeError(
+            "OneCycleLR() needs max_lr, the peak of the schedule. With auto_lr=True and model= it may be left out: the "
+            "controller then begins at the optimizer's own learning rates."
+        )
+    rates = [float(group["lr"]) for group in optimizer.param_groups]
+    if not all(rate > 0 for rate in rates):
+        raise ValueError(
+            f"The optimizer's learning rates are {rates}: auto_lr=True has no place to begin. Pass max_lr, or an "
+            "optimizer whose learning rates are > 0."
+        )
+    return rates
+
+
 def _find(optimizer: Optimizer, resolved: Resolved) -> float | list[float]:
     """``max_lr="auto"``: for each group, in the proportions of the optimizer's learning rates."""
     given, probe = resolved.given, resolved.probe
@@ -286,7 +315,7 @@ def _find(optimizer: Optimizer, resolved: Resolved) -> float | list[float]:
             'max_lr="auto" needs model= and probe=hdet.Probe(loss_fn=..., batches=...): it trains on those batches.'
         )
     rates = learning_rates(optimizer)
-    goes_on = given["auto_lr"] and resolved.controller.needs_probe
+    goes_on = given["auto_lr"] and not isinstance(resolved.controller, Published)
     found = find_lr(
         given["model"], optimizer, probe.loss_fn, probe.batches, auto_lr=goes_on, replicas=given["replicas"]
     )

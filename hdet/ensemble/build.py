@@ -14,7 +14,7 @@ from hdet.observe import MovementMeter, ObservePhase, PairedProbe, RoundLosses
 from hdet.schedules.base import BaseSchedule, ScheduleLike
 from hdet.schedules.course import Course
 from hdet.settings import Resolved
-from hdet.steer import Controllers, Recovery, SteerPhase
+from hdet.steer import Controllers, Published, Recovery, SteerPhase
 
 
 class Phases(NamedTuple):
@@ -45,7 +45,8 @@ def build(given: Optimizer, schedule: ScheduleLike, schedule_every: int, resolve
     groups = tuple(str(g.get("name", f"group{i}")) for i, g in enumerate(optimizer.param_groups))
     base = BaseSchedule(given, schedule, schedule_every, groups)
     course = Course(resolved.converge_every, resolved.total_steps)
-    if resolved.controller.needs_probe and resolved.total_steps is not None:
+    looks_ahead = resolved.controller.needs_length or resolved.probe is not None
+    if looks_ahead and resolved.total_steps is not None:
         course.forecast = base.forecast(resolved.total_steps)
     converge = _converge_phase(optimizer, resolved)
     explore = _explore_phase(optimizer, resolved, converge.weights, base)
@@ -147,7 +148,7 @@ def _observe_phase(
     losses = RoundLosses(
         given["virtual_replicas"],
         resolved.size,
-        needs_each=given["auto_lr"] and not resolved.controller.needs_probe,
+        needs_each=given["auto_lr"] and isinstance(resolved.controller, Published),
         warns=given["auto_lr"] and replicas.writer,
     )
     probe = None
@@ -163,10 +164,9 @@ def _observe_phase(
             resolved.converge_every,
         )
     meter = None
-    if recovery is not None:  # its copy of the state is where the round began
-        meter = MovementMeter(
-            converge.weights, optimizer, replicas, per_group=given["per_group"], starts=recovery.copies
-        )
+    if recovery is not None or (given["auto_lr"] and resolved.controller.needs_movement):
+        kept = None if recovery is None else recovery.copies  # where most rounds began
+        meter = MovementMeter(converge.weights, optimizer, replicas, per_group=given["per_group"], kept=kept)
     return ObservePhase(losses, probe, meter)
 
 

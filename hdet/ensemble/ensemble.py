@@ -19,6 +19,7 @@ from hdet.ensemble.rounds import Rounds
 from hdet.errors import check_file, check_instance, check_item, check_text, check_whole
 from hdet.explore import Prior, hand_over, keep_fan_out
 from hdet.model import (
+    MidRoundWatch,
     RivalWatch,
     check_unsharded,
     outside_inference,
@@ -63,7 +64,7 @@ class Ensemble:
             :meth:`step` steps it; do not step it yourself. ``ReduceLROnPlateau`` is stepped once per round, with the
             replicas' mean loss.
         schedule_every: calls of :meth:`step` to one step of ``schedule``, for schedules that count epochs.
-        total_steps: calls of :meth:`step` in the whole run. ``TwoSlope`` must know, and what is still to come of the
+        total_steps: calls of :meth:`step` in the whole run. ``Posterior`` must know, and what is still to come of the
             schedule: a copy of it is run ahead in the constructor.
         settings: those of :class:`hdet.Settings`, which documents each.
 
@@ -110,7 +111,7 @@ class Ensemble:
         """Complete and valid settings."""
         check_unsharded(optimizer)
         self.optimizer, self.replicas = resolved.optimizer, resolved.replicas
-        self._is_closed = False
+        self._is_closed = self._has_told_of_saving = False
         self._group_names = tuple(str(g.get("name", f"group{i}")) for i, g in enumerate(self.optimizer.param_groups))
         with AllOrNothing() as transaction:
             # What is kept first is put back last.
@@ -128,6 +129,7 @@ class Ensemble:
             rival = RivalWatch(resolved.modules, self, self.replicas)
             self._rounds = Rounds(resolved, phases, self._group_names, rival)
             self._restore_gradients = set_gradients(resolved.given["gradients"], resolved.modules, self.replicas)
+            self._mid_round = MidRoundWatch(resolved.modules, self._apart)
         # For adapters around a scheduler of their own, step() in two parts. Bound once: they are called in every step.
         self.end_step = self._rounds.end_step
         """First part: take the loss, and converge if the round is over."""
@@ -237,6 +239,7 @@ class Ensemble:
         finally:
             self._is_closed = True
             self._rounds.close()
+            self._mid_round.close()
             self._restore_gradients()
             self.end_step = self.fan_out = self._check_open  # type: ignore[assignment]
 
@@ -368,6 +371,11 @@ class Ensemble:
         check_instance("ahead", ahead, Forecast, "an hdet.schedules.forecast.Forecast")
         self._phases.course.forecast = ahead
 
+    def rate_was_found(self) -> None:
+        """For adapters around a scheduler of their own: tell that the user did not choose the learning rate, which was
+        found or left out. A controller then has no reason to stay near it."""
+        self._phases.steer.has_given_rate = False
+
     @outside_inference
     def own_state(self) -> dict[str, Any]:
         """:meth:`state_dict` without the schedule's."""
@@ -378,10 +386,17 @@ class Ensemble:
                 f"{', '.join(causes)}, so that each rank saves a different model. Call scheduler.converge() before "
                 "saving."
             )
-            if self.replicas.writer:
+            if self.replicas.writer and not self._has_told_of_saving:
+                self._has_told_of_saving = True
                 logger.warning(message)
             warnings.warn(message, stacklevel=4)
         return checkpoint.collect(self._rounds.parts, {"steps": self.steps, "base_lr": self.get_base_lr()})
+
+    def _apart(self) -> int:
+        """Steps since the replicas converged, if they differ since; 0 on all ranks but the writer."""
+        if not self.replicas.writer or self.replicas.size == 1 or not self._differences():
+            return 0
+        return self.steps - self._rounds.converged_at
 
     def _differences(self) -> list[str]:
         """What lets the replicas' parameters drift apart between converges."""

@@ -180,19 +180,21 @@ class Rounds:
         self.converged_at = self.steps
         if not complete:
             self._explore.gather_in()
+            self._observe.begin_movement_inside(self._to_come(self.steps))
             return self._publish(self._report(self._steer.rest(self.steps)), averaged, watched, started)
         probed = self._probe(averaged) if averaged.points else None
-        moved = self._observe.movement(self._steer.rounds_since_kept)
+        moved = self._observe.movement()
         self._converge_phase.step_outer()
         report = self._move(probed, moved)
-        self._steer.keep(good=any(one.finite for one in found) and self._converge_phase.is_finite())
+        good = any(one.finite for one in found) and self._converge_phase.is_finite()
+        self._observe.begin_movement(is_kept=self._steer.keep(good=good))
         return self._publish(report, averaged, watched, started)
 
     def _probe(self, averaged: Averaged) -> ProbeLosses:
         """The probe's losses where the replicas stood. Collective."""
         directions = self._steer.directions(self._course.ended_round(self.steps))
-        reach, neutral = self._steer.reach(self._explore.plain_base_lr[0]), self._explore.neutral(self._steer.positions)
-        return self._observe.probe(averaged.points or [], directions, reach, neutral)
+        neutral = self._explore.neutral(self._steer.positions)
+        return self._observe.probe(averaged.points or [], directions, neutral)
 
     def _move(self, probed: ProbeLosses | None = None, moved: tuple[float, ...] = ()) -> Report:
         """Let gains and centres move by what the round has shown; the report of that."""
@@ -209,7 +211,7 @@ class Rounds:
 
         losses = self._observe.means if complete and self._observe.knows_losses else ()
         finite = [one.finite for one in found]
-        return self._steer.has_blown_up(self.steps, finite, losses, can_probe=self._can_probe, agree=agree)
+        return self._steer.has_blown_up(self.steps, finite, losses, agree=agree)
 
     def _roll_back(self, watched: bool, started: float, complete: bool) -> Report:
         """Undo the round: the model and the optimizer as they last converged well, under a smaller gain."""
@@ -218,6 +220,7 @@ class Rounds:
         self.converged_at = self.steps
         report = self._report(undone, rolled_back=True)
         self._observe.begin_round()
+        self._observe.begin_movement(is_kept=True)
         if self._replicas.writer:
             self._steer.warn_of_rollback(self.steps)
         if not complete:  # the rest of the round is trained under the smaller gain too
@@ -248,6 +251,11 @@ class Rounds:
         )
         return assemble(moment, self._observe.means, controllers, rolled_back=rolled_back)
 
+    def _to_come(self, steps: int) -> float:
+        """Share of its round that is still to come after ``steps``."""
+        every = self._course.converge_every
+        return 1 - steps % every / every
+
     def _publish(self, report: Report, averaged: Averaged, watched: bool, started: float) -> Report:
         self._converge_phase.settle()
         self.last_report = self._publisher.publish(
@@ -277,7 +285,7 @@ class Rounds:
         """Continue from a converged model after ``steps`` steps, with the schedule at ``base_lr``, and with the rest of
         a saved ``state``."""
         self._in_flight = None
-        self._observe.restart()
+        self._observe.restart(self._to_come(steps))
         if state is not None:
             checkpoint.load(self.parts, state)
         self._begun.arm()
@@ -305,6 +313,7 @@ class Rounds:
         """Leave model and optimizer to others. Not collective: an average under way is not waited for."""
         self._in_flight = None
         self._explore.close()
+        self._observe.close()
         self._steer.close()
         self._converge_phase.close()
 
@@ -351,7 +360,7 @@ class Rounds:
         if broadcasts:
             self._converge_phase.broadcast()
             self._explore.gather_in()
-            self._steer.keep(good=True)
+            self._observe.begin_movement(is_kept=self._steer.keep(good=True))
         elif is_known and (found := begun.compare(told)):
             raise ReplicaMismatchError(
                 f"The replicas start from different weights: {found}. Load the same checkpoint on every rank, or build "
@@ -361,13 +370,16 @@ class Rounds:
         self._gradients.compare(told)
 
     def _warn_of_one_replica(self) -> None:
-        given = self._settings.given
-        if self._settings.size == 1 and (given["auto_lr"] or self._settings.probe is not None):
-            asked = "auto_lr=True" if given["auto_lr"] else "probe="
+        moves = self._settings.given["auto_lr"]
+        follows_movement = moves and self._settings.controller.needs_movement
+        if self._settings.size > 1 or (not moves and self._settings.probe is None):
+            return
+        asked = "probe=" if self._settings.probe is not None else "auto_lr=True"
+        then = "the learning rate goes by how far the weights move alone" if follows_movement else "nothing is learned"
+        if asked == "probe=" or not follows_movement:
             logger.warning(
-                f"{asked} learns from the differences between replicas, and there is 1 replica: nothing is learned, "
-                "and the learning rate stays the schedule's. Start several processes with torchrun, or pass "
-                "virtual_replicas=K with gradient accumulation."
+                f"{asked} learns from the differences between replicas, and there is 1 replica: {then}. Start several "
+                "processes with torchrun, or pass virtual_replicas=K with gradient accumulation."
             )
 
     def _tell_end(self) -> None:

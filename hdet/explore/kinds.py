@@ -112,7 +112,7 @@ def module_attribute(
     if not modules:
         raise ValueError(f"The model has no {kind.__name__} whose {attribute!r} could be explored.")
     for module in modules:
-        _number(f"{kind.__name__}.{attribute}", getattr(module, attribute, None))
+        _number(f"attribute={shown(attribute)} of a {kind.__name__}", getattr(module, attribute, None))
     if bounds is None and attribute == "p" and issubclass(kind, (nn.modules.dropout._DropoutNd, Dropout)):
         bounds = (0, 1)
     return ModuleAttribute(

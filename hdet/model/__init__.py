@@ -10,6 +10,7 @@ from hdet.model.gradients import check_gradients, fingerprint_gradients, set_gra
 from hdet.model.guards import JoinGuard, another_averages, check_caller, warn_of_batch_norm
 from hdet.model.inference import outside_inference
 from hdet.model.load_watch import LoadWatch
+from hdet.model.mid_round import MidRoundWatch
 from hdet.model.optimizers import check_unsharded, inside
 from hdet.model.sharding import check_sharding
 from hdet.model.snapshot import Snapshot
@@ -22,6 +23,7 @@ __all__ = [
     "GradientWatch",
     "JoinGuard",
     "LoadWatch",
+    "MidRoundWatch",
     "RivalWatch",
     "Snapshot",
     "Start",

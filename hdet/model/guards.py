@@ -93,7 +93,8 @@ def check_caller() -> None:
                     f"accelerate steps this scheduler {count} times for one step of the optimizer, once for each "
                     "process: rounds would be that much too short, and the schedule over too soon. Leave the scheduler "
                     "out of accelerator.prepare() and call scheduler.step(loss) after each optimizer step, or pass "
-                    "Accelerator(step_scheduler_with_optimizer=False)."
+                    "Accelerator(step_scheduler_with_optimizer=False); or build it with "
+                    "hdet.integrations.accelerate.attach(), which also saves and loads it."
                 )
             return
 

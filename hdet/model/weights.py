@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import sys
+from bisect import bisect_right
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 from weakref import WeakKeyDictionary
 
 from torch import Tensor, nn
 from torch.nn import Parameter
+from torch.optim import Optimizer
 
 from hdet.errors import check_instance, shown
 from hdet.model.exclusion import Exclusion
@@ -36,13 +38,19 @@ class Weights:
 
     def tensors(self) -> Iterable[tuple[Tensor, bool]]:
         """Every tensor and whether it is trained, in the same order on every rank. A tied tensor may come twice."""
+        return [(local(t), t.requires_grad) for t in self._whole_tensors()]
+
+    def shapes(self) -> Iterable[tuple[int, ...]]:
+        """The shapes of the whole tensors, in the order of :meth:`tensors`, where it holds shards of them."""
+        return [tuple(t.shape) for t in self._whole_tensors()]
+
+    def _whole_tensors(self) -> list[Tensor]:
         reshard(self._models)
         modules = [module for model in self._models for module in model.modules()]
         parameters = [p for module in modules for p in module._parameters.values()]
         buffers = [b for module in modules for b in module._buffers.values()]
         own = self.own_ids()
-        found = [t for t in (*parameters, *buffers) if t is not None and (not own or id(t) not in own)]
-        return [(local(t), t.requires_grad) for t in found]
+        return [t for t in (*parameters, *buffers) if t is not None and (not own or id(t) not in own)]
 
     def slots(self) -> list[Slot]:
         """The same tensors with their names, parameters first; none where a framework keeps them elsewhere."""
@@ -103,6 +111,23 @@ def local(tensor: Any) -> Tensor:
     """This rank's shard of a DTensor, which shares its memory; any other tensor as it is."""
     # to_local() would make a new object each time, and record it for autograd.
     return tensor._local_tensor if is_dtensor(tensor) else tensor
+
+
+def groups_of(tensors: Iterable[Tensor], optimizer: Optimizer) -> list[int]:
+    """[tensor] index of the parameter group that trains it, or trains what it is a part of; -1 for none."""
+    groups = enumerate(optimizer.param_groups)
+    plain = [(local(p), group) for group, settings in groups for p in settings["params"]]
+    empty = {id(t): group for t, group in plain if not t.numel()}
+    spans = sorted((t.data_ptr(), t.data_ptr() + t.nbytes, group) for t, group in plain if t.numel())
+    starts = [start for start, _, _ in spans]
+
+    def group_of(tensor: Tensor) -> int:
+        if not tensor.numel():
+            return empty.get(id(tensor), -1)
+        i = bisect_right(starts, tensor.data_ptr()) - 1
+        return spans[i][2] if i >= 0 and tensor.data_ptr() < spans[i][1] else -1
+
+    return [group_of(tensor) for tensor in tensors]
 
 
 def reshard(models: Iterable[nn.Module]) -> None:

@@ -17,6 +17,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TypeAlias
 
+import numpy as np
 from torch import Tensor
 
 from hdet import files
@@ -97,8 +98,10 @@ def as_monitors(value: object) -> tuple[Monitor, ...]:
         )
     if callable(value):
         return (Callback(value),)
-    if isinstance(value, Iterable) and not isinstance(value, (str, bytes, Mapping, Tensor)):
-        return tuple(monitor for item in value for monitor in as_monitors(item))
+    if isinstance(value, Iterable) and not isinstance(value, (str, bytes, Mapping, Tensor, np.ndarray)):
+        items = list(value)
+        if not any(isinstance(item, Iterable) and not callable(item) for item in items):
+            return tuple(monitor for item in items for monitor in as_monitors(item))
     raise TypeError(
         f"Invalid monitor={shown(value)}. Must be None, an hdet.monitor.Monitor, a function that takes one "
         "hdet.Report, or "

@@ -40,8 +40,7 @@ class TensorBoard(WriterMonitor):
     ``hdet/movement/<g>``             how far the round took the weight matrices, relative to their size
     ``hdet/hyperparameter/<h>``       the centre of another hyperparameter from this converge on
     ``hdet/hyperparameter/<h>/effect`` the probe's loss one spread above its centre, less that at the centre
-    ``hdet/probe/raw``                with a probe, its raw slope; likewise ``debiased``, ``noise`` and ``further``,
-                                      which is below 0 where the learning rate is far too low
+    ``hdet/probe/raw``                with a probe, its raw slope; likewise ``debiased`` and ``noise``
     ``hdet/rolled_back``              with rollback, 1 where the round was undone, else 0
     ``hdet/distance/replica0``        each replica's distance from their mean before averaging; ``hdet/distance``: mean
     ``hdet/excluded``                 number of replicas left out of the average; if any, the Text tab says which
@@ -256,7 +255,6 @@ def _layout(report: Report, limit: int, *, probe: bool) -> dict[str, dict[str, l
     probed = {
         "probe: slopes": ["Multiline", ["^hdet/probe/raw$", "^hdet/probe/debiased$"]],
         "probe: noise": ["Multiline", ["^hdet/probe/noise$"]],
-        "probe: far point": ["Multiline", ["^hdet/probe/further$"]],
     }
     return {
         "hdet: replicas": {

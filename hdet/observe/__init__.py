@@ -1,8 +1,9 @@
 """Observe: measure the losses of a round.
 
 In: the training losses of its steps, and each replica's parameters at its end. Out: every replica's mean training loss
-(:class:`TrainingLoss`) and, with a probe, its losses at six points in parameter space (:class:`PairedProbe`), from
-which :mod:`hdet.observe.slopes` computes slopes over the log learning rate.
+(:class:`TrainingLoss`), how far the weights have moved (:class:`MovementMeter`) and, with a probe, its losses at five
+points in parameter space (:class:`PairedProbe`), from which :mod:`hdet.observe.slopes` computes slopes over the log
+learning rate.
 """
 
 from hdet.observe.movement import MovementMeter

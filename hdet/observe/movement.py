@@ -27,13 +27,16 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from hdet.model.weights import Weights, local
+from hdet.model.step_hook import BeforeStep
+from hdet.model.weights import Weights, groups_of
 from hdet.replicas.topology import Replicas
 
 _APART = 4.0
 """How far from the median, as a factor, a matrix counts at most."""
 _CHUNK_BYTES = 64 * 2**20
 """Memory for the differences of some matrices at once."""
+_TOGETHER = 2**20
+"""Elements whose squares are added in their own precision. One sum of 5e7 equal squares in fp32 is percents off."""
 
 
 class Matrices:
@@ -78,12 +81,12 @@ class Matrices:
         for chunk in self._chunks(now):
             ends = [now[i] for i in chunk]
             starts = [before[i].to(end.device, end.dtype) for i, end in zip(chunk, ends, strict=True)]
-            moved += _norms(torch._foreach_sub(ends, starts))
-            sizes += _norms(ends)
+            moved.append(_norms(torch._foreach_sub(ends, starts)))
+            sizes.append(_norms(ends))
         if not moved:
             return []
-        both = torch.stack([torch.stack([norm.cpu() for norm in norms]) for norms in (moved, sizes)]).double().square()
-        return [(d, s) for d, s in both.T.tolist()]
+        both = torch.stack([torch.cat([norms.cpu() for norms in chunks]) for chunks in (moved, sizes)])
+        return [(d, s) for d, s in both.square().T.tolist()]
 
     def _chunks(self, tensors: Sequence[Tensor]) -> Iterable[list[int]]:
         """Indices of matrices, in order, of one device and dtype and so many bytes."""
@@ -103,9 +106,13 @@ class Matrices:
             yield chunk
 
 
-def _norms(tensors: list[Tensor] | tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    """[tensor] norm, in fp32 at least; tensors of one dtype."""
-    return torch._foreach_norm(tensors, 2, dtype=torch.promote_types(tensors[0].dtype, torch.float32))
+def _norms(tensors: Sequence[Tensor]) -> Tensor:
+    """[tensor] norm, fp64; tensors of one device and dtype."""
+    parts = [t.reshape(-1).split(_TOGETHER) if t.numel() > _TOGETHER else (t,) for t in tensors]
+    flat = [part for of_one in parts for part in of_one]
+    norms = iter(torch._foreach_norm(flat, 2, dtype=torch.promote_types(flat[0].dtype, torch.float32)))
+    found = [[next(norms).double() for _ in of_one] for of_one in parts]
+    return torch.stack([of_one[0] if len(of_one) == 1 else torch.stack(of_one).norm() for of_one in found])
 
 
 def movement(squares: Sequence[Sequence[float]], own: Sequence[float]) -> float:
@@ -138,8 +145,9 @@ class MovementMeter:
         optimizer: whose parameter groups have the learning rates.
         replicas: who takes part.
         per_group: whether each parameter group has a learning rate of its own, and so a movement.
-        starts: where the weights were when the round began: copies by the originals' address, from what is kept
-            anyway; ``None`` to keep copies of the matrices here.
+        kept: copies of the weights by the originals' address, which a rollback keeps anyway, of before the optimizer's
+            first step and of the rounds named in :meth:`begin`; ``None`` for none. Copies of the matrices are made
+            where a round began elsewhere.
     """
 
     def __init__(
@@ -149,75 +157,98 @@ class MovementMeter:
         replicas: Replicas,
         *,
         per_group: bool,
-        starts: Callable[[], Mapping[int, Tensor]] | None,
+        kept: Callable[[], Mapping[int, Tensor]] | None,
     ) -> None:
         self._weights, self._optimizer, self._replicas = weights, optimizer, replicas
         self._rates = len(optimizer.param_groups) if per_group else 1
-        self._starts = starts
+        self._kept = kept
+        self._part = 1.0
+        self._is_kept = False
         self._own: dict[int, Tensor] = {}
+        self._before_step = BeforeStep(optimizer, self.begin)
+        self.restart()
 
-    @torch.no_grad()
-    def begin(self) -> None:
-        """The weights are where a round begins."""
-        if self._starts is None:
-            self._own = {t.data_ptr(): t.detach().clone() for t, _ in self._trained()}
+    def restart(self, part: float = 1.0) -> None:
+        """At the start of a run, and after a resume: the round begins where the weights are before the optimizer's next
+        step. By then everything has been loaded, in whatever order.
 
-    def restart(self) -> None:
-        """It is not known where the round began."""
-        self._own = {}
-
-    def measure(self, rounds: int) -> tuple[float, ...]:
-        """How far the last round took the weights. Collective; the same on every rank.
+        Where a framework keeps the weights and its step may be in several parts, this round's movement is not known.
 
         Args:
-            rounds: how many rounds ago the starts were kept: over several the weights walk like the square root.
+            part: of the round that is still to come."""
+        self._own, self._part, self._is_kept = {}, part, self._kept is not None
+        if self._kept is None and type(self._weights) is Weights:
+            self._before_step.arm()
 
-        Returns:
-            [learning rate] NaN where it is not known.
-        """
-        starts = self._own if self._starts is None else self._starts()
-        trained = self._trained()
-        now = [t for t, _ in trained]
-        matrices = Matrices(now, [shape for _, shape in trained])
-        squares = matrices.squares(now, [starts.get(t.data_ptr(), t) for t in now])
-        for k, i in enumerate(matrices.indices):
-            if now[i].numel() and now[i].data_ptr() not in starts:
-                squares[k] = (math.nan, math.nan)
-        rates, own = self._rate_of([now[i] for i in matrices.indices]), matrices.own
+    def begin_inside(self, part: float) -> None:
+        """The weights have converged inside a round, of which this ``part`` is still to come: it is measured from here,
+        as in a run that goes on from a state saved here."""
+        if type(self._weights) is Weights:
+            self.begin()
+        else:
+            self._own, self._is_kept = {}, False
+        self._part = part
+
+    def begin_late(self) -> None:
+        """A first step is over: the weights are where its round began if AMP skipped it, so that no hook ran."""
+        if self._before_step.is_armed:
+            self.begin()
+
+    @torch.no_grad()
+    def begin(self, *, is_kept: bool = False) -> None:
+        """The weights are where a round begins, and a rollback keeps them or not."""
+        self._before_step.disarm()
+        before, self._own, self._is_kept = self._own, {}, is_kept
+        if is_kept:
+            return
+        tensors, shapes = self._trained()
+        for i in Matrices(tensors, shapes).indices:
+            tensor = tensors[i].detach()
+            kept = before.get(tensor.data_ptr())
+            if kept is None or (kept.shape, kept.dtype) != (tensor.shape, tensor.dtype):
+                self._own[tensor.data_ptr()] = tensor.clone()
+            else:
+                self._own[tensor.data_ptr()] = kept.copy_(tensor)
+
+    def measure(self) -> tuple[float, ...]:
+        """[learning rate] How far the last round took the weights; NaN where it is not known. Collective; the same on
+        every rank. A part of a round counts for the whole: the weights walk like the square root of the steps."""
+        part, self._part = self._part, 1.0
+        starts = self._kept() if self._is_kept and self._kept is not None else self._own
+        tensors, shapes = self._trained() if starts else ([], [])
+        matrices = Matrices(tensors, shapes)
+        squares = matrices.squares(tensors, [starts.get(t.data_ptr(), t) if t.numel() else t for t in tensors])
+        groups = groups_of([tensors[i] for i in matrices.indices], self._optimizer)
+        rates, own = groups if self._rates > 1 else [0] * len(groups), matrices.own
         if matrices.flat:  # members' partitions are not parts of the same tensors
-            squares = [_sums(squares, [rate == r for rate in rates]) for r in range(self._rates)]
+            squares = [
+                _sums([s for s, rate in zip(squares, rates, strict=True) if rate == r]) for r in range(self._rates)
+            ]
             rates, own = list(range(self._rates)), [0.0] * self._rates
         if not self._weights.whole and self._replicas.members > 1:
             rows = self._replicas.all_gather_members([x for pair in squares for x in pair])
             sums = [math.fsum(column) for column in zip(*rows, strict=True)]
             squares = list(zip(sums[::2], sums[1::2], strict=True))
-        all_of_them = movement(squares, own)
+        all_of_them = movement(squares, own) if starts else math.nan
         found = []
         for rate in range(self._rates):
             mine = [i for i, of in enumerate(rates) if of == rate]
             picked = movement([squares[i] for i in mine], [own[i] for i in mine]) if mine else all_of_them
-            found.append(picked / math.sqrt(max(1, rounds)))
+            found.append(picked / math.sqrt(part) if starts else math.nan)
         # The means are equal on all ranks; sums on different devices need not be, to the last bit.
         return tuple(self._replicas.all_gather(found)[0])
 
-    def _trained(self) -> list[tuple[Tensor, tuple[int, ...]]]:
+    def _trained(self) -> tuple[list[Tensor], list[tuple[int, ...]]]:
         """Trained tensors as this rank holds them, and the shapes of the whole ones."""
-        wholes = {
-            local(p).data_ptr(): tuple(p.shape) for group in self._optimizer.param_groups for p in group["params"]
-        }
-        kinds = self._weights.tensors()
-        return [(t, wholes.get(t.data_ptr(), tuple(t.shape))) for t, trained in kinds if trained]
+        both = zip(self._weights.tensors(), self._weights.shapes(), strict=True)
+        trained = [(t, shape) for (t, is_trained), shape in both if is_trained]
+        return [t for t, _ in trained], [shape for _, shape in trained]
 
-    def _rate_of(self, tensors: Sequence[Tensor]) -> list[int]:
-        """[matrix] index of its learning rate."""
-        if self._rates == 1:
-            return [0] * len(tensors)
-        groups = self._optimizer.param_groups
-        index = {local(p).data_ptr(): g for g, group in enumerate(groups) for p in group["params"]}
-        return [index.get(t.data_ptr(), -1) for t in tensors]
+    def close(self) -> None:
+        """Keep nothing any more."""
+        self._before_step.remove()
+        self._own = {}
 
 
-def _sums(pairs: Sequence[tuple[float, float]], which: Sequence[bool]) -> tuple[float, float]:
-    """Of the pairs that are picked."""
-    picked = [pair for pair, is_picked in zip(pairs, which, strict=True) if is_picked]
-    return math.fsum(moved for moved, _ in picked), math.fsum(size for _, size in picked)
+def _sums(pairs: Sequence[tuple[float, float]]) -> tuple[float, float]:
+    return math.fsum(moved for moved, _ in pairs), math.fsum(size for _, size in pairs)

@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-import bisect
 import contextlib
 import math
 from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 from torch.optim import Optimizer
 
 from hdet.converge.pending import Point
 from hdet.converge.slow_average import SlowAverage
 from hdet.explore.virtual import VirtualReplicas
-from hdet.model.weights import Weights, local
+from hdet.model.weights import Weights, groups_of
 from hdet.observe.probe import Probe, ProbeBatches, evaluate, losses_by_point
 from hdet.observe.slopes import ProbeLosses
 from hdet.replicas.topology import Replicas
@@ -54,7 +53,6 @@ class PairedProbe:
         self,
         points: Sequence[Point],
         directions: Sequence[Sequence[float]],
-        reach: float,
         settings: Iterable[AbstractContextManager[None]],
     ) -> ProbeLosses:
         """Every replica's losses in the round that ended. Collective.
@@ -62,7 +60,6 @@ class PairedProbe:
         Args:
             points: by bucket, the replicas' mean and this replica's displacement from it.
             directions: [parameter group, or one for all][replica] how far each goes along the slow average's progress.
-            reach: distance of the far point; see :func:`hdet.observe.probe.evaluate`.
             settings: entered meanwhile, so that replicas differ in their parameters only.
 
         Raises:
@@ -83,9 +80,7 @@ class PairedProbe:
                 with contextlib.ExitStack() as stack:
                     for setting in settings:
                         stack.enter_context(setting)
-                    losses = [
-                        self._evaluate_one(points, directions, reach, k, batch) for k, batch in enumerate(batches)
-                    ]
+                    losses = [self._evaluate_one(points, directions, k, batch) for k, batch in enumerate(batches)]
             except Exception as error:
                 failure = error
         rows = self._replicas.all_gather([float(failure is not None), *(loss for own in losses for loss in own)])
@@ -97,7 +92,7 @@ class PairedProbe:
         return losses_by_point([mean[size * k : size * (k + 1)] for mean in means for k in range(self._per_process)])
 
     def _evaluate_one(
-        self, points: Sequence[Point], directions: Sequence[Sequence[float]], reach: float, k: int, batch: Any
+        self, points: Sequence[Point], directions: Sequence[Sequence[float]], k: int, batch: Any
     ) -> tuple[float, ...]:
         if self._virtual is not None:
             with self._virtual.at(k):
@@ -115,24 +110,18 @@ class PairedProbe:
             points,
             self._slow,
             self._weights,
-            reach=reach,
             shares=shares,
             to_the_end=self._replicas.members > 1,
         )
 
     def _shares(self, points: Sequence[Point], by_group: Sequence[float]) -> list[list[tuple[int, float]]]:
         """By bucket, (elements, share) of each of its pieces: the share is that of its parameter group."""
-        spans = sorted(
-            (plain.data_ptr(), plain.data_ptr() + plain.nbytes, share)
-            for group, share in zip(self._optimizer.param_groups, by_group, strict=True)
-            for plain in map(local, group["params"])
-            if plain.numel()
-        )
-        starts = [start for start, _, _ in spans]
-
-        def share_of(piece: Tensor) -> float:
-            i = bisect.bisect_right(starts, piece.data_ptr()) - 1
-            # A piece that no optimizer trains has made no progress, so that its share does not matter.
-            return spans[i][2] if i >= 0 and piece.data_ptr() < spans[i][1] else 0.0
-
-        return [[(piece.numel(), share_of(piece)) for piece in point.bucket.pieces] for point in points]
+        # A piece that no optimizer trains has made no progress, so that its share does not matter.
+        shares = [*by_group, 0.0]
+        return [
+            [
+                (piece.numel(), shares[group])
+                for piece, group in zip(pieces, groups_of(pieces, self._optimizer), strict=True)
+            ]
+            for pieces in (point.bucket.pieces for point in points)
+        ]

@@ -54,37 +54,50 @@ class ObservePhase:
         self,
         points: Sequence[Point],
         directions: Sequence[Sequence[float]],
-        reach: float,
         settings: Iterable[AbstractContextManager[None]],
     ) -> ProbeLosses:
         """Every replica's losses at the points; see :meth:`PairedProbe.evaluate`. Collective."""
         assert self._probe is not None
-        return self._probe.evaluate(points, directions, reach, settings)
+        return self._probe.evaluate(points, directions, settings)
 
     def keep(self, batch: Any) -> None:
         """Let a probe without batches of its own keep the batch of a step."""
         if self._probe is not None:
             self._probe.batches.keep(batch)
 
-    def movement(self, rounds: int) -> tuple[float, ...]:
-        """How far the weights have moved in so many rounds; see :meth:`MovementMeter.measure`. Collective."""
-        return () if self._meter is None else self._meter.measure(rounds)
+    def movement(self) -> tuple[float, ...]:
+        """How far the round took the weights; see :meth:`MovementMeter.measure`. Collective."""
+        return () if self._meter is None else self._meter.measure()
 
     def begin(self) -> None:
-        """The run begins, or goes on: the weights are where a round begins, or near."""
+        """The run has begun, or goes on: its first step is over."""
         if self._meter is not None:
-            self._meter.begin()
+            self._meter.begin_late()
 
     def begin_round(self) -> None:
-        """The round's losses have been used, and the weights are where the next one begins."""
+        """The round's losses have been used."""
         self._losses.begin_round()
-        self.begin()
 
-    def restart(self) -> None:
-        """Forget all losses, batches and where the round began."""
+    def begin_movement(self, *, is_kept: bool) -> None:
+        """The weights are where the next round begins, and a rollback keeps them or not."""
+        if self._meter is not None:
+            self._meter.begin(is_kept=is_kept)
+
+    def begin_movement_inside(self, part: float) -> None:
+        """The weights have converged inside a round, of which this part is still to come."""
+        if self._meter is not None:
+            self._meter.begin_inside(part)
+
+    def close(self) -> None:
+        """Keep nothing any more."""
+        if self._meter is not None:
+            self._meter.close()
+
+    def restart(self, part: float) -> None:
+        """Forget all losses, batches and where the round began, of which a part is still to come."""
         self._losses.restart()
         if self._meter is not None:
-            self._meter.restart()
+            self._meter.restart(part)
         if self._probe is not None:
             self._probe.batches.clear()
 

@@ -1,18 +1,18 @@
 r"""The paired probe: losses of one batch at several points, whose differences do not contain the noise between batches.
 
 At the end of a round replica ``r`` has the parameters ``theta_r = m + delta_r``, with ``m`` the replicas' mean. It
-evaluates one batch, with one forward pass each, at six points::
+evaluates one batch, with one forward pass each, at five points::
 
     above_r = L(m + delta_r)      slow_above_r = L(e + (e - f))      mirror_r = L(e - (m - e))
-    below_r = L(m - delta_r)      slow_below_r = L(e - (e - f))      far_r    = L(e + reach (e - f))
+    below_r = L(m - delta_r)      slow_below_r = L(e - (e - f))
 
 where ``e`` is the slow average of the means and ``f`` trails it (:class:`hdet.converge.SlowAverage`). In each
 difference ``above - below`` the batch's own level and all even orders cancel. A slope is left: along the replica's
 displacement, which is what a larger learning rate would have added to the round; and along the lasting progress of the
 last few rounds, which is what it would have added to them once its noise is averaged out. In the mean of ``m`` and its
 mirror image in ``e`` the slope between the two cancels, and the loss above that at ``e`` is the cost of the iterates'
-noise. The far point shows whether ``reach`` times the progress still lowers the loss. Every replica uses a batch of its
-own, so that the slopes rest on N batches. :mod:`hdet.observe.slopes` computes them.
+noise. Every replica uses a batch of its own, so that the slopes rest on N batches. :mod:`hdet.observe.slopes` computes
+them.
 """
 
 from __future__ import annotations
@@ -111,11 +111,10 @@ def evaluate(
     slow: SlowAverage,
     weights: Weights,
     *,
-    reach: float = 1.0,
     shares: Sequence[Sequence[tuple[int, float]]] | None = None,
     to_the_end: bool = False,
 ) -> tuple[float, ...]:
-    """This rank's losses at the six points, in the order of :class:`ProbeLosses`' fields.
+    """This rank's losses at the five points, in the order of :class:`ProbeLosses`' fields.
 
     Collective among a replica's members if ``loss_fn`` is, as a sharded model's forward pass is: all members must then
     call the model equally often.
@@ -132,7 +131,6 @@ def evaluate(
         points: by bucket, the replicas' mean and this replica's displacement from it.
         slow: the slow average of the means.
         weights: what the buckets write to.
-        reach: distance of the far point from ``e``, in units of ``e - f``.
         shares: by bucket, of the slow average's progress; see :meth:`hdet.converge.slow_average.SlowAverage.point`.
         to_the_end: evaluate all points before raising, even if one fails, so that other members can take part in the
             rest. This helps if ``loss_fn`` fails after the model's forward pass. If it fails earlier, on some members
@@ -152,8 +150,6 @@ def evaluate(
                         point = mean.add(displacement, alpha=1 if name == "above" else -1)
                     elif name == "mirror":
                         point = slow.mirrored(i, mean)
-                    elif name == "far":
-                        point = slow.point(i, reach, mean)
                     else:
                         point = slow.point(i, 1 if name == "slow_above" else -1, mean, shares[i] if shares else ())
                     bucket.write(point)

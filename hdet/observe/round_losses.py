@@ -66,7 +66,10 @@ class RoundLosses:
         if checked is None:
             if self._warns:
                 self._warns = False
-                logger.warning("scheduler.step() was called without a loss: the gain does not move until it gets one.")
+                logger.warning(
+                    "scheduler.step() was called without a loss: a rollback does not see one that rises, and the "
+                    "published controller does not move. Pass it: scheduler.step(loss)."
+                )
         elif isinstance(checked, list):
             for own, loss in zip(self._own, checked, strict=True):
                 own.add(loss)

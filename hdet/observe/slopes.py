@@ -20,7 +20,6 @@ class ProbeLosses(NamedTuple):
     slow_above: tuple[float, ...]
     slow_below: tuple[float, ...]
     mirror: tuple[float, ...]
-    far: tuple[float, ...]
 
 
 class Slopes(NamedTuple):
@@ -32,21 +31,17 @@ class Slopes(NamedTuple):
     """``A``: the same without the noise of the iterates: lasting progress per round and unit of log learning rate."""
     noise: float
     """``E``: by how much the iterates' noise raises the loss above that at the slow average."""
-    further: float
-    """``F``: by how much the loss at the far point is above that at ``e + (e - f)``. Below 0, the learning rate is far
-    too low. NaN if the far point's loss is not finite."""
 
 
-UNKNOWN_SLOPES = Slopes(math.nan, math.nan, math.nan, math.nan)
+UNKNOWN_SLOPES = Slopes(math.nan, math.nan, math.nan)
 
 
 def slopes_of(probe: ProbeLosses, multipliers: tuple[float, ...], lag: float) -> Slopes | None:
-    """The slopes over the replicas whose losses are finite at all points but ``far``, with ``z_r = rho_r - 1``::
+    """The slopes over the replicas whose losses are finite at all points, with ``z_r = rho_r - 1``::
 
         R = -sum_r(sign(z_r) (above_r - below_r) / 2) / sum_r(|z_r|)
         A = -mean_r(slow_above_r - slow_below_r) / (2 lag)
         E = mean_r((above_r + below_r) / 2 + mirror_r - slow_above_r - slow_below_r) / 2
-        F = mean_r(far_r - slow_above_r)
 
     Args:
         probe: the losses.
@@ -60,12 +55,14 @@ def slopes_of(probe: ProbeLosses, multipliers: tuple[float, ...], lag: float) ->
     Raises:
         TypeError, ValueError: for what are not a number for each replica, or a ``lag`` that is not above 0.
     """
-    check_replicas("multipliers", multipliers, finite=True)
+    check_instance("probe", probe, ProbeLosses, "an hdet.controller.ProbeLosses")
+    count = len(check_list("probe.above", probe.above, "a number for each replica"))
+    multipliers = tuple(check_replicas("multipliers", multipliers, finite=True, length=count))
     check_probe("probe", probe, multipliers, lag)
     rows = [
         (rho - 1, losses)
         for rho, *losses in zip(multipliers, *probe, strict=True)
-        if all(abs(loss) < TOO_LARGE for loss in losses[:-1])
+        if all(abs(loss) < TOO_LARGE for loss in losses)
     ]
     spread = math.fsum(abs(z) for z, _ in rows)
     if len(rows) < 2 or (spread == 0 and any(rho != 1 for rho in multipliers)):
@@ -74,12 +71,10 @@ def slopes_of(probe: ProbeLosses, multipliers: tuple[float, ...], lag: float) ->
     pairs = zip(rows, known.above, known.below, strict=True)
     odd = math.fsum((above - below) * ((z > 0) - (z < 0)) / 2 for (z, _), above, below in pairs)
     high, low = mean_of(known.slow_above), mean_of(known.slow_below)
-    further = [far - near for far, near in zip(known.far, known.slow_above, strict=True)]
     return Slopes(
         -odd / spread if spread else math.nan,
         -(high - low) / (2 * lag),
         level_of(known) - (high + low) / 2,
-        mean_of(further) if all(abs(x) < TOO_LARGE for x in further) else math.nan,
     )
 
 
@@ -95,11 +90,6 @@ def check_replicas(name: str, values: Any, *, finite: bool = False, length: int 
     """[replica] numbers."""
     rule = "a number for each replica" if length is None else f"a number for each of {length} replicas"
     return [check_number(name, x, rule, finite=finite) for x in check_list(name, values, rule, length=length)]
-
-
-def loss_near(probe: ProbeLosses) -> float:
-    """``L``: the mean of the finite losses at ``e + (e - f)``. Wherever there are slopes there is one."""
-    return mean_of([loss for loss in probe.slow_above if abs(loss) < TOO_LARGE])
 
 
 def level_of(probe: ProbeLosses) -> float:

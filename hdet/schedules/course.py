@@ -40,7 +40,7 @@ class Course:
     def height(self, lr: float) -> float:
         """The schedule's learning rate ``lr`` as a share of its peak, in [0, 1]; 1 where that is not known."""
         peak = self.forecast.peak if self.forecast else 0.0
-        return min(1.0, lr / peak) if peak else 1.0
+        return min(1.0, max(0.0, lr / peak)) if peak else 1.0
 
     @property
     def final(self) -> float:

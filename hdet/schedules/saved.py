@@ -26,6 +26,8 @@ from hdet.errors import (
 
 _OTHER_VERSIONS = {"verbose", "_verbose", "_get_lr_called_within_step", "_is_initial", "anneal_func", "_anneal_func"}
 """Attributes that schedulers have in other versions of torch, which do no harm."""
+_LARGEST = 3e38
+"""Bound of a learning rate that a tensor of fp32 can hold."""
 _NEEDED = ("last_epoch", "base_lrs", "_last_lr", "lr_lambdas", "_schedulers")
 _MAY_BE_INFINITE = ("best", "mode_worse")
 _BY_GROUP = ("base_lrs", "_last_lr", "min_lrs", "max_lrs", "lr_lambdas")
@@ -78,7 +80,8 @@ def check_scheduler_state(name: str, state: Any, scheduler: Any, own: Mapping[st
     for key in ("base_lrs", "_last_lr"):
         for lr in state.get(key, ()):
             value = lr.item() if isinstance(lr, Tensor) and lr.numel() == 1 and not lr.is_meta else lr
-            check_number(f"{name}[{key!r}]", value, "learning rates, finite and >= 0", lambda lr: lr >= 0)
+            rule = "learning rates, finite in fp32 and >= 0"
+            check_number(f"{name}[{key!r}]", value, rule, lambda lr: 0 <= lr < _LARGEST)
     if isinstance(scheduler, OneCycleLR):
         _check_one_cycle(name, state)
 

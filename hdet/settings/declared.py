@@ -34,8 +34,6 @@ from hdet.observe.probe import LossFunction, Probe, check_loss_function
 from hdet.replicas.topology import ReplicasLike, check_replicas
 from hdet.settings.groups import Averaging, Exploration, Outer
 from hdet.steer.controllers import Controller
-from hdet.steer.published import Published
-from hdet.steer.two_slope import TwoSlope
 
 _GRADIENTS = ("shared", "grouped", "local")
 
@@ -65,8 +63,9 @@ def _instance(kind: type) -> Callable[[str, Any], Any]:
 
 
 def _controller(name: str, value: Any) -> Any:
-    rule = "an instance of hdet.controller.TwoSlope or Published"
-    return check_instance(name, value, (Published, TwoSlope, type(None)), rule)
+    kinds = get_args(Controller)
+    rule = f"an instance of {' or '.join(f'hdet.controller.{kind.__name__}' for kind in kinds)}"
+    return check_instance(name, value, (*kinds, type(None)), rule)
 
 
 def _hyperparameters(name: str, value: Any) -> tuple[Hyperparameter, ...]:
@@ -129,13 +128,14 @@ class Settings(TypedDict, total=False):
     """``T``, the round's length in steps; by default a hundred rounds, and in a run of more than 10,000 steps rounds of
     100 steps, up to 400 rounds."""
     auto_lr: Annotated[bool, Setting(False, check_flag)]
-    """Whether the controller moves the gain. Needs the loss in ``step()``, and ``spread > 0``."""
+    """Whether the controller moves the gain. Needs the loss in ``step()``, ``model``, and the run's length."""
     probe: Annotated[LossFunction | Probe | None, Setting(None, _probe)]
-    """``loss_fn(model, batch)``, or a :class:`hdet.Probe`: the paired probe, by which learning rates can be told apart
-    in short rounds. Pass the batch to ``step()`` then."""
+    """``loss_fn(model, batch)``, or a :class:`hdet.Probe`: the paired probe, whose losses are evidence for the
+    controller beside how far the weights move, and show what hyperparameters do. Pass the batch to ``step()`` then."""
     controller: Annotated[Controller | None, Setting(None, _controller)]
-    """What moves the gain; default ``hdet.controller.TwoSlope()`` with a probe, ``hdet.controller.Published()``
-    without."""
+    """What moves the gain; default ``hdet.controller.Posterior()``, which goes by how far the weights move, and with a
+    probe by its losses too. ``hdet.controller.Published()`` is the paper's, whose hypergradient is also in the reports
+    of a run without ``auto_lr``."""
     per_group: Annotated[bool, Setting(False, check_flag)]
     """Whether each parameter group has a gain, and multipliers, of its own; default one for all."""
     hyperparameters: Annotated[Sequence[Hyperparameter], Setting((), _hyperparameters)]

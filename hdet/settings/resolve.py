@@ -28,8 +28,8 @@ from hdet.replicas.topology import Replicas
 from hdet.settings.declared import DECLARED, GROUPS, Settings
 from hdet.settings.groups import Averaging, Outer
 from hdet.steer.controllers import Controller
+from hdet.steer.posterior import Posterior
 from hdet.steer.published import Published
-from hdet.steer.two_slope import TwoSlope
 
 
 def round_length(total_steps: int) -> int:
@@ -136,7 +136,7 @@ def resolve(optimizer: Optimizer, total_steps: int | None, settings: Mapping[str
         given=given,
         total_steps=total_steps,
         converge_every=1 if converge_every is None else converge_every,
-        controller=given["controller"] or (Published() if probe is None else TwoSlope()),
+        controller=given["controller"] or (Posterior() if given["auto_lr"] else Published()),
         probe=probe,
         prior=None if given["prior"] is None else Prior.load(given["prior"]),
         modules=modules,
@@ -206,7 +206,7 @@ def _check_exclusion(resolved: Resolved) -> None:
 
 def _check_together(resolved: Resolved) -> None:
     """Raise ValueError for settings that exclude one another."""
-    given, controller, probe = resolved.given, resolved.controller, resolved.probe
+    given, probe = resolved.given, resolved.probe
     spread, auto_lr, hyperparameters = given["spread"], given["auto_lr"], given["hyperparameters"]
     averaging, outer, gradients = given["averaging"], given["outer"], given["gradients"]
     check_identified(
@@ -220,19 +220,8 @@ def _check_together(resolved: Resolved) -> None:
             "To let replicas differ hdet needs model=: its parameters and buffers are averaged every "
             "converge_every steps."
         )
-    if auto_lr and spread == 0:
-        raise ValueError(
-            "auto_lr=True needs spread > 0: with spread=0 all replicas train under the same learning rate and "
-            "their losses say nothing about it. Pass for example spread=1/9."
-        )
-    if controller.needs_probe and auto_lr:
-        if probe is None:
-            name = type(controller).__name__
-            raise ValueError(f"controller={name}() needs the paired probe: pass probe=loss_fn.")
-        if resolved.total_steps is None:
-            raise ValueError(
-                f"controller={type(controller).__name__}() must know how long the run is: pass total_steps."
-            )
+    if auto_lr:
+        _check_controller(resolved)
     if probe is not None and not (auto_lr or any(h.move for h in hyperparameters)):
         raise ValueError("probe= does nothing without auto_lr=True or hyperparameters= that move.")
     if averaging.overlap_steps >= resolved.converge_every:
@@ -248,6 +237,29 @@ def _check_together(resolved: Resolved) -> None:
         _check_outer(outer, gradients, averaging, resolved.modules)
     if given["virtual_replicas"] > 1:
         _check_virtual(given["virtual_replicas"], given)
+
+
+def _check_controller(resolved: Resolved) -> None:
+    given, controller = resolved.given, resolved.controller
+    name = type(controller).__name__
+    if given["spread"] == 0 and isinstance(controller, Published):
+        raise ValueError(
+            "auto_lr=True with controller=Published() needs spread > 0: with spread=0 all replicas train under the "
+            "same learning rate and their losses say nothing about it. Pass for example spread=1/9."
+        )
+    if controller.needs_length and resolved.total_steps is None:
+        raise ValueError(
+            f"auto_lr=True with controller={name}() must know how long the run is: pass total_steps, or "
+            "controller=hdet.controller.Published()."
+        )
+    if controller.needs_movement and not resolved.modules:
+        raise ValueError("auto_lr=True needs model=: the controller goes by how far its weights move.")
+    if controller.needs_movement and given["averaging"].overlap_steps:
+        raise ValueError(
+            f"auto_lr=True with controller={name}() and overlap_steps={given['averaging'].overlap_steps} exclude one "
+            "another: how far the weights move is measured at the mean at the round's end. Pass overlap_steps=0, or "
+            "controller=hdet.controller.Published()."
+        )
 
 
 def _check_own_rates(optimizer: Optimizer) -> None:

@@ -11,13 +11,14 @@ from hdet.steer.lr_finder import LRFinding, find_lr, learning_rates
 from hdet.steer.observation import ControllerState, Observation
 from hdet.steer.one_slope import CentreState, OneSlope
 from hdet.steer.phase import SteerPhase
+from hdet.steer.posterior import Belief, Posterior
 from hdet.steer.published import Published, hypergradient
 from hdet.steer.recovery import GAIN_DIVISOR, Recovery
 from hdet.steer.report import ControllerReport, HyperparameterReport
-from hdet.steer.two_slope import TwoSlope
 
 __all__ = [
     "GAIN_DIVISOR",
+    "Belief",
     "CentreState",
     "Controller",
     "ControllerReport",
@@ -27,6 +28,7 @@ __all__ = [
     "LRFinding",
     "Observation",
     "OneSlope",
+    "Posterior",
     "ProbeLosses",
     "Published",
     "Recovery",
@@ -34,7 +36,6 @@ __all__ = [
     "RoundSignal",
     "Slopes",
     "SteerPhase",
-    "TwoSlope",
     "find_lr",
     "hypergradient",
     "learning_rates",

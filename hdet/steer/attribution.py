@@ -77,18 +77,13 @@ def _divide_progress(
 ) -> tuple[list[ProbeLosses | None], Slopes | None]:
     """Give each of several learning rates its own share of the lasting progress, by ``directions``.
 
-    The noise, which nothing divides, is shared equally. The far point, at which the parameters of all learning rates
-    have gone forward, is compared with all of one step forward. Returns the losses by learning rate, and the slopes'
-    sums.
+    The noise, which nothing divides, is shared equally. Returns the losses by learning rate, and the slopes' sums.
     """
     count, replicas = len(probes), len(probe.above)
     odd = _half_differences(probe.slow_above, probe.slow_below)
     progress = [-effect.value / lag for effect in effects(directions, odd)]
     known = [a for a in progress if math.isfinite(a)]
     debiased = math.fsum(known) * count / max(1, len(known))
-    further = together.further
-    if math.isfinite(further):
-        further = math.fsum(probe.far) / replicas - (level_of(probe) - together.noise - lag * debiased)
     divided: list[ProbeLosses | None] = []
     raws = []
     for own, own_progress, rhos in zip(probes, progress, multipliers, strict=True):
@@ -98,15 +93,13 @@ def _divide_progress(
         # The mean of m and its mirror image, less an equal share of what lies between that and the slow average.
         middle = level_of(own) - together.noise / count
         above, below = middle - lag * own_progress, middle + lag * own_progress
-        own = own._replace(
-            slow_above=(above,) * replicas, slow_below=(below,) * replicas, far=(above + further,) * replicas
-        )
+        own = own._replace(slow_above=(above,) * replicas, slow_below=(below,) * replicas)
         divided.append(own)
         slopes = slopes_of(own, rhos, lag)
         raws.append(math.nan if slopes is None else slopes.raw)
     if not known:
         return divided, None
-    return divided, Slopes(math.fsum(raws) if raws else math.nan, debiased, together.noise, further)
+    return divided, Slopes(math.fsum(raws) if raws else math.nan, debiased, together.noise)
 
 
 def _half_differences(above: Sequence[float], below: Sequence[float]) -> list[float]:

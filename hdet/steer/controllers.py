@@ -8,20 +8,20 @@ of all factors, so that the effect of one is not taken for that of another.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
-from hdet.errors import check_item, check_list, check_mapping
+from hdet.errors import check_gain, check_item, check_list, check_mapping, check_text
 from hdet.explore.design import Design, Effect, levels, multipliers_of
 from hdet.observe.slopes import UNKNOWN_SLOPES, ProbeLosses, Slopes
 from hdet.steer.attribution import attribute
-from hdet.steer.observation import ControllerState, Observation, saved_state
+from hdet.steer.observation import Observation
 from hdet.steer.one_slope import CentreState, OneSlope, saved_centre
+from hdet.steer.posterior import Posterior
 from hdet.steer.published import Published
 from hdet.steer.report import ControllerReport, HyperparameterReport
-from hdet.steer.two_slope import TwoSlope
 
-Controller = Published | TwoSlope
+Controller = Posterior | Published
 """A controller of learning rates."""
 
 
@@ -62,6 +62,9 @@ class RoundObservation(NamedTuple):
     """[learning rate] how far the round took the weights; NaN, or empty, where it is not known."""
     area: float = 1.0
     """Mean height of the schedule over the run."""
+    steps: float = math.inf
+    given: bool = True
+    """As in :class:`hdet.steer.observation.Observation`."""
 
 
 class RoundSignal(NamedTuple):
@@ -110,7 +113,7 @@ class Controllers:
         self._design: Design = design if names or rates > 1 else "independent"
         self._factors = [f"lr/{i}" for i in range(rates if spread else 0)] + [f"hyperparameter/{n}" for n in names]
         self._latest: tuple[int, tuple[tuple[float, ...], ...]] | None = None  # a round and its levels
-        self.lr_states = [ControllerState()] * rates
+        self.lr_states: list[Any] = [controller.begin(1.0)] * rates
         """[learning rate]"""
         self.centre_states = [CentreState()] * len(self._names)
         """[other hyperparameter]"""
@@ -191,7 +194,7 @@ class Controllers:
             multipliers=tuple(self.multipliers(i, round) for i in range(len(gains))),
             gain=gains,
             next_gain=self.gains,
-            velocity=tuple(state.velocity for state in self.lr_states),
+            velocity=tuple(getattr(state, "velocity", math.nan) for state in self.lr_states),
             hypergradient=signal.hypergradient,
             slopes=UNKNOWN_SLOPES if signal.slopes is None else signal.slopes,
             movement=(math.nan,) * len(gains),
@@ -229,7 +232,8 @@ class Controllers:
         multipliers = [self.multipliers(i, round) for i in range(len(self.lr_states))]
         directions = self.probe_directions(round)
         found = attribute(observation.probe, of_round, multipliers, directions, observation.lag)
-        movement = observation.movement or (math.nan,) * len(self.lr_states)
+        rates = len(self.lr_states)
+        movement = observation.movement or (math.nan,) * rates
         updated = [
             self._controller.update(
                 state,
@@ -246,10 +250,12 @@ class Controllers:
                     movement=moved,
                     area=observation.area,
                     lag=observation.lag,
+                    steps=observation.steps,
+                    given=observation.given,
                 ),
             )
             for state, rhos, schedule, probe, moved in zip(
-                self.lr_states, multipliers, observation.schedule, found.probes, movement, strict=False
+                self.lr_states, multipliers, observation.schedule[:rates], found.probes, movement, strict=True
             )
         ]
         if self._auto_lr:
@@ -273,20 +279,21 @@ class Controllers:
             gains: [learning rate]
             positions: [other hyperparameter] of its centre, in its space.
         """
-        self.lr_states = [state._replace(gain=gain) for state, gain in zip(self.lr_states, gains, strict=False)]
+        self.lr_states = [self._controller.begin(gain) for _, gain in zip(self.lr_states, gains, strict=False)]
         self.centre_states = [
             state._replace(position=position) for state, position in zip(self.centre_states, positions, strict=True)
         ]
 
     def divide_gains(self, divisor: float) -> None:
         """Divide all gains, and clear everything else but the centres: the rounds since are undone."""
-        self.lr_states = [ControllerState(gain=state.gain / divisor) for state in self.lr_states]
+        self.lr_states = [self._controller.cut(state, divisor) for state in self.lr_states]
         self.centre_states = [CentreState(state.position) for state in self.centre_states]
 
     def state(self) -> dict[str, Any]:
         """What must be saved, as plain values."""
         return {
             "controller": [list(state) for state in self.lr_states],
+            "controller_kind": type(self._controller).__name__,
             "hyperparameters": {name: list(state) for name, state in zip(self._names, self.centre_states, strict=True)},
         }
 
@@ -298,8 +305,12 @@ class Controllers:
                 f"The saved state has {len(gains)} gains, this run {len(self.lr_states)}: another "
                 "number of parameter groups, or another per_group=."
             )
+        same = _kind_of(state) == type(self._controller).__name__
         for values in gains:
-            saved_state("controller", values)
+            if same:
+                self._controller.restored(values)
+            else:
+                _gain_of(self._controller)(values)
         centres = check_item("The saved state", state, "hyperparameters")
         check_mapping("hyperparameters", centres, "a mapping of names to centres")
         if set(centres) != set(self._names):
@@ -311,7 +322,29 @@ class Controllers:
             saved_centre(f"centre of {name}", values)
 
     def load(self, state: Mapping[str, Any]) -> None:
-        """Continue from a saved :meth:`state`."""
-        self.lr_states = [saved_state("controller", values) for values in state["controller"]]
+        """Continue from a saved :meth:`state`. Of a state of another controller the gains are taken."""
+        same = _kind_of(state) == type(self._controller).__name__
+        restored = self._controller.restored if same else _gain_of(self._controller)
+        self.lr_states = [restored(values) for values in state["controller"]]
         centres = state["hyperparameters"]
         self.centre_states = [saved_centre(f"centre of {name}", centres[name]) for name in self._names]
+
+
+def _kind_of(state: Mapping[str, Any]) -> str:
+    """Whose states a saved one holds. Where it does not say so, they are those of :class:`Published` if they have none
+    of the running averages of a controller that went by slopes alone."""
+    if "controller_kind" in state:
+        kind = state["controller_kind"]
+        return check_text("controller_kind", kind)
+    has_averages = any(list(values)[3:4] not in ([[]], [()], []) for values in state["controller"])
+    return "" if has_averages else Published.__name__
+
+
+def _gain_of(controller: Controller) -> Callable[[Sequence[Any]], Any]:
+    """From the values of another controller's state, whose first is the gain, the state to begin with."""
+
+    def begin(values: Sequence[Any]) -> Any:
+        first, *_ = check_list("controller", values, "a list that begins with the gain") or [None]
+        return controller.begin(check_gain("controller.gain", first))
+
+    return begin

@@ -67,8 +67,7 @@ class LRFinding:
     counts only if the next lower one lowers the loss, too: after training has broken down at a high learning rate, the
     loss may still be a little lower by chance. With ``auto_lr`` the smallest such candidate, since a rate that is too
     high for a long run may do well for a few dozen steps. If the search is conclusive and there are several replicas,
-    twice that: a candidate's batches were those of one replica, and the controller corrects a rate that is somewhat too
-    high in a few rounds, one that is too low in many."""
+    twice that: a candidate's batches were those of one replica, and the controller corrects what is left."""
     lrs: tuple[float, ...]
     """The candidates, in increasing order."""
     losses: tuple[float, ...]
@@ -157,8 +156,8 @@ def find_lr(
         low, high: the range, ``0 < low < high``.
         steps: per candidate at first, at least 4. The first third is a warm-up.
         max_grad_norm: clip gradients to this norm, as the training loop does: it changes which learning rates work.
-        auto_lr: whether the run has ``auto_lr=True`` and a probe. The suggestion is then coarser, and made from the
-            candidates in another way (:attr:`LRFinding.max_lr`).
+        auto_lr: whether the run has ``auto_lr=True``, by the default controller. The suggestion is then coarser, and
+            made from the candidates in another way (:attr:`LRFinding.max_lr`).
         replicas: as for :class:`hdet.Ensemble`.
 
     Raises:

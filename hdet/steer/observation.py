@@ -5,12 +5,12 @@ from __future__ import annotations
 import math
 from typing import Any, NamedTuple
 
-from hdet.errors import check_gain, check_instance, check_list, check_number, check_whole
+from hdet.errors import check_flag, check_gain, check_instance, check_list, check_number, check_whole
 from hdet.observe.slopes import ProbeLosses, check_probe, check_replicas
 
 
 class ControllerState(NamedTuple):
-    """The state of one learning rate's controller, from round to round; the same on every rank."""
+    """The state of one learning rate under :class:`hdet.steer.Published`, round to round; the same on every rank."""
 
     gain: float = 1.0
     """Dimensionless factor on the base schedule."""
@@ -18,12 +18,6 @@ class ControllerState(NamedTuple):
     """Momentum average of the hypergradient, ``v``."""
     rounds: int = 0
     """Rounds observed so far."""
-    slopes: tuple[tuple[float, float], ...] = ()
-    """Running averages (mean, variance) of ``R``, ``A``, ``E``, and of these relative to the training loss;
-    :class:`hdet.steer.TwoSlope` only."""
-    level: tuple[float, float, int, float] = (0.0, 0.0, 0, math.inf)
-    """Of the training loss: running average (mean, variance), number of rounds in it, and its lowest mean since the
-    gain last fell because of it; :class:`hdet.steer.TwoSlope` only."""
 
 
 class Observation(NamedTuple):
@@ -42,7 +36,7 @@ class Observation(NamedTuple):
     height: float = 1.0
     """The schedule's value as a share of its peak, in [0, 1]."""
     until: float = 1.0
-    """Share of the run after which the schedule stays below ``TwoSlope.rest_below``."""
+    """Share of the run after which the schedule stays below ``Posterior.rest_below``."""
     final: float = 0.0
     """The schedule's last value as a share of its peak, in [0, 1]: 0 if it anneals, 1 if it is constant."""
     probe: ProbeLosses | None = None
@@ -53,6 +47,10 @@ class Observation(NamedTuple):
     """How far the round took the weights, relative to their size (:mod:`hdet.observe.movement`); NaN if not known."""
     area: float = 1.0
     """Mean height of the schedule over the run, in (0, 1]."""
+    steps: float = math.inf
+    """Of the optimizer in the round, >= 1; infinite if not known."""
+    given: bool = True
+    """Whether the user gave the learning rate, rather than leave it to be found."""
 
 
 def clamped(log_gain: float, bounds: tuple[float, float]) -> float:
@@ -63,26 +61,19 @@ def clamped(log_gain: float, bounds: tuple[float, float]) -> float:
 
 
 def saved_state(name: str, values: Any) -> ControllerState:
-    """A :class:`ControllerState` from the values that were saved of one.
+    """A :class:`ControllerState` from the values that were saved of one. Older ones have more values, which are left
+    aside.
 
     Raises:
         TypeError, ValueError: if they are not such as a run can have.
     """
-    fields = "[gain, velocity, rounds, slopes, level]"
-    gain, velocity, rounds, slopes, level = check_list(name, values, fields, length=5)
-    if len(check_list(f"{name}.slopes", slopes, "a list")) not in (0, 6):
-        raise ValueError(f"Invalid {name}.slopes={slopes}. Must have 6 averages, or none.")
-    average, variance, count, lowest = check_list(f"{name}.level", level, "[mean, variance, rounds, lowest]", length=4)
+    fields = "[gain, velocity, rounds]"
+    known = check_list(name, values, fields)
+    gain, velocity, rounds = check_list(name, known[:3], fields, length=3)
     return ControllerState(
         check_gain(f"{name}.gain", gain),
         check_number(f"{name}.velocity", velocity, _RULE, _is_kept),
         check_whole(f"{name}.rounds", rounds, ">= 0", lambda n: n >= 0),
-        tuple(_average(f"{name}.slopes", *check_list(f"{name}.slopes", one, "pairs", length=2)) for one in slopes),
-        (
-            *_average(f"{name}.level", average, variance),
-            check_whole(f"{name}.level.rounds", count, ">= 0", lambda n: n >= 0),
-            check_number(f"{name}.level.lowest", lowest, "above -inf", lambda x: x > -math.inf, finite=False),
-        ),
     )
 
 
@@ -99,27 +90,18 @@ def _is_kept(x: float) -> bool:
     return abs(x) <= 1e150
 
 
-def _average(name: str, mean: object, variance: object) -> tuple[float, float]:
-    return (
-        check_number(f"{name}.mean", mean, _RULE, _is_kept),
-        check_number(f"{name}.variance", variance, ">= 0", lambda x: x >= 0),
-    )
-
-
 def check_update(state: Any, seen: Any) -> None:
-    """Raise TypeError or ValueError for what a controller of learning rates cannot go on from."""
+    """Raise TypeError or ValueError for what :class:`hdet.steer.Published` cannot go on from."""
     check_instance("state", state, ControllerState, "an hdet.controller.ControllerState")
-    check_instance("observation", seen, Observation, "an hdet.controller.Observation")
     check_number("state.gain", state.gain)
     check_number("state.velocity", state.velocity, _RULE, _is_kept)
     check_whole("state.rounds", state.rounds, ">= 0", lambda n: n >= 0)
-    if state.slopes:
-        for one in check_list("state.slopes", state.slopes, "six averages (mean, variance)", length=6):
-            _average("state.slopes", *check_list("state.slopes", one, "pairs (mean, variance)", length=2))
-    level = check_list("state.level", state.level, "(mean, variance, rounds, lowest)", length=4)
-    _average("state.level", *level[:2])
-    check_whole("state.level", level[2], ">= 0", lambda n: n >= 0)
-    check_number("state.level", level[3], "above -inf", lambda x: x > -math.inf, finite=False)
+    check_observation(seen)
+
+
+def check_observation(seen: Any) -> None:
+    """Raise TypeError or ValueError for what no round can have been."""
+    check_instance("observation", seen, Observation, "an hdet.controller.Observation")
     check_replicas("observation.multipliers", seen.multipliers, finite=True)
     check_replicas("observation.losses", seen.losses)
     check_number("observation.schedule", seen.schedule)
@@ -127,5 +109,9 @@ def check_update(state: Any, seen: Any) -> None:
     check_share("observation.share", seen.share)
     for name in ("height", "until", "final"):
         check_number(f"observation.{name}", getattr(seen, name), "in [0, 1]", lambda x: 0 <= x <= 1)
+    check_number("observation.movement", seen.movement, "a relative distance, or NaN", finite=False)
+    check_number("observation.area", seen.area, "in (0, 1]", lambda x: 0 < x <= 1)
+    check_number("observation.steps", seen.steps, ">= 1, or inf", lambda n: n >= 1, finite=False)
+    check_flag("observation.given", seen.given)
     if seen.probe is not None:
         check_probe("observation.probe", seen.probe, seen.multipliers, seen.lag)

@@ -39,8 +39,8 @@ class SteerPhase:
     ) -> None:
         self._controllers, self._controller, self._course = controllers, controller, course
         self._hyperparameters, self._auto_lr, self._recovery = tuple(hyperparameters), auto_lr, recovery
-        self.rounds_since_kept = 1
-        """Rounds since the state that is kept, the one that ends now included."""
+        self.has_given_rate = True
+        """Whether the user chose the learning rate; else it was found, or left out."""
 
     @property
     def gains(self) -> tuple[float, ...]:
@@ -74,10 +74,6 @@ class SteerPhase:
         """How far the probe takes each replica; see :meth:`Controllers.probe_directions`."""
         return self._controllers.probe_directions(round)
 
-    def reach(self, lr: float) -> float:
-        """How far the far point is to be, with the schedule at ``lr``."""
-        return self._controller.reach(self._course.height(lr))
-
     def begin(self) -> None:
         """The run begins."""
         if self._recovery is not None:
@@ -110,11 +106,13 @@ class SteerPhase:
             share=course.share,
             height=course.height(schedule[0]),
             until=self._controller.rests_after(course),
-            final=course.final,
             lag=lag,
             probe=probe,
             movement=movement or (math.nan,) * len(self._controllers.gains),
+            final=course.final,
             area=course.area,
+            steps=course.converge_every,
+            given=self.has_given_rate,
         )
         report = self._controllers.move(course.ended_round(steps), seen, self._hyperparameters)
         if self._recovery is not None:
@@ -129,10 +127,10 @@ class SteerPhase:
         """Whether this rank has a state to go back to."""
         return {"can restore": Term(float(self._recovery is not None and self._recovery.can_restore), min)}
 
-    def keep(self, *, good: bool) -> None:
-        """Keep the state that the round has led to, for a later rollback, if it is ``good``: finite."""
-        kept = self._recovery is None or (good and self._recovery.keep())
-        self.rounds_since_kept = 1 if kept else self.rounds_since_kept + 1
+    def keep(self, *, good: bool) -> bool:
+        """Keep the state that the round has led to, for a later rollback, if it is ``good``: finite. Whether it was
+        kept."""
+        return self._recovery is not None and good and self._recovery.keep()
 
     def has_blown_up(
         self,
@@ -140,7 +138,6 @@ class SteerPhase:
         finite: Sequence[bool],
         losses: tuple[float, ...],
         *,
-        can_probe: bool,
         agree: Callable[[float], float],
     ) -> bool:
         """Whether the round so far is to be undone. To be asked only if every rank can.
@@ -149,7 +146,6 @@ class SteerPhase:
             steps: taken so far.
             finite: [replica] whether its parameters, buffers and optimizer state are.
             losses: [replica] mean loss of the round; empty if none was reported, or the round is not over.
-            can_probe: whether there is a probe, and more than one replica.
             agree: what all ranks make of a number of this rank; collective.
 
         Raises:
@@ -158,14 +154,13 @@ class SteerPhase:
         if self._recovery is None:
             return False
         # While the controller may still move the gain, it can also take it back.
-        may_move = not self._controller.needs_probe or (can_probe and self.wants_probe(steps))
+        may_move = not self._course.progress(steps) > self._controller.rests_after(self._course)
         return self._recovery.is_needed(finite, losses, watches_losses=may_move, agree=agree)
 
     def roll_back(self, steps: int) -> ControllerReport:
         """Put model and optimizer back to the last good state, and divide the gains."""
         assert self._recovery is not None
         self._recovery.restore()
-        self.rounds_since_kept = 1
         return self._controllers.roll_back(self._course.ended_round(steps), self._hyperparameters, divisor=GAIN_DIVISOR)
 
     def warn_of_rollback(self, steps: int) -> None:
@@ -175,7 +170,6 @@ class SteerPhase:
 
     def restart(self) -> None:
         """The run goes on from a state that is being loaded."""
-        self.rounds_since_kept = 1
         if self._recovery is not None:
             self._recovery.copy_before_next_step()
 
@@ -190,6 +184,7 @@ class SteerPhase:
             "controller state": [
                 tuple(state) for state in (*self._controllers.lr_states, *self._controllers.centre_states)
             ],
+            "max_lr was given": self.has_given_rate,
             "hyperparameters at the start": [tuple(h.starts) for h in self._hyperparameters],
         }
 

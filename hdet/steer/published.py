@@ -14,13 +14,15 @@ With ``h_r`` the replicas' values and ``L_r`` their losses::
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from hdet.errors import (
     check_bounds,
     check_field,
     check_flag,
+    check_gain,
     check_instance,
     check_list,
     check_number,
@@ -28,7 +30,7 @@ from hdet.errors import (
 )
 from hdet.observe.slopes import TOO_LARGE
 from hdet.schedules.course import Course
-from hdet.steer.observation import ControllerState, Observation, check_update, clamped
+from hdet.steer.observation import ControllerState, Observation, check_update, clamped, saved_state
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,7 +41,8 @@ class Published:
         TypeError, ValueError: for a value outside the range its field names.
     """
 
-    needs_probe: ClassVar[bool] = False
+    needs_movement: ClassVar[bool] = False
+    needs_length: ClassVar[bool] = False
 
     meta_lr: float = 1.0
     """``lambda`` >= 0: how far the log gain moves per unit of velocity and round."""
@@ -75,14 +78,25 @@ class Published:
         check_number("until", until, "a share of the run")
         return False
 
+    def begin(self, gain: float) -> ControllerState:
+        """The state at the start of a run at this gain."""
+        check_gain("gain", gain)
+        return ControllerState(gain)
+
+    def cut(self, state: ControllerState, factor: float) -> ControllerState:
+        """After a rollback: the gain divided by ``factor``, all else forgotten."""
+        check_instance("state", state, ControllerState, "an hdet.controller.ControllerState")
+        check_number("state.gain", state.gain)
+        check_number("factor", factor, ">= 1", lambda x: x >= 1)
+        return ControllerState(state.gain / factor)
+
+    def restored(self, controller: Sequence[Any]) -> ControllerState:
+        """A saved state."""
+        return saved_state("controller", controller)
+
     def rests_after(self, course: Course) -> float:
         """It never rests."""
         check_instance("course", course, Course, "an hdet.schedules.course.Course")
-        return 1.0
-
-    def reach(self, height: float) -> float:
-        """Not used, as there is no probe."""
-        check_number("height", height, "a share of the schedule's peak")
         return 1.0
 
     def update(self, state: ControllerState, observation: Observation) -> tuple[ControllerState, float | None]:

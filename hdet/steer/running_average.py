@@ -6,7 +6,6 @@ An average is kept as ``(mean, variance)``, both summed from 0 as in Adam, so th
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 HUNDREDTH = 0.01
@@ -31,18 +30,11 @@ class Decay(NamedTuple):
         return Decay(self.mean**length, self.variance**length, length)
 
 
-def update_average(
-    average: tuple[float, float], x: float, rounds: int, decay: Decay, lowest: float | None = None
-) -> tuple[float, float]:
-    """``average`` with ``x``, the latest of ``rounds`` values.
-
-    A value further below the mean than ``lowest`` standard deviations counts in the variance as one that far below it:
-    an outlier must not widen the error by which it is judged."""
+def update_average(average: tuple[float, float], x: float, rounds: int, decay: Decay) -> tuple[float, float]:
+    """``average`` with ``x``, the latest of ``rounds`` values."""
     mean, variance = average
     if rounds > 1:
         deviation = x - mean / (1 - decay.mean ** (rounds - 1))
-        if lowest is not None and rounds > 3:
-            deviation = max(deviation, -lowest * math.sqrt(variance / (1 - decay.variance ** (rounds - 2))))
         variance = decay.variance * variance + (1 - decay.variance) * deviation**2
     return decay.mean * mean + (1 - decay.mean) * x, variance
 
@@ -54,17 +46,6 @@ def mean_and_error(average: tuple[float, float], rounds: int, decay: Decay) -> t
     share = share if rounds * decay.length > 6 else max(1 / rounds, share)
     deviation2 = variance / (1 - decay.variance ** max(1, rounds - 1))
     return mean / (1 - decay.mean**rounds), math.sqrt(deviation2 * share)
-
-
-def weighted_sum(weights: Sequence[float], known: Iterable[tuple[float, float]]) -> tuple[float, float]:
-    """The weighted sum of independent means, and its standard error.
-
-    Args:
-        weights: one for each.
-        known: each mean, and its standard error.
-    """
-    parts = [(weight * mean, weight * error) for weight, (mean, error) in zip(weights, known, strict=True)]
-    return math.fsum(mean for mean, _ in parts), math.sqrt(math.fsum(error**2 for _, error in parts))
 
 
 def t_statistic(mean: float, error: float) -> float:

@@ -10,6 +10,7 @@ from typing import Any
 
 from hdet import files
 from hdet.monitor.base import read_jsonl
+from hdet.monitor.tables import aligned
 
 
 def table(runs: Sequence[Path]) -> str:
@@ -27,8 +28,7 @@ def table(runs: Sequence[Path]) -> str:
             rows.append((run.name, *_row(files.read_json(path))))
         except (AttributeError, LookupError, TypeError) as error:
             raise ValueError(f"{path} is no summary of a run: {error!r}.") from error
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return "\n".join("  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows)
+    return aligned(rows)
 
 
 def _row(summary: dict[str, Any]) -> tuple[str, ...]:

@@ -10,8 +10,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from hdet.steer.posterior import Posterior
 from hdet.steer.published import Published
-from hdet.steer.two_slope import TwoSlope
 from hdet.train.shared import SHARED as SHARED
 from hdet.train.shared import Shared
 
@@ -101,7 +101,7 @@ class OptimizerConfig:
     max_lr: float | Literal["auto"] = 1e-3
     """Peak of the schedule, > 0; with ``hdet.auto_lr`` the controller's starting point. ``auto``: what ``hdet.find_lr``
     suggests, which tries learning rates for a few dozen steps each before the run starts; up to twice the best
-    of them where ``hdet.auto_lr`` has a probe."""
+    of them where ``hdet.controller=posterior`` moves it on."""
     weight_decay: float = 0.1
     """Weight decay of the matrices, >= 0."""
     betas: tuple[float, float] = (0.9, 0.95)
@@ -175,18 +175,22 @@ class HdetConfig(Shared):
     auto_lr: bool = True
     """Whether a controller moves the learning rate."""
     probe: bool | Literal["held_out"] = False
-    """Whether the paired probe tells the controller ``two_slope`` where to move it: at the end of a round every replica
-    evaluates one more training batch, with six forward passes. Without it the controller is ``published``, which goes
-    by the training losses and needs long rounds. ``held_out``: batches of ``task.probe_fraction``."""
+    """Whether the paired probe gives the controller ``posterior`` evidence beside how far the weights move: at the end
+    of a round every replica evaluates one more training batch, with five forward passes. ``held_out``: batches of
+    ``task.probe_fraction``."""
+    controller: Literal["posterior", "published"] = "posterior"
+    """What moves the learning rate. ``posterior``: by how far the weights move, and with a probe by its losses too; not
+    with ``averaging.overlap_steps``. ``published``: the paper's, which goes by the training losses and needs long
+    rounds."""
     hyperparameters: dict[str, float] = field(default_factory=dict)
     """What else the replicas differ in, by name, with its spread, and what the probe moves: ``weight_decay`` and
     ``momentum`` (AdamW's first beta), whose spread is that of a logarithm (0.5 is a good start); ``dropout`` and
     ``label_smoothing`` (0.1), which need ``gradients=local`` or ``grouped``. All but ``momentum`` need
     ``probe=held_out``."""
-    two_slope: TwoSlope = field(default_factory=TwoSlope)
-    """The controller with a probe."""
+    posterior: Posterior = field(default_factory=Posterior)
+    """The settings of ``controller=posterior``."""
     published: Published = field(default_factory=Published)
-    """The controller without one."""
+    """The settings of ``controller=published``."""
     virtual_replicas: bool = False
     """Whether each of the ``train.accumulate`` micro-batches of a step is a replica of its own, so that one process
     makes as many replicas."""
@@ -208,10 +212,18 @@ class HdetConfig(Shared):
             )
         if self.rollback == "cpu" and (not self.auto_lr or self.averaging.overlap_steps):
             raise ConfigError("hdet.rollback=cpu needs hdet.auto_lr=true and hdet.averaging.overlap_steps=0.")
-        if self.probe and self.published != Published():
-            raise ConfigError("hdet.published has no effect with hdet.probe=true: set hdet.two_slope instead.")
-        if not self.probe and self.two_slope != TwoSlope():
-            raise ConfigError("hdet.two_slope needs hdet.probe=true; without a probe set hdet.published.")
+        if self.controller == "posterior" and self.published != Published():
+            raise ConfigError("hdet.published has no effect without hdet.controller=published: set that, too.")
+        if self.controller == "published" and self.posterior != Posterior():
+            raise ConfigError("hdet.posterior has no effect with hdet.controller=published. Leave one of them out.")
+        if self.controller == "published" and self.probe and not self.hyperparameters:
+            raise ConfigError("hdet.probe=true has no use with hdet.controller=published. Leave one of them out.")
+        if self.auto_lr and self.spread and self.controller == "posterior" and (steps := self.averaging.overlap_steps):
+            raise ConfigError(
+                f"hdet.controller=posterior and hdet.averaging.overlap_steps={steps} exclude one another: how far the "
+                "weights move is measured at the mean at the round's end. Set hdet.controller=published, or "
+                "hdet.auto_lr=false."
+            )
 
     @property
     def is_baseline(self) -> bool:

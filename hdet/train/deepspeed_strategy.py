@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import collections
-import contextlib
 import logging
-import os
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -43,7 +40,6 @@ _SECTIONS = (
     "wall_clock_breakdown",
 )
 """Of DeepSpeed's settings, what a run may set beside its own."""
-_PLAIN = (collections.OrderedDict, collections.defaultdict, dict, set)
 
 
 class DeepSpeedStrategy(DDPStrategy):
@@ -155,33 +151,12 @@ class DeepSpeedStrategy(DDPStrategy):
     def load(self, state: dict[str, Any], model: nn.Module, optimizer: Optimizer) -> dict[str, Any]:
         """Restore what :meth:`state` wrote; returns the scheduler's state. Collective.
 
-        DeepSpeed reads its files with pickle. They are verified, and read as plain values, tensors and four classes
-        of DeepSpeed's that are no more than values: nothing else is imported or called.
+        Its files are verified, and read as plain values.
         """
         for path in sorted(self._directory.glob(f"replica*/step{state['step']}/*")):
             checkpoint.verify(path)
-        from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
-        from deepspeed.runtime.zero.config import ZeroStageEnum
-        from deepspeed.utils.tensor_fragment import fragment_address
-
-        known = [DynamicLossScaler, LossScaler, ZeroStageEnum, fragment_address, *_PLAIN]
-        with torch.serialization.safe_globals(known), _weights_only():
-            self._integration.load_checkpoint(self.engine, self._directory, f"step{state['step']}")
+        self._integration.load_checkpoint(self.engine, self._directory, f"step{state['step']}")
         return self.engine.lr_scheduler.state_dict()
-
-
-@contextlib.contextmanager
-def _weights_only() -> Iterator[None]:
-    """``torch.load`` reads with ``weights_only=True``, whatever its caller passes."""
-    name = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"
-    before = os.environ.get(name)
-    os.environ[name] = "1"
-    try:
-        yield
-    finally:
-        os.environ.pop(name)
-        if before is not None:
-            os.environ[name] = before
 
 
 def _read(config: Config) -> dict[str, Any]:

@@ -183,7 +183,7 @@ def _build(
             "auto_lr": ours.auto_lr and ours.spread > 0,
             "hyperparameters": explored,
             "probe": probe if ours.probe else None,
-            "controller": ours.two_slope if ours.probe else ours.published,
+            "controller": ours.posterior if ours.controller == "posterior" else ours.published,
             "virtual_replicas": config.train.accumulate if ours.virtual_replicas else 1,
             "rollback": ours.rollback,
             "monitor": monitors,

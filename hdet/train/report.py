@@ -46,7 +46,10 @@ def introduce(
     log.say(str(ops.backend()))
     log.say(f"tensorboard --logdir {config.train.log_dir}")
     if ensemble is not None and ensemble.size == 1:
-        log.say("One replica has nobody to differ from: this is the plain schedule. Start more with torchrun.")
+        ours = config.hdet
+        moves = ours.auto_lr and ours.spread and ours.controller == "posterior"
+        what = "its learning rate follows how far the weights move" if moves else "this is the plain schedule"
+        log.say(f"One replica has nobody to differ from: {what}. Start more with torchrun.")
 
 
 def tell_finding(finding: Finding, log: RunLog) -> None:

@@ -68,7 +68,8 @@ class Trainer:
         self._parameters = sum(p.numel() for p in self.model.parameters())
         self.batches = Batches(config, process, self.data, self.model)
         self._finding: Finding | None = None
-        if config.optimizer.max_lr == "auto":
+        is_found = config.optimizer.max_lr == "auto"
+        if is_found:
             if saved:
                 max_lr = saved["max_lr"]
             else:
@@ -89,6 +90,8 @@ class Trainer:
         self.schedule = Schedule(
             config, self.optimizer, self._ddp, self.log.monitors, probe, self._strategy.replicas_argument, build
         )
+        if is_found and self.schedule.ensemble is not None:
+            self.schedule.ensemble.rate_was_found()
         if saved:
             resume.load(self._checkpoint, saved, self._strategy, self.model, self.optimizer, self.schedule)
             if saved["config"].get("train", {}).get("total_steps") != config.train.total_steps:
@@ -242,7 +245,7 @@ class Trainer:
             self.batches.loss_of,
             batches,
             self.process.device,
-            auto_lr=bool(ours.auto_lr and ours.probe and ours.spread),
+            auto_lr=bool(ours.auto_lr and ours.controller == "posterior" and ours.spread),
         )
         return Finding(found, time.monotonic() - started)
 

@@ -234,7 +234,7 @@ def add(found, name, parts):
 
 def probing(rank, **settings):
     probe = hdet.Probe(loss_fn=loss_of, batches=stream(rank))
-    return {"auto_lr": True, "probe": probe, "controller": hdet.controller.TwoSlope(), "converge_every": 2} | settings
+    return {"auto_lr": True, "probe": probe, "controller": hdet.controller.Posterior(), "converge_every": 2} | settings
 
 
 @case("four")
@@ -321,7 +321,14 @@ def local_states(rank, out):
 def overlapped(rank, out):
     model = ddp(net())
     run = one_cycle(
-        model, adamw(model), 0.02, 40, converge_every=5, averaging=hdet.Averaging(overlap_steps=2), auto_lr=True
+        model,
+        adamw(model),
+        0.02,
+        40,
+        converge_every=5,
+        averaging=hdet.Averaging(overlap_steps=2),
+        auto_lr=True,
+        controller=hdet.controller.Published(),
     )
     return outcome(run, *train(run, rank, 26))
 

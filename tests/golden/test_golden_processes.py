@@ -107,7 +107,7 @@ def test_train(launched, name):
 
 
 def test_regret(tmp_path):
-    command = ["--workloads", "digits_mlp", "--contenders", "hdet", "two_slope", "published", "--starts", "0.1"]
+    command = ["--workloads", "digits_mlp", "--contenders", "hdet", "posterior", "published", "--starts", "0.1"]
     command += ["--seeds", "1", "--length", "0.1", "--workers", "1", "--output", str(tmp_path)]
     ended = subprocess.run(
         [sys.executable, "-m", "hdet.bench.regret", *command],

@@ -8,28 +8,28 @@ from golden_machine import TOLERANCE, Golden, digest
 
 from hdet.bench.regret.simulation import Setting, simulate
 from hdet.bench.regret.workloads import WORKLOADS
-from hdet.steer import Published, TwoSlope
+from hdet.steer import Posterior, Published
 
 STEPS = 60
 AMPLIFIED = 0.3
 """Of a net on a plateau at the start, where slopes are hardly more than rounding errors."""
-TWO_SLOPE = {"controller": TwoSlope(), "keep_slopes": True, "rounds": 30}
+POSTERIOR = {"controller": Posterior(), "keep_slopes": True, "rounds": 30}
 PUBLISHED = {"controller": Published(warmup_rounds=1), "rounds": 20}
 # name: workload, start in units of its tuned max_lr, setting
 RUNS = {
     f"{workload}, {name}{', exact' if exact else ''}": (workload, 1.0, {**setting, "exact": exact})
     for workload in ("digits_mlp", "regression", "recommender")
-    for name, setting in (("two slope", TWO_SLOPE), ("published", PUBLISHED))
+    for name, setting in (("posterior", POSTERIOR), ("published", PUBLISHED))
     for exact in (False, True)
 } | {
-    "digits_conv, two slope": ("digits_conv", 1.0, TWO_SLOPE | {"replicas": 8, "spread": 0.3}),
+    "digits_conv, posterior": ("digits_conv", 1.0, POSTERIOR | {"replicas": 8, "spread": 0.3}),
     "digits_conv, literal": ("digits_conv", 1.0, {"controller": Published(literal=True), "rounds": 20}),
-    "dropout, two slope": ("dropout", 1.0, TWO_SLOPE | {"power": 0.5, "probe_share": 2}),
-    "digits_mlp, rollback": ("digits_mlp", 300.0, TWO_SLOPE),
-    "regression, rollback": ("regression", 1000.0, TWO_SLOPE | {"exact": True}),
-    "regression, no rollback": ("regression", 30.0, TWO_SLOPE | {"rollback": False}),
-    "mixture/constant": ("mixture", 0.1, TWO_SLOPE | {"flat": True}),
-    "digits_mlp, auto": ("digits_mlp", 0.01, TWO_SLOPE | {"auto": True, "find_steps": 4, "replicas": 8}),
+    "dropout, posterior": ("dropout", 1.0, POSTERIOR | {"power": 0.5, "probe_share": 2}),
+    "digits_mlp, far too high": ("digits_mlp", 300.0, POSTERIOR),
+    "regression, rollback": ("regression", 1000.0, POSTERIOR | {"exact": True}),
+    "regression, no rollback": ("regression", 30.0, POSTERIOR | {"rollback": False}),
+    "mixture/constant": ("mixture", 0.1, POSTERIOR | {"flat": True}),
+    "digits_mlp, auto": ("digits_mlp", 0.01, POSTERIOR | {"auto": True, "find_steps": 4, "replicas": 8}),
 }
 
 

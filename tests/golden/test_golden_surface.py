@@ -34,7 +34,7 @@ PUBLIC = {
     "param_group": hdet.param_group,
     "module_attribute": hdet.module_attribute,
     "scalar": hdet.scalar,
-    "TwoSlope": hdet.controller.TwoSlope,
+    "Posterior": hdet.controller.Posterior,
     "Published": hdet.controller.Published,
     "OneSlope": hdet.controller.OneSlope,
 } | {f"schedules.{name}": getattr(schedules, name) for name in sorted(schedules.__all__)}

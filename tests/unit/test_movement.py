@@ -7,7 +7,9 @@ import torch
 from torch import nn
 
 import hdet
-from hdet.observe.movement import Matrices, movement
+from hdet.model.weights import Weights
+from hdet.observe.movement import Matrices, MovementMeter, movement
+from hdet.replicas.topology import Replicas
 
 
 def moved(tensors, by, shapes=None):
@@ -130,6 +132,91 @@ def test_the_engine_measures_from_the_round_s_start_to_its_end(per_group):
     assert reports[1].movement == pytest.approx(wanted, rel=1e-4)
 
 
-def test_without_a_copy_of_the_state_it_is_not_known():
-    _, reports = run(2, rollback=False)
+@pytest.mark.parametrize("per_group", [False, True])
+def test_without_a_copy_of_the_state_it_is_the_same(per_group):
+    """The first round begins before the optimizer's first step, and not after it, when step() is first called."""
+    for steps in (2, 8):
+        with_copy, without = (run(steps, per_group=per_group, **more)[1] for more in ({}, {"rollback": False}))
+        assert [r.movement for r in without] == [r.movement for r in with_copy]
+
+
+def test_published_does_not_measure_it_where_no_copy_is_kept():
+    _, reports = run(2, rollback=False, controller=hdet.controller.Published())
     assert all(math.isnan(x) for x in reports[0].movement)
+
+
+@pytest.mark.parametrize("rollback", [True, False])
+def test_a_step_that_amp_skipped_hides_no_start(rollback):
+    """Its hook did not run."""
+    torch.manual_seed(0)
+    model = nn.Linear(64, 64)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    scheduler = hdet.Ensemble(
+        optimizer, total_steps=100, model=model, converge_every=2, auto_lr=True, rollback=rollback
+    )
+    scheduler.step(1.0)
+    start = model.weight.detach().clone()
+    model.weight.data += 0.1 * torch.randn(64, 64)
+    optimizer.step()
+    scheduler.step(1.0)
+    (moved,) = scheduler.last_report.movement
+    assert moved == pytest.approx(expected(model.weight, start), rel=1e-4)
+
+
+@pytest.mark.parametrize("rollback", [True, False])
+@pytest.mark.parametrize("after", [1, 3])
+def test_after_a_resume_in_a_round_the_rest_of_it_stands_for_the_whole(rollback, after):
+    """The weights walk like the square root of the steps."""
+
+    def build():
+        torch.manual_seed(0)
+        model = nn.Linear(64, 64)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+        settings = {"model": model, "converge_every": 4, "auto_lr": True, "rollback": rollback, "total_steps": 100}
+        return model, optimizer, hdet.Ensemble(optimizer, **settings)
+
+    _, optimizer, ensemble = build()
+    for _ in range(4 + after):
+        optimizer.step()
+        ensemble.step(1.0)
+    model, optimizer, resumed = build()
+    resumed.load_state_dict(ensemble.state_dict())
+    start = model.weight.detach().clone()
+    for _ in range(4 - after):
+        optimizer.step()
+        model.weight.data += 0.1 * torch.randn(64, 64)
+        resumed.step(1.0)
+    (moved,) = resumed.last_report.movement
+    assert moved == pytest.approx(expected(model.weight, start) / math.sqrt((4 - after) / 4), rel=1e-4)
+
+
+def test_of_flat_partitions_each_learning_rate_has_one_movement():
+    """As DeepSpeed keeps them: there is no telling which part of which matrix they are."""
+
+    class Flat(Weights):
+        def tensors(self):
+            return [(p, True) for p in parameters]
+
+        def shapes(self):
+            return [tuple(p.shape) for p in parameters]
+
+    parameters = [torch.full((n,), 2.0) for n in (6, 2, 8)]
+    optimizer = torch.optim.SGD([{"params": parameters[:2]}, {"params": parameters[2:]}], lr=0.1)
+    starts = {p.data_ptr(): p.clone() for p in parameters}
+    for p, by in zip(parameters, (0.1, 0.3, 0.4), strict=True):
+        p += by
+    each = [math.sqrt(0.06 + 0.18) / math.sqrt(6 * 2.1**2 + 2 * 2.3**2), 0.4 / 2.4]
+    for per_group, wanted in ((True, each), (False, [math.sqrt(0.24 + 8 * 0.16) / math.sqrt(37.04 + 8 * 2.4**2)])):
+        meter = MovementMeter(Flat(()), optimizer, Replicas(None), per_group=per_group, kept=lambda: starts)
+        assert meter.measure() == pytest.approx(wanted)
+        meter.restart(0.25)
+        assert meter.measure() == pytest.approx([m * 2 for m in wanted])
+
+
+def test_double_precision_and_many_elements():
+    weight = torch.zeros(20, 10, dtype=torch.float64)
+    _, ((square, _),) = moved([weight], [torch.full_like(weight, 1e-3)])
+    assert square == pytest.approx(200 * 1e-6, rel=1e-12)
+    weight = torch.zeros(5000, 1000)  # one fp32 sum of so many equal squares is percents off
+    _, ((square, _),) = moved([weight], [torch.full_like(weight, 0.1)])
+    assert square == pytest.approx(5e4, rel=2e-3)

@@ -32,8 +32,8 @@ class Call(NamedTuple):
 
 
 # Records hold what they are given: they are what hdet hands out, and its functions check them where they are read.
-RECORDS = {"Report", "controller.CentreState", "controller.ControllerState", "controller.Observation",
-           "controller.ProbeLosses", "controller.Slopes"}  # fmt: skip
+RECORDS = {"Report", "controller.Belief", "controller.CentreState", "controller.ControllerState",
+           "controller.Observation", "controller.ProbeLosses", "controller.Slopes"}  # fmt: skip
 _NO_CALLS = {"Settings", "controller.Controller", "ops.Backend"}  # types
 
 
@@ -277,7 +277,7 @@ _ensemble_method("load_own_state", lambda e, folder: {"state": e.own_state()})
 _ensemble_method("resume_at", lambda e, folder: {"steps": 3, "base_lr": e.get_base_lr()})
 _ensemble_method("look_ahead", lambda e, folder: {"ahead": Forecast(0.1, (1.0, 0.0))})
 _ensemble_method("recomputed_by", lambda e, folder: {"name": "OneCycleLR"})
-for _name in ("found_schedule", "get_base_lr", "own_state"):
+for _name in ("found_schedule", "get_base_lr", "own_state", "rate_was_found"):
     _ensemble_method(_name, lambda e, folder: {})
 
 
@@ -339,23 +339,20 @@ _plain("Exploration", hdet.Exploration)
 _plain("Probe", hdet.Probe, loss_fn=loss_fn, batches=BATCHES)
 
 _STATE, _CENTRE = hdet.controller.ControllerState(), hdet.controller.CentreState()
-_LOSSES = hdet.controller.ProbeLosses(*[(1.0, 2.0)] * 6)
+_BELIEF = hdet.controller.Belief()
+_LOSSES = hdet.controller.ProbeLosses(*[(1.0, 2.0)] * 5)
 _SEEN = hdet.controller.Observation((1.0, 2.0), (0.9, 1.1), 0.1, progress=0.1, probe=_LOSSES)
-for _kind in (hdet.controller.Published, hdet.controller.TwoSlope):
+for _kind in (hdet.controller.Published, hdet.controller.Posterior):
     _name = f"controller.{_kind.__name__}"
     _plain(_name, _kind)
     _plain(f"{_name}.wants_probe", _kind().wants_probe, progress=0.1, until=1.0)
+    _plain(f"{_name}.begin", _kind().begin, gain=2.0)
+    _plain(f"{_name}.restored", _kind().restored, controller=[2.0, 0.5, 3, 0.5][: len(_kind().begin(1.0))])
     _plain(f"{_name}.rests_after", _kind().rests_after, course=Course(2, 100))
-    _plain(f"{_name}.reach", _kind().reach, height=1.0)
-    _plain(f"{_name}.update", _kind().update, state=_STATE, observation=_SEEN)
-_plain(
-    "controller.TwoSlope.evidence",
-    hdet.controller.TwoSlope().evidence,
-    slopes=hdet.controller.Slopes(0.1, 0.1, 0.1, 0.1),
-    progress=0.1,
-    until=1.0,
-    final=0.0,
-)
+_plain("controller.Published.cut", hdet.controller.Published().cut, state=_STATE, factor=3.0)
+_plain("controller.Posterior.cut", hdet.controller.Posterior().cut, belief=_BELIEF, factor=3.0)
+_plain("controller.Published.update", hdet.controller.Published().update, state=_STATE, observation=_SEEN)
+_plain("controller.Posterior.update", hdet.controller.Posterior().update, belief=_BELIEF, observation=_SEEN)
 _plain("controller.OneSlope", hdet.controller.OneSlope)
 _plain("controller.OneSlope.update", hdet.controller.OneSlope().update, state=_CENTRE, effect=0.1, spread=0.1)
 _plain("controller.hypergradient", hdet.controller.hypergradient, losses=(1.0, 2.0), values=(0.9, 1.1), temperature=1.0)

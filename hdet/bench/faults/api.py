@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import logging
 import math
 import os
 import random
@@ -32,7 +33,7 @@ _MAY_BE_NAN = {
     ("FoundSchedule", "lrs"),
     ("OneCycleLR.step", "loss"), ("Ensemble.step", "loss"), ("TensorBoard.add_scalar", "value"),
     ("controller.OneSlope.update", "effect"), ("controller.Published.wants_probe", "progress"),
-    ("controller.TwoSlope.wants_probe", "progress"), ("LRFinding", "start_loss"),
+    ("controller.Posterior.wants_probe", "progress"), ("LRFinding", "start_loss"),
 }  # fmt: skip
 _LOADING = ("OneCycleLR.load_state_dict", "Ensemble.load_state_dict")
 
@@ -47,9 +48,11 @@ def run(share: float, seed: int) -> Outcome:
     # Every argument at least once, then at random.
     first = {(name, argument): (name, argument, value) for name, argument, value in grid}
     chosen = [*first.values(), *grid][: count - round(_STATES * count)]
-    before = os.getcwd()
+    before, logger = os.getcwd(), logging.getLogger("hdet")
+    level = logger.level
     with tempfile.TemporaryDirectory() as directory, warnings.catch_warnings():
         warnings.simplefilter("ignore")
+        logger.setLevel(logging.CRITICAL)
         os.chdir(directory)  # where a path is taken that is none
         try:
             for name, argument, value in chosen:
@@ -60,6 +63,7 @@ def run(share: float, seed: int) -> Outcome:
                 _record(outcome, f"{name}: {where}", fault, "a damaged state")
         finally:
             os.chdir(before)
+            logger.setLevel(level)
     return outcome
 
 

@@ -149,9 +149,9 @@ def _run(case: Case, rank: int, size: int) -> Told:
         happened = {
             f"excluded {excluded}": excluded,
             "rolled back": report.rolled_back,
-            f"not finite: {report.nonfinite}": report.nonfinite,
             "rescaled": report.rescaled,
             "loss": is_loss_bad,
+            f"not finite: {report.nonfinite}": report.nonfinite,
         }
         told.extend(what for what, whether in happened.items() if whether)
 

@@ -1,0 +1,252 @@
+r"""The default controller: what the weights' movement and the losses say of the gain, against the user's own rate.
+
+**Movement.** At the right learning rate the squared relative movements of all rounds (:mod:`hdet.observe.movement`) add
+up to 2 over a run that ends at 0, each in proportion to the schedule's height, if a round is many steps. One of ``n``
+steps and length ``share`` (of the run), at height ``h``, should move the weights by ::
+
+    m* = sqrt(2 F(n) h share / (area (1 + 2.5 final)))
+    F(n) = 1 - (tau / n) (1 - exp(-n / tau)),     tau = 5
+
+    area = mean height over the run,  final = height at its end
+
+``F`` is for short rounds: with momentum, steps that are near in time point alike, and a walk that forgets its velocity
+within ``tau`` steps has ``E |d_n|^2 ~ n F(n)``. Optimizers with a momentum of 0.9 were measured to do so.
+
+Where nothing anneals the noise away at the end, each step is to be smaller. For convex problems the best peak of the
+last iterate is ``(D / G) / sqrt(T area B)`` with ::
+
+    B = sum(h^2) / sum(h) + sum_k h_k / sum_{t > k}(h_t) sum_{t >= k}(h_t^2) / sum_{t >= k}(h_t)
+
+over ``T`` steps, which is 2.4 for one cycle and 8.5 for a constant schedule of 1,000 steps (6.1 for 100, 10.8 for
+10,000). ``1 + 2.5 final`` is their ratio, and within 0.1 of the factor on ``m*`` of a cosine that ends in between.
+
+Movement goes with about the power 0.7 of the learning rate. So a round that moved the weights by ``m`` says that the
+right log gain is ``r``, and ``c`` averages what recent rounds say::
+
+    r = log gain + log(m* / m) / 0.7
+    c <- c + (1 - memory^t) (r - c),     t = 100 share
+
+After ``until`` of the run movement says less about the learning rate than about how far the loss has fallen, and ``c``
+stays.
+
+**Losses.** From the paired probe: ``A``, lasting progress per hundredth of the run, and ``E``, what the iterates'
+noise costs (:func:`hdet.observe.slopes.slopes_of`). In a round::
+
+    q = (A - k E) / (|A| + k |E|)  in [-1, 1],     > 0: progress outweighs noise, a larger rate would do better
+
+``Q`` is its average over recent rounds, from 0 on: rounds that do not agree say little, whatever their size. Unanimous
+rounds argue for ``w`` more, where the schedule lets it be seen, and for more only::
+
+    z = c + w h max(Q, 0)
+
+Noise says "less" also on a plateau, and where annealing will remove it; against a learning rate that is too high there
+are the movement and the rollback.
+
+**The user's rate.** ``z`` is the estimate of the right log gain, and its error is about normal, of variance ``v``: the
+first rounds say little. Either the user's rate is right, or any within a factor of 100 is as likely; before the run
+both are. ``P`` is the probability of the first once ``z`` is known, and the gain follows the posterior mean::
+
+    v = error^2 + 1 / (100 p)                                          p: share of the run, up to ``until``
+    P = 1 / (1 + sqrt(2 pi v) / (2 log 100) exp(z^2 / (2 v)))
+    log gain = (1 - P) z
+
+So a rate is kept that is as good as the estimate can tell, and one that is not is left altogether. The two are even at
+a ``z`` of about 1, a factor of 2.7. ``P`` is 0 where the user gave no rate, and where the user's blew up.
+
+The gain rests once the schedule has fallen below :attr:`Posterior.rest_below` of its peak for good: its own annealing
+is not fought. Without a probe ``Q`` is 0, and the losses speak through the rollback alone
+(:mod:`hdet.steer.recovery`): a gain at which the run blew up is not reached again.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, NamedTuple
+
+from hdet.errors import check_bounds, check_field, check_gain, check_instance, check_list, check_number
+from hdet.observe.slopes import slopes_of
+from hdet.schedules.course import Course
+from hdet.steer.observation import Observation, check_observation
+
+
+class Belief(NamedTuple):
+    """What is believed of one learning rate, from round to round; the same on every rank."""
+
+    gain: float = 1.0
+    """Dimensionless factor on the base schedule."""
+    centre: float = 0.0
+    """``c``: the right log gain, as the movement has it."""
+    ceiling: float = math.inf
+    """Log gain that is known to be too high, less a margin."""
+    balance: float = 0.0
+    """``Q``, in [-1, 1]."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Posterior:
+    """The gain follows the posterior mean of what the movement, the probe and the user's rate say.
+
+    Raises:
+        TypeError, ValueError: for a value outside the range its field names.
+    """
+
+    needs_movement: ClassVar[bool] = True
+    needs_length: ClassVar[bool] = True
+
+    memory: float = 0.5
+    """In [0, 1): weight, in ``c`` and ``Q``, of what was seen a hundredth of the run ago."""
+    until: float = 0.4
+    """In [0, 1]: share of the run after which movement is no longer followed."""
+    evidence: float = 0.35
+    """``w`` >= 0: how far, in log gain, unanimous losses take the estimate from where the movement has it."""
+    noise_weight: float = 0.2
+    """``k`` > 0, in hundredths of the run: how much of it progress must make up for what the noise costs."""
+    error: float = 0.45
+    """> 0: standard deviation of ``z`` from the right log gain, late in a run."""
+    bounds: tuple[float, float] = (1e-4, 1e4)
+    """Smallest and largest gain, ``0 < low <= 1 <= high``."""
+    rest_below: float = 0.7
+    """In [0, 1]: height of the schedule, as a share of its peak, below which the gain rests."""
+
+    def __post_init__(self) -> None:
+        check_field(self, "memory", check_number, "in [0, 1)", lambda x: 0 <= x < 1)
+        check_field(self, "until", check_number, "in [0, 1]", lambda x: 0 <= x <= 1)
+        check_field(self, "evidence", check_number, "finite and >= 0", lambda x: x >= 0)
+        check_field(self, "noise_weight", check_number, "finite and > 0", lambda x: x > 0)
+        check_field(self, "error", check_number, "finite and > 0", lambda x: x > 0)
+        check_field(self, "rest_below", check_number, "in [0, 1]", lambda x: 0 <= x <= 1)
+        check_field(self, "bounds", check_bounds)
+
+    def begin(self, gain: float) -> Belief:
+        """What is believed at the start of a run at this gain."""
+        check_gain("gain", gain)
+        return Belief(gain, math.log(gain))
+
+    def cut(self, belief: Belief, factor: float) -> Belief:
+        """After a rollback: the gain divided by ``factor``, all else forgotten but that it was too high before."""
+        check_instance("belief", belief, Belief, "an hdet.controller.Belief")
+        _checked("belief", belief)
+        check_number("factor", factor, ">= 1", lambda x: x >= 1)
+        gain = max(belief.gain / factor, self.bounds[0])
+        ceiling = math.log(gain) + math.log(factor) / 2
+        return Belief(gain, math.log(gain), min(belief.ceiling, ceiling))
+
+    def restored(self, controller: Sequence[Any]) -> Belief:
+        """What is believed, from a saved belief's values.
+
+        Raises:
+            TypeError, ValueError: if they are not such as a run can have.
+        """
+        belief = _checked("controller", check_list("controller", controller, "a list of numbers"))
+        check_gain("controller.gain", belief.gain)
+        return belief
+
+    def rests_after(self, course: Course) -> float:
+        """Share of the run after which the gain rests."""
+        check_instance("course", course, Course, "an hdet.schedules.course.Course")
+        return course.high_until(self.rest_below)
+
+    def wants_probe(self, progress: float, until: float) -> bool:
+        """Whether the losses of a round that ends at ``progress`` may still move the gain."""
+        check_number("progress", progress, "a share of the run, or NaN", finite=False)
+        check_number("until", until, "a share of the run")
+        return self.evidence > 0 and progress <= until
+
+    def update(self, belief: Belief, observation: Observation) -> tuple[Belief, float | None]:
+        """One round: ``(belief, observation) -> (next belief, q)``.
+
+        ``q`` is ``None`` in a round that brought no evidence. What is unknown moves nothing: a movement that is 0 or
+        not finite, a probe with fewer than two finite replicas. Where the run's length is unknown (``progress`` is
+        NaN), or the schedule has come to rest, the gain stays as it is."""
+        check_instance("belief", belief, Belief, "an hdet.controller.Belief")
+        _checked("belief", belief)
+        check_observation(observation)
+        length = observation.share * 100
+        belief, q = self._listen(belief, observation, length)
+        if not observation.progress <= observation.until:
+            return belief, q
+        low, high = (math.log(bound) for bound in self.bounds)
+        centre = belief.centre
+        if observation.progress <= self.until and 0 < observation.movement < math.inf:
+            right = target(
+                observation.height, observation.share, observation.area, observation.final, observation.steps
+            )
+            here = math.log(belief.gain) + math.log(right / observation.movement) / _POWER
+            step = (1 - self.memory**length) * (here - centre)
+            centre += min(max(step, -_LARGEST), _LARGEST)
+        centre = min(max(centre, low), high, belief.ceiling)
+        estimate = centre + self.evidence * observation.height * max(belief.balance, 0.0)
+        if observation.given and belief.ceiling >= 0:
+            heard = max(100 * min(observation.progress, self.until), length)
+            estimate *= 1 - right_as_given(estimate, self.error**2 + 1 / heard)
+        gain = math.exp(min(max(estimate, low), high, belief.ceiling))
+        return belief._replace(gain=min(max(gain, self.bounds[0]), self.bounds[1]), centre=centre), q
+
+    def _listen(self, belief: Belief, observation: Observation, length: float) -> tuple[Belief, float | None]:
+        """The belief with this round's probe, and its ``q``."""
+        if (
+            observation.probe is None
+            or (slopes := slopes_of(observation.probe, observation.multipliers, observation.lag)) is None
+        ):
+            return belief, None
+        progress, noise = slopes.debiased / length, self.noise_weight * slopes.noise
+        size = abs(progress) + abs(noise)
+        q = (progress - noise) / size if size > 0 else 0.0
+        kept = self.memory**length
+        return belief._replace(balance=kept * belief.balance + (1 - kept) * q), q
+
+
+def _checked(name: str, values: Sequence[Any]) -> Belief:
+    """A belief of these values, or TypeError or ValueError if it is none."""
+    gain, centre, ceiling, balance = check_list(name, values, "[gain, centre, ceiling, balance]", length=4)
+    return Belief(
+        check_number(f"{name}.gain", gain, "> 0", lambda x: x > 0),
+        check_number(f"{name}.centre", centre, "a log gain"),
+        check_number(f"{name}.ceiling", ceiling, "a log gain, or inf", lambda x: x > -math.inf, finite=False),
+        check_number(f"{name}.balance", balance, "in [-1, 1]", lambda x: -1 <= x <= 1),
+    )
+
+
+def right_as_given(estimate: float, variance: float) -> float:
+    """``P``, the probability that the user's rate is right.
+
+    Args:
+        estimate: of the right log gain, ``z``.
+        variance: of its error, > 0.
+    """
+    exponent = min(estimate**2 / (2 * variance), _FAR)
+    return 1 / (1 + math.sqrt(2 * math.pi * variance) / (2 * _WIDE) * math.exp(exponent))
+
+
+def target(height: float, share: float, area: float, final: float = 0.0, steps: float = math.inf) -> float:
+    """``m*``, the movement of a round at the right learning rate; dimensionless.
+
+    Args:
+        height: the schedule's, as a share of its peak.
+        share: the round's length as a share of the run's, > 0.
+        area: mean height over the run, > 0.
+        final: the height at the run's end, in [0, 1].
+        steps: of the optimizer in the round, >= 1.
+    """
+    persistent = 1 + math.expm1(-steps / _MEMORY) * _MEMORY / steps
+    return math.sqrt(_TOTAL * persistent * max(height, _LOWEST) * share / (area * (1 + _REMAINS * final)))
+
+
+_TOTAL = 2.0
+"""What the squared movements of a run that ends at 0 add up to."""
+_MEMORY = 5.0
+"""``tau``: steps within which a walk with momentum 0.9 forgets its direction."""
+_POWER = 0.7
+"""Of the learning rate, with which movement goes: 0.6 to 0.9 in the mean over workloads, by the time in the run."""
+_WIDE = math.log(100)
+"""How far, in log gain, a user's rate that is not right may be off; all of it is as likely."""
+_FAR = 600.0
+"""An exponent that can still be computed."""
+_LARGEST = math.log(4)
+"""How far the centre moves in one round at most: the first ones are no measure yet."""
+_LOWEST = 0.02
+"""Height below which the target falls no further."""
+_REMAINS = 2.5
+"""By how much more than an annealed run's the noise of one at a constant learning rate weighs at its end."""

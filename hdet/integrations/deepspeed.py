@@ -14,8 +14,11 @@ they converge (Local SGD), when their fp32 masters are averaged, each rank with 
 
 from __future__ import annotations
 
+import collections
+import contextlib
 import os
-from collections.abc import Callable, Iterable
+import pickle
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -33,6 +36,7 @@ from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 
 import hdet
+from hdet import files
 from hdet.converge.buckets import fill_buckets
 from hdet.integrations.deepspeed_weights import weights_of
 from hdet.model.weights import register_weights
@@ -269,16 +273,17 @@ def save_checkpoint(
     torch.save(scheduler.state_dict(), folder / _scheduler_file(engine))
     engine.save_checkpoint(str(own), tag, client_state=client_state or {}, save_latest=False)  # ends with a barrier
     if dist.get_rank() == 0:
-        latest = Path(directory) / "latest"
-        beside = latest.with_name("latest.tmp")
-        beside.write_text(tag, encoding="utf-8")
-        os.replace(beside, latest)
+        files.write_at_once(Path(directory) / "latest", lambda file: file.write(tag.encode()))
+    deepspeed.comm.barrier()  # else another rank might look for it too early
 
 
 def load_checkpoint(
-    engine: Any, directory: str | os.PathLike[str], tag: str | None = None, **options: Any
+    engine: Any, directory: str | os.PathLike[str], tag: str | None = None, *, weights_only: bool = True, **options: Any
 ) -> dict[str, Any] | None:
     """Read :func:`save_checkpoint`'s files into a new engine with its scheduler. Collective.
+
+    DeepSpeed reads its files with pickle. Here they are read as plain values, tensors and four classes of DeepSpeed's
+    that are no more than values: nothing else is imported or called.
 
     With more replicas than were saved, the others begin with the optimizer state of the first ones; the number of ranks
     per replica must be the same from ZeRO 1 on.
@@ -286,25 +291,61 @@ def load_checkpoint(
     Args:
         engine: just made, with a scheduler from :func:`attach`.
         directory, tag: as saved; default the newest.
+        weights_only: ``False`` for a ``client_state`` of other objects, in files whose every writer is trusted: to load
+            them may run any code.
         options: passed to ``engine.load_checkpoint``.
 
     Returns:
         The ``client_state``; ``None``, with nothing changed, if there is no checkpoint yet.
+
+    Raises:
+        ValueError: if a file holds something else than plain values, or ``latest`` no tag.
+        FileNotFoundError: if there is no checkpoint ``tag``.
     """
     if tag is None:
         latest = Path(directory) / "latest"
         if not latest.exists():
             return None
-        tag = latest.read_text(encoding="utf-8").strip()
+        tag = files.read_text(latest).strip()
+        if tag in ("", ".", "..") or Path(tag).name != tag:
+            raise ValueError(f"{latest} holds {tag[:100]!r}, which is no tag. Pass tag=, the name of a saved folder.")
     own = _own_directory(engine, Path(directory), tag)
     ours = options.pop("load_lr_scheduler_states", True) and not options.get("load_module_only", False)
     # DeepSpeed would load one rank's scheduler on all.
-    _, client_state = engine.load_checkpoint(str(own), tag, load_lr_scheduler_states=False, **options)
+    try:
+        with _plain_values() if weights_only else contextlib.nullcontext():
+            _, client_state = engine.load_checkpoint(str(own), tag, load_lr_scheduler_states=False, **options)
+    except pickle.UnpicklingError as error:
+        raise ValueError(
+            f"{own / tag} holds something else than plain values, whose loading may run any code. Pass "
+            f"weights_only=False if you trust whoever wrote it. ({str(error)[:300]})"
+        ) from error
     client_state.pop("lr_scheduler", None)
     if ours:
         state = torch.load(own / tag / _scheduler_file(engine), map_location="cpu", weights_only=True)
         engine.lr_scheduler.load_state_dict(state)
     return client_state
+
+
+@contextlib.contextmanager
+def _plain_values() -> Iterator[None]:
+    """``torch.load`` reads with ``weights_only=True``, whatever its caller passes, what DeepSpeed has in its files."""
+    from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
+    from deepspeed.runtime.zero.config import ZeroStageEnum
+    from deepspeed.utils.tensor_fragment import fragment_address
+
+    plain = (collections.OrderedDict, collections.defaultdict, dict, set)
+    name = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"
+    before = os.environ.get(name)
+    os.environ[name] = "1"
+    try:
+        known = [DynamicLossScaler, LossScaler, ZeroStageEnum, fragment_address, *plain]
+        with torch.serialization.safe_globals(known):
+            yield
+    finally:
+        os.environ.pop(name)
+        if before is not None:
+            os.environ[name] = before
 
 
 def _own_directory(engine: Any, directory: Path, tag: str | None = None) -> Path:

@@ -85,6 +85,10 @@ class _Masters(Weights):
         for buffer in module.buffers():
             yield buffer, False
 
+    def shapes(self) -> Iterable[tuple[int, ...]]:
+        """Flat partitions are whole tensors here: they hold parts of several parameters."""
+        return [tuple(tensor.shape) for tensor, _ in self.tensors()]
+
     def _trained(self) -> Iterable[Tensor]:
         return getattr(self._optimizer, self.masters)
 

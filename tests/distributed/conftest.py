@@ -1,9 +1,11 @@
 """Real processes over gloo, with a time limit that kills the whole launch."""
 
+import functools
 import os
 import pickle
 import subprocess
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
 import forked
@@ -79,3 +81,9 @@ def launch_ownership(tmp_path_factory) -> Launch:
 @pytest.fixture(scope="session")
 def launch_agreement(tmp_path_factory) -> Launch:
     return Launch(tmp_path_factory.mktemp("agreement"), "agreement_worker.py")
+
+
+@pytest.fixture(scope="session")
+def launch_worker(tmp_path_factory) -> Callable[[str], Launch]:
+    """By name of a worker file."""
+    return functools.cache(lambda worker: Launch(tmp_path_factory.mktemp(Path(worker).stem), worker))

@@ -117,7 +117,6 @@ class Run:
         batches = Batches(rank, self.count)
         if probe:
             settings["probe"] = hdet.Probe(loss_fn=loss_of, batches=batches, held_out=True)
-            settings["controller"] = hdet.controller.TwoSlope(threshold=0)
         if explored:
             settings["hyperparameters"] = [hdet.param_group("weight_decay", spread=0.5)]
             settings["exploration"] = hdet.Exploration(controller=hdet.controller.OneSlope(threshold=0))
@@ -233,7 +232,8 @@ def rollback(rank, world):
 
 @scenario
 def overlap(rank, world):
-    run = Run("grouped", rank, probe=False, averaging=hdet.Averaging(overlap_steps=2))
+    published = hdet.controller.Published()
+    run = Run("grouped", rank, probe=False, averaging=hdet.Averaging(overlap_steps=2), controller=published)
 
     def parameters():
         return torch.cat([p.detach().double().flatten() for p in run.model.parameters()])
@@ -300,7 +300,8 @@ def resume(rank, world):
     results = {}
     for strategy in ("grouped", "virtual"):
         for at in (16, 18):
-            whole = Run(strategy, rank)
+            evidence = hdet.controller.Posterior(until=0.0)  # movement counts from a resume on
+            whole = Run(strategy, rank, controller=evidence)
             whole.train(at)
             whole.scheduler.converge()
             saved = copy.deepcopy([part.state_dict() for part in whole.parts])
@@ -310,7 +311,7 @@ def resume(rank, world):
             reports = len(whole.reports)
             whole.train(32)
 
-            again = Run(strategy, rank)
+            again = Run(strategy, rank, controller=evidence)
             again.warm_up()
             for part, state in zip(again.parts, box[0], strict=True):
                 part.load_state_dict(state)

@@ -486,7 +486,7 @@ def probing(model, rank, spread=0.3, **settings):
     scheduler = hdet.OneCycleLR(
         optimizer, 0.02, total_steps=40, cycle_momentum=False, model=model, spread=spread, converge_every=2,
         auto_lr=True, probe=hdet.Probe(loss_fn=loss_of, batches=batches()),
-        replicas=MESH["replicate"], controller=hdet.controller.TwoSlope(threshold=0), monitor=reports.append,
+        replicas=MESH["replicate"], monitor=reports.append,
         **settings,
     )  # fmt: skip
     return optimizer, scheduler, reports

@@ -422,7 +422,8 @@ def resume(rank, world):
     """Rank 0's checkpoint on every rank continues bit for bit, whatever has state; on a round's end and off it."""
     results = {}
     kinds = {
-        "two slopes": {"probe": True, "auto_lr": True, "controller": hdet.controller.TwoSlope(threshold=0)},
+        "posterior": {"probe": True, "auto_lr": True},
+        "evidence": {"probe": True, "auto_lr": True, "controller": hdet.controller.Posterior(until=0.0)},
         "hyperparameters": {"probe": True, "explored": True, "gradients": "local"},
         "local": {"gradients": "local"},
         "outer momentum": {"gradients": "local", "outer": hdet.Outer(momentum=0.5)},
@@ -461,8 +462,8 @@ def resume(rank, world):
 
         shared = kind.get("gradients") != "local"
         for at in (16, 18):
-            if at == 18 and name in ("reset",):
-                continue  # each replica's state is its own inside a round
+            if at == 18 and name in ("posterior", "reset"):
+                continue  # movement counts from the resume on; each replica's state is its own inside a round
             whole, first, second = build(), build(), build()
             for run in (whole, first):
                 advance(*run, 0, at, shared)

@@ -137,12 +137,12 @@ def test_rollbacks_are_bounded_and_end_in_an_error_everywhere(results):
 
 
 @pytest.mark.parametrize("at", [16, 18])
-@pytest.mark.parametrize("name", ["two slopes", "hyperparameters", "local", "outer momentum", "reset"])
+@pytest.mark.parametrize("name", ["posterior", "evidence", "hyperparameters", "local", "outer momentum", "reset"])
 def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(results, name, at):
     """From rank 0's checkpoint, at a round's end and, after a converge(), inside a round."""
     for result in results("resume"):
         if (name, at) not in result:
-            pytest.skip("inside a round each replica's state is its own")
+            pytest.skip("inside a round movement counts from the resume on, and each replica's state is its own")
         found = result[name, at]
         assert found["same"]  # the checkpoint, on every rank
         assert found["model"]

@@ -150,7 +150,7 @@ def test_a_mistake_on_all_ranks_is_told_once(tmp_path):
         ["--hdet.spread=0", "--schedule.name=cosine"],
         ["--hdet.gradients=local", "--hdet.outer.momentum=0.5"],
         ["--optimizer.max_lr=auto", "--train.accumulate=2", "--hdet.virtual_replicas=true"],
-        ["--hdet.averaging.overlap_steps=1", "--model.dropout=0.1"],
+        ["--hdet.averaging.overlap_steps=1", "--hdet.controller=published", "--model.dropout=0.1"],
         ["--hdet.probe=held_out", "--hdet.gradients=local", "--hdet.hyperparameters={weight_decay: 0.5}"],
     ],
 )

@@ -115,7 +115,6 @@ def test_a_resumed_run_is_the_uninterrupted_run_bit_for_bit(whole, tmp_path):
 def test_a_run_with_a_probe_from_a_learning_rate_that_was_found(tmp_path):
     """Resumed, it takes the learning rate from the checkpoint, and each round's probe the batch it would have taken."""
     auto = [*RUN, "--train.total_steps=24", "--optimizer.max_lr=auto", "--hdet.probe=true", "--hdet.rollback=cpu"]
-    auto += ["--hdet.two_slope.threshold=0"]
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     runs = ([f"--train.log_dir={whole}"], [f"--train.log_dir={parts}", "--train.stop_at=8"])
     runs += ([f"--train.log_dir={parts}", "--resume"],)

@@ -14,17 +14,17 @@ LAYERS = [
     "errors", "transaction", "files", "ops", "schedules",
     "replicas", "model", "explore", "converge", "observe", "steer", "controller", "monitor",
     "settings", "ensemble", "lr_scheduler",
-    "integrations", "train", "bench",
+    "integrations", "train", "bench", "__main__",
 ]  # fmt: skip
 PURE = [  # no torch
     "errors", "files/plain", "schedules/course", "schedules/curves", "schedules/decays", "schedules/onecycle",
     "schedules/open_ended", "explore/spread", "explore/design", "explore/prior", "observe/slopes", "steer/attribution",
-    "steer/controllers", "steer/observation", "steer/one_slope", "steer/published", "steer/report",
-    "steer/running_average", "steer/two_slope", "monitor/report", "monitor/tables",
+    "steer/controllers", "steer/observation", "steer/one_slope", "steer/posterior", "steer/published", "steer/report",
+    "steer/running_average", "monitor/report", "monitor/tables",
 ]  # fmt: skip
 ADAPTERS = {"lr_scheduler", "integrations", "train", "bench"}
 MAY_USE_ADAPTERS = {"train": {"integrations", "lr_scheduler"}, "bench": {"lr_scheduler", "train"}}
-FRONT_DOOR_USERS = {"integrations", "train", "bench"}
+FRONT_DOOR_USERS = {"integrations", "train", "bench", "__main__"}
 # Only the training program and the benchmark start and end process groups, and save sharded models; training code never
 # does.
 PROCESS_OWNERS = {"train", "bench"}

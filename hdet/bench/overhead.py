@@ -73,7 +73,7 @@ def _probed_share() -> float:
     """Of a run's rounds, those that end with a probe: until annealing has begun."""
     optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(()))], lr=0.1)
     ahead = forecast(OneCycleLR(optimizer, max_lr=0.1, total_steps=1000), optimizer, 1000)
-    return ahead.high_until(hdet.controller.TwoSlope().rest_below)
+    return ahead.high_until(hdet.controller.Posterior().rest_below)
 
 
 class _Run:

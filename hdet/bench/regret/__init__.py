@@ -6,5 +6,9 @@ twice the tuned max_lr, on average over the seeds. Regret is ``loss / oracle - 1
 good as a search. The tables (:mod:`.table`) show its mean over the seeds.
 
 Each run is kept in ``runs.jsonl`` when it ends, and is not made again (:mod:`.runs`). The results go to
-``regret.json`` and ``regret.png``.
+``regret.json`` and ``regret.png``. ``python -m hdet.bench.regret.summary`` shows means over workloads, with standard
+errors.
+
+The default controller's constants are fitted on other runs: ``python -m hdet.bench.regret.collect`` makes them, and
+``python -m hdet.bench.regret.fit`` fits.
 """

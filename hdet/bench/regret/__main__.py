@@ -17,12 +17,13 @@ from hdet.bench.processes import cpus
 from hdet.bench.regret import plot, table
 from hdet.bench.regret.contenders import CONTENDERS
 from hdet.bench.regret.runs import Result, Run, Store, as_json, execute_all, plan
-from hdet.bench.regret.workloads import FIRST, MORE, SCHEDULES, STARTS, WORKLOADS
+from hdet.bench.regret.workloads import FIRST, FURTHER, LONGER, MORE, SCHEDULES, STARTS, WORKLOADS
 from hdet.bench.report import machine
 
 SCHEMA = 1
 _PROGRAM = "python -m hdet.bench.regret"
 _QUICK_WORKLOADS = ("digits_mlp", "digits_conv")
+_GROUPS = {"first": FIRST, "more": MORE, "further": FURTHER, "longer": LONGER}
 _INTERRUPTED = 130
 
 
@@ -111,13 +112,10 @@ def parser() -> argparse.ArgumentParser:
         prog=_PROGRAM, description="Train from wrong learning rates, and compare with the right one."
     )
     add = found.add_argument
-    add(
-        "--workloads",
-        nargs="+",
-        choices=[*WORKLOADS, "more"],
-        help=f"default: {', '.join(FIRST)}; more: the other thirteen",
-    )
-    add("--contenders", nargs="+", choices=CONTENDERS, default=list(CONTENDERS), help="default: all")
+    groups = "; ".join(f"{name}: {', '.join(group)}" for name, group in _GROUPS.items())
+    add("--workloads", nargs="+", choices=[*WORKLOADS, *_GROUPS], help=f"by name or by group; default: first. {groups}")
+    compared = [name for name, contender in CONTENDERS.items() if not contender.reference]
+    add("--contenders", nargs="+", choices=CONTENDERS, default=compared, help=f"default: {', '.join(compared)}")
     add("--starts", nargs="+", type=_positive, default=STARTS, metavar="X", help="in units of the tuned max_lr")
     add("--schedule", choices=SCHEDULES, default=SCHEDULES[0], help="of all that have none of their own")
     add("--length", type=_positive, default=1.0, metavar="X", help="X times as many steps, in as many rounds")
@@ -136,7 +134,7 @@ def parser() -> argparse.ArgumentParser:
 def plan_of(options: argparse.Namespace) -> list[Run]:
     """The runs that the command line asks for."""
     named = options.workloads or (_QUICK_WORKLOADS if options.quick else tuple(FIRST))
-    workloads = [workload for name in named for workload in (MORE if name == "more" else (name,))]
+    workloads = [workload for name in named for workload in _GROUPS.get(name, (name,))]
     seeds, length = (1, 0.1) if options.quick else (options.seeds, options.length)
     if options.schedule != SCHEDULES[0]:
         workloads = [f"{workload}/{options.schedule}" for workload in workloads]

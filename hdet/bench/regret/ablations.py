@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
 from multiprocessing import get_context
+from typing import Any
 
 import torch
 from tqdm import tqdm
@@ -21,33 +22,37 @@ from tqdm import tqdm
 from hdet.bench.regret import peers
 from hdet.bench.regret.simulation import Setting, simulate
 from hdet.bench.regret.workloads import WORKLOADS
-from hdet.steer.observation import ControllerState, Observation
-from hdet.steer.two_slope import TwoSlope
+from hdet.monitor.tables import markdown
+from hdet.steer.posterior import Posterior
 
-_TINY = 1e-6
+CONSTANTS = ("memory", "until", "evidence", "noise_weight", "error")
+"""The controller's."""
 
 
-class _WithoutTrainingLoss(TwoSlope):
-    """Does not get the training loss: slopes are not taken relative to it, and its rise is not seen."""
+def _with(**settings: Any) -> Setting:
+    """The default under a controller with other settings."""
+    return replace(DEFAULT, controller=Posterior(**settings))
 
-    def update(self, state: ControllerState, observation: Observation) -> tuple[ControllerState, float | None]:
-        return super().update(state, observation._replace(losses=()))
+
+def _times(name: str, factor: float) -> Setting:
+    """The default with a constant multiplied, or set to 1 where that is its largest value. Of ``memory``, its
+    length is multiplied."""
+    value = getattr(Posterior(), name)
+    if name == "memory":
+        return _with(memory=value ** (1 / factor))
+    return _with(**{name: min(1.0, value * factor) if name == "until" else value * factor})
 
 
 DEFAULT = Setting()
 ABLATIONS: dict[str, Setting] = {
     "default": DEFAULT,
-    "raw slope only": replace(DEFAULT, controller=TwoSlope(ramp=1.0, noise_weight=(2.0, 2.0))),
-    "debiased slope only": replace(DEFAULT, controller=TwoSlope(ramp=_TINY, noise_weight=(_TINY, _TINY))),
-    "no noise weight": replace(DEFAULT, controller=TwoSlope(noise_weight=(_TINY, _TINY))),
-    "no overshoot": replace(DEFAULT, controller=TwoSlope(overshoot=0.0)),
-    "no training loss": replace(DEFAULT, controller=_WithoutTrainingLoss()),
-    "may rise": replace(DEFAULT, controller=TwoSlope(rise=math.inf)),
-    "no significance gate": replace(DEFAULT, controller=TwoSlope(threshold=0.0, slack=_TINY)),
+    "prior only": replace(_with(evidence=0.0), probe=False),
+    "evidence only": _with(until=0.0),
+    "no noise": _with(noise_weight=1e-6),
+    "no rollback": replace(DEFAULT, rollback=False),
     "no height": replace(DEFAULT, flat=True),
-    "never rests": replace(DEFAULT, controller=TwoSlope(rest_below=0.0)),
-    "step 0.1": replace(DEFAULT, controller=TwoSlope(step=0.1)),
-    "step 0.4": replace(DEFAULT, controller=TwoSlope(step=0.4)),
+    "never rests": _with(rest_below=0.0),
+    **{f"{name} x{factor:g}": _times(name, factor) for name in CONSTANTS for factor in (0.5, 2.0)},
     "N = 2": replace(DEFAULT, replicas=2),
     "N = 8": replace(DEFAULT, replicas=8),
     "N = 16": replace(DEFAULT, replicas=16),
@@ -83,7 +88,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             found.setdefault(job[:3], []).append(loss)
     print(f"excess over the best OneCycle in %, mean over {options.seeds} seeds; start in units of the tuned max_lr\n")
     columns = [f"{workload} x{multiple:.2g}" for workload in options.workloads for multiple in STARTS]
-    print(f"| | {' | '.join(columns)} | mean |\n|---{'|---' * (len(columns) + 1)}|")
+    rows = [["", *columns, "mean"]]
     for row in options.ablations:
         excess = [
             100 * (_mean(found[row, workload, multiple]) / _best(found, workload) - 1)
@@ -91,7 +96,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             for multiple in STARTS
         ]
         cells = [f"{x:+.1f}" if math.isfinite(x) else "diverged" for x in (*excess, _mean(excess))]
-        print(f"| {row} | {' | '.join(cells)} |")
+        rows.append([row, *cells])
+    print(markdown(rows, padded=False))
     return 0
 
 

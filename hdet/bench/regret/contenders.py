@@ -10,8 +10,10 @@ from typing import Any
 from hdet.bench.regret import peers
 from hdet.bench.regret.outcome import Outcome
 from hdet.bench.regret.simulation import Setting, simulate
+from hdet.bench.regret.watched import watch
 from hdet.bench.regret.workloads import Workload
 from hdet.schedules.found import Recorder
+from hdet.steer.posterior import Posterior
 from hdet.steer.published import Published
 
 ORACLE = "one_cycle"
@@ -31,6 +33,8 @@ class Contender:
     """Whether max_lr matters. If not, it runs once per seed, and that is shown for every start."""
     ours: bool = False
     """Whether the targets are about it."""
+    reference: bool = False
+    """Whether it is there to judge the others by: it runs when it is asked for, and is left out of comparisons."""
     describe: str
     version: int = 1
     """Raised with every change of its results: its earlier runs are then made again."""
@@ -75,15 +79,22 @@ _OURS = (
         'max_lr="auto": found by hdet.find_lr around the start, then auto_lr=True with a probe; the samples that the '
         "search takes are taken from the run.",
         ours=True,
-        version=16,
+        version=17,
         auto=True,
     ),
-    _simulated("two_slope", "auto_lr=True with a probe, from the start given.", ours=True, version=10),
+    _simulated("posterior", "auto_lr=True with a probe, from the start given.", ours=True),
+    _simulated(
+        "movement",
+        "auto_lr=True without a probe, from the start given: by how far the weights move alone.",
+        ours=True,
+        controller=Posterior(evidence=0.0),
+        probe=False,
+    ),
     Contender(
         name="replayed",
         run=_replayed,
-        describe="The schedule that two_slope found in another run, from the start given, replayed without replicas.",
-        version=8,
+        describe="The schedule that posterior found in another run, from the start given, replayed without replicas.",
+        version=9,
     ),
     _simulated(
         "find_lr",
@@ -107,6 +118,29 @@ _OURS = (
     ),
 )
 
+REPEATS = (0.999, 1.001, 1.002)
+"""Gains of the repeats of OneCycle: how far apart they end says what chance is worth."""
+
+
+def _repeat(gain: float) -> Contender:
+    def run(workload: Workload, max_lr: float, seed: int) -> Outcome:
+        started = time.perf_counter()
+        loss = peers.one_cycle(workload, gain * max_lr, seed)
+        return Outcome(loss, time.perf_counter() - started)
+
+    return Contender(name=f"repeat_{gain:g}", run=run, reference=True, describe=f"OneCycle with {gain:g} times max_lr.")
+
+
+_REFERENCES = (
+    *map(_repeat, REPEATS),
+    Contender(
+        name="watched",
+        run=watch,
+        reference=True,
+        describe="OneCycle with a probe that moves nothing; keeps what each round shows.",
+    ),
+)
+
 CONTENDERS: dict[str, Contender] = {
     contender.name: contender
     for contender in (
@@ -117,5 +151,6 @@ CONTENDERS: dict[str, Contender] = {
         _peer(peers.d_adaptation, uses_start=False),
         _peer(peers.nadamw_cosine),
         _peer(peers.population),
+        *_REFERENCES,
     )
 }

@@ -14,6 +14,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 
 class Batch(NamedTuple):
@@ -246,3 +247,75 @@ def tumours() -> tuple[Batch, Batch]:
 def draw_tumours(size: int, generator: torch.Generator) -> Batch:
     """Measurements, and whether the tumour is benign."""
     return _some(tumours()[0], size, generator)
+
+
+# ---------------------------------------------------------------------------------------------- of the further ones
+
+
+def draw_spirals(size: int, generator: torch.Generator) -> Batch:
+    """Points near three spiral arms, and which arm."""
+    arm = torch.randint(3, (size,), generator=generator)
+    radius = torch.rand(size, generator=generator)
+    angle = 4.5 * radius + arm * 2 * math.pi / 3 + 0.15 * torch.randn(size, generator=generator)
+    return Batch(torch.stack((radius * angle.cos(), radius * angle.sin()), -1) * 2, arm)
+
+
+@functools.cache
+def diabetes() -> tuple[Batch, Batch]:
+    """scikit-learn's diabetes data, standardised: 330 to train on, and 112 to validate."""
+    from sklearn.datasets import load_diabetes
+
+    x, y = load_diabetes(return_X_y=True)
+    order = torch.randperm(len(y), generator=torch.Generator().manual_seed(0))
+    inputs, targets = torch.from_numpy(x).float()[order], torch.from_numpy(y).float()[order]
+    inputs, targets = (inputs - inputs.mean(0)) / inputs.std(0), (targets - targets.mean()) / targets.std()
+    return Batch(inputs[:330], targets[:330]), Batch(inputs[330:], targets[330:])
+
+
+def draw_diabetes(size: int, generator: torch.Generator) -> Batch:
+    """Measurements, and how far the disease has gone after a year."""
+    return _some(diabetes()[0], size, generator)
+
+
+@functools.cache
+def _flower() -> Tensor:
+    """The second of the photos that scikit-learn ships, grey, in [0, 1]."""
+    from sklearn.datasets import load_sample_images
+
+    return torch.from_numpy(load_sample_images().images[1].copy()).float().div(255).mean(-1)
+
+
+def draw_patches(size: int, generator: torch.Generator) -> Batch:
+    """16 x 16 patches of the photo at a quarter of its resolution, and what is lost."""
+    photo = _flower()
+    y = torch.randint(photo.shape[0] - 16, (size,), generator=generator).tolist()
+    x = torch.randint(photo.shape[1] - 16, (size,), generator=generator).tolist()
+    patches = torch.stack([photo[top : top + 16, left : left + 16] for top, left in zip(y, x, strict=True)])[:, None]
+    coarse = F.interpolate(F.avg_pool2d(patches, 4), scale_factor=4)
+    return Batch(coarse, patches - coarse)
+
+
+@functools.cache
+def _preferences() -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(21)
+    users = torch.randn(400, 5, generator=generator)
+    return users, torch.randn(300, 5, generator=generator) / math.sqrt(5)
+
+
+def draw_ratings(size: int, generator: torch.Generator) -> Batch:
+    """Users and items, and noisy products of their true vectors."""
+    users, items = _preferences()
+    user = torch.randint(400, (size,), generator=generator)
+    item = torch.randint(300, (size,), generator=generator)
+    rating = (users[user] * items[item]).sum(-1) + 0.5 * torch.randn(size, generator=generator)
+    return Batch(torch.stack((user, item), -1), rating)
+
+
+@functools.cache
+def _few_snippets() -> Batch:
+    return draw_snippets(400, torch.Generator().manual_seed(9))
+
+
+def draw_few_snippets(size: int, generator: torch.Generator) -> Batch:
+    """Always of the same 400 snippets."""
+    return _some(_few_snippets(), size, generator)

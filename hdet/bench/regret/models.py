@@ -139,6 +139,70 @@ class Denoiser(nn.Module):
         return self.net(torch.cat(((1 - share) * x + share * torch.randn_like(x), share), -1))
 
 
+class Residual(nn.Module):
+    """A net of ``depth`` residual blocks, each of which begins as the identity."""
+
+    def __init__(self, inputs: int, width: int, outputs: int, depth: int) -> None:
+        super().__init__()
+        self.first, self.last, self.norm = nn.Linear(inputs, width), nn.Linear(width, outputs), nn.LayerNorm(width)
+        self.blocks = nn.ModuleList(
+            nn.Sequential(nn.LayerNorm(width), nn.Linear(width, width), nn.ReLU(), nn.Linear(width, width))
+            for _ in range(depth)
+        )
+        for block in self.blocks:
+            assert isinstance(block, nn.Sequential)
+            nn.init.zeros_(block[3].weight)  # type: ignore[arg-type]
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.first(x)
+        for block in self.blocks:
+            x = x + block(x)
+        return self.last(self.norm(x))
+
+
+class Factors(nn.Module):
+    """Ratings by 400 users of 300 items: products of their embeddings, and a bias."""
+
+    def __init__(self, width: int = 12) -> None:
+        super().__init__()
+        self.users, self.items = nn.Embedding(400, width), nn.Embedding(300, width)
+        self.bias = nn.Parameter(torch.zeros(()))
+        nn.init.normal_(self.users.weight, std=0.1)
+        nn.init.normal_(self.items.weight, std=0.1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (self.users(x[..., 0]) * self.items(x[..., 1])).sum(-1) + self.bias
+
+
+class Contrast(nn.Module):
+    """Similarities ``(batch, batch)`` of ``(batch, 64)`` images to shifted copies, both with noise, which it draws
+    itself, also in eval mode."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = mlp(64, 64, 64, 16, activation=nn.ReLU)
+
+    def forward(self, x: Tensor) -> Tensor:
+        shift = torch.randint(-1, 2, (2,)).tolist()
+        moved = torch.roll(x.view(-1, 8, 8), shift, (1, 2)).reshape(-1, 64)
+        first = F.normalize(self.net(x + 0.1 * torch.randn_like(x)), dim=-1)
+        second = F.normalize(self.net(moved + 0.1 * torch.randn_like(x)), dim=-1)
+        return first @ second.T * 5
+
+
+class CharLSTM(nn.Module):
+    """Logits ``(batch, 128, length)`` for the next ASCII character."""
+
+    def __init__(self, width: int = 48) -> None:
+        super().__init__()
+        self.characters = nn.Embedding(128, 24)
+        self.body = nn.LSTM(24, width, batch_first=True)
+        self.head = nn.Linear(width, 128)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.body(self.characters(x))[0]).transpose(1, 2)
+
+
 def mlp(*sizes: int, activation: type[nn.Module], dropout: float = 0.0) -> nn.Sequential:
     """Linear layers with the activation, and dropout if asked for, between them."""
     layers: list[nn.Module] = [nn.Linear(sizes[0], sizes[1])]

@@ -64,7 +64,7 @@ def train(workload: Workload, max_lr: float, seed: int, setting: Setting) -> Ite
         spread=setting.spread,
         converge_every=max(1, workload.steps // setting.rounds),
         auto_lr=True,
-        probe=hdet.Probe(loss_fn=loss_fn, batches=probe_batches(), power=setting.power),
+        probe=hdet.Probe(loss_fn=loss_fn, batches=probe_batches(), power=setting.power) if setting.probe else None,
         controller=setting.controller,
         monitor=lambda report: gains.append(report.next_gain[0]),
     )
@@ -87,7 +87,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     workload = WORKLOADS[options.workload]
     if options.steps:
         workload = replace(workload, steps=options.steps)
-    setting = Setting(replicas=options.replicas, exact=options.exact)
+    setting = Setting(replicas=options.replicas, exact=options.exact, probe=options.probe)
     print("| start | real loss | simulated loss | difference | real gain | simulated gain |\n|---|---|---|---|---|---|")
     for start in options.starts:
         arguments = (options.workload, options.steps, start, options.seed, setting)
@@ -117,6 +117,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--replicas", type=int, default=4)
     add("--seed", type=int, default=0)
     add("--steps", type=int, help="default: the workload's")
+    add("--no-probe", dest="probe", action="store_false", help="by how far the weights move alone")
     add("--exact", action="store_true", help="simulate gradients at the replicas' points")
     add("--limit", type=float, default=1800.0, help="seconds until a run's processes are killed")
     return parser

@@ -47,6 +47,11 @@ class Result(NamedTuple):
     unavailable: str = ""
 
 
+def version_of(contender: str) -> str:
+    """Of the runs that this code makes."""
+    return f"{VERSION}.{CONTENDERS[contender].version}"
+
+
 def plan(
     workloads: Iterable[str],
     contenders: Sequence[str],
@@ -68,7 +73,7 @@ def plan(
         for name in dict.fromkeys((ORACLE, *contenders)):
             contender = CONTENDERS[name]
             own = sorted({*SWEEP, *starts}) if name == ORACLE else starts if contender.uses_start else (None,)
-            version = f"{VERSION}.{contender.version}"
+            version = version_of(name)
             found |= {Run(workload, name, start, seed, steps, version): None for start in own for seed in range(seeds)}
     return sorted(found, key=lambda run: run.seed)  # whatever ends it early, all have as many seeds, nearly
 

@@ -31,23 +31,25 @@ from hdet.converge.slow_average import SlowAverage
 from hdet.errors import DivergedError, HdetError
 from hdet.explore.spread import assignment
 from hdet.model.weights import Weights
+from hdet.observe.movement import Matrices, movement
 from hdet.observe.probe import evaluate, losses_by_point
 from hdet.observe.slopes import Slopes, slopes_of
+from hdet.schedules.course import Course
 from hdet.schedules.forecast import Forecast, forecast
 from hdet.schedules.found import Recorder
 from hdet.steer.controllers import Controller
 from hdet.steer.lr_finder import find_lr, head_start
-from hdet.steer.observation import ControllerState, Observation
+from hdet.steer.observation import Observation
+from hdet.steer.posterior import Posterior
 from hdet.steer.published import Published
 from hdet.steer.recovery import GAIN_DIVISOR, Recovery
-from hdet.steer.two_slope import TwoSlope
 
 
 @dataclass(frozen=True, kw_only=True)
 class Setting:
     """How hdet is set up."""
 
-    controller: Controller = field(default_factory=TwoSlope)
+    controller: Controller = field(default_factory=Posterior)
     replicas: int = 4
     spread: float = 0.11
     rounds: int = 100
@@ -61,6 +63,8 @@ class Setting:
     exact: bool = False
     rollback: bool = True
     """Whether a round that blew up is undone."""
+    probe: bool = True
+    """Whether there is one."""
     probe_share: int = 1
     """A probe takes one batch divided by this."""
     flat: bool = False
@@ -139,10 +143,12 @@ class _Replicas:
         self._parameters = [p for p in model.parameters() if p.requires_grad]
         (self._bucket,) = fill_buckets(self._parameters, 2**40, lambda t: t.device)
         self._slow = SlowAverage(setting.power)
-        self._state = ControllerState()
         controller = setting.controller
-        self._until = ahead.high_until(controller.rest_below) if isinstance(controller, TwoSlope) else 1.0
-        self._final = ahead.final
+        self._state: Any = controller.begin(1.0)
+        self._course = Course(self.round_length, steps)
+        self._course.forecast = ahead
+        self._until = controller.rests_after(self._course)
+        self._matrices = Matrices(self._parameters)
         self._start = self._bucket.pack()
         self._losses = [0.0] * setting.replicas
         self._probe_generator = torch.Generator().manual_seed(seed + 300)
@@ -193,7 +199,7 @@ class _Replicas:
         losses = tuple(total / self.round_length for total in self._losses)
         if self._recovery:
             finite = bool(mean.isfinite().all())
-            may_move = not isinstance(controller, TwoSlope) or controller.wants_probe(progress, self._until)
+            may_move = not progress > self._until
             if self._recovery.can_restore and self._recovery.is_needed([finite], losses, watches_losses=may_move):
                 self._roll_back()
                 return
@@ -202,17 +208,14 @@ class _Replicas:
         rhos = self.multipliers(len(self.gains))
         known = 1.0 if self._setting.flat else height
         probe = None
-        if isinstance(controller, TwoSlope):
+        if self._setting.probe and not isinstance(controller, Published):
             self._slow.unpack(0, self._bucket, mean, 1)
             if controller.wants_probe(progress, self._until):
                 batch = self._workload.draw(
                     self._workload.batch_size // self._setting.probe_share, self._probe_generator
                 )
                 parts = self._parts(batch)
-                reach = controller.reach(known)
-                probe = losses_by_point(
-                    [self._probe(mean, rho, part, reach) for rho, part in zip(rhos, parts, strict=True)]
-                )
+                probe = losses_by_point([self._probe(mean, rho, part) for rho, part in zip(rhos, parts, strict=True)])
         if isinstance(controller, Published) and not self._setting.exact:
             losses = self._losses_at_points(batch, mean, rhos)
         observation = Observation(
@@ -220,12 +223,16 @@ class _Replicas:
             multipliers=rhos,
             schedule=height,
             progress=progress,
-            share=self.round_length / self._steps,
+            share=self._course.share,
             height=known,
             until=self._until,
-            final=self._final,
+            final=self._course.final,
             probe=probe,
+            movement=self._movement(mean),
+            area=self._course.area,
             lag=self._slow.lag,
+            steps=self._course.converge_every,
+            given=not self._setting.auto,
         )
         if probe is not None and (slopes := slopes_of(probe, rhos, observation.lag)) is not None:
             self.slopes.append((progress, slopes))
@@ -234,16 +241,22 @@ class _Replicas:
         self.gains.append(self.gain)
         self._start = mean
 
+    def _movement(self, mean: Tensor) -> float:
+        """Of the round that ends at ``mean``."""
+        sizes = [p.numel() for p in self._bucket.pieces]
+        ends, starts = mean.split(sizes), self._start.split(sizes)
+        return movement(self._matrices.squares(ends, starts), self._matrices.own)
+
     def _roll_back(self) -> None:
         assert self._recovery
         self._recovery.restore()
         self._start = self._bucket.pack()
-        self._state = ControllerState(gain=self.gain / GAIN_DIVISOR)
+        self._state = self._setting.controller.cut(self._state, GAIN_DIVISOR)
         self._slow.restart()
         self._losses = [0.0] * self._setting.replicas
         self.gains.append(self.gain)
 
-    def _probe(self, mean: Tensor, rho: float, part: Batch, reach: float) -> tuple[float, ...]:
+    def _probe(self, mean: Tensor, rho: float, part: Batch) -> tuple[float, ...]:
         points = [Point(self._bucket, mean, (mean - self._start).mul_(rho - 1))]
         return evaluate(
             (self._model,),
@@ -252,7 +265,6 @@ class _Replicas:
             points,
             self._slow,
             Weights((self._model,)),
-            reach=reach,
         )
 
     def _losses_at_points(self, batch: Batch, mean: Tensor, rhos: Sequence[float]) -> tuple[float, ...]:
@@ -290,7 +302,7 @@ def _found(
     def loss_fn(model: nn.Module, batch: Batch) -> Tensor:
         return workload.loss(model(batch.inputs), batch.targets)
 
-    goes_on = isinstance(setting.controller, TwoSlope)
+    goes_on = not isinstance(setting.controller, Published)
     found = find_lr(
         model,
         optimizer,

@@ -3,49 +3,20 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
-from dataclasses import dataclass, replace
-from typing import Any, Literal
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from hdet.bench.regret import data, models
-from hdet.bench.regret.data import Batch, Draw
+from hdet.bench.regret.data import Batch
+from hdet.bench.regret.further import FURTHER
+from hdet.bench.regret.workload import SCHEDULES, STARTS, Workload, by_name, log_loss, squared_error
 from hdet.train.config import ModelConfig
 from hdet.train.models import GPT, loss_of
 
-STARTS = (0.01, 0.1, 1 / 3, 1.0, 3.0, 8.0)
-"""Where runs start: max_lr in units of the tuned one."""
-
-SCHEDULES = ("one_cycle", "cosine", "constant", "wsd")
-"""torch's OneCycleLR; or, after a warm-up of 5%, half a ``cosine``, a ``constant``, or ``wsd``: a linear decay over the
-last fifth."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Workload:
-    """A model, its data, and a budget. Everything is a function of the seeds passed in."""
-
-    name: str
-    build: Callable[[], nn.Module]
-    """A new model, with parameters drawn from torch's global generator."""
-    draw: Draw
-    """A training batch of the given size."""
-    validation: Callable[[], Batch]
-    loss: Callable[[Any, Tensor], Tensor]
-    """Mean loss, from the model's outputs and the targets."""
-    optimizer: Literal["sgd", "adamw"]
-    """SGD with momentum 0.9, or AdamW with betas (0.9, 0.95)."""
-    weight_decay: float = 0.0
-    batch_size: int
-    """Examples to a step, over all replicas."""
-    steps: int
-    tuned: float
-    """OneCycle's best max_lr."""
-    schedule: str = "one_cycle"
-    """One of :data:`SCHEDULES`."""
+__all__ = ["FIRST", "FURTHER", "LONGER", "MORE", "SCHEDULES", "STARTS", "WORKLOADS", "Workload", "workload_of"]
 
 
 @functools.cache
@@ -73,14 +44,6 @@ def _fine_tuned() -> models.CharLM:
     return model
 
 
-def _squared_error(outputs: Tensor, targets: Tensor) -> Tensor:
-    return F.mse_loss(outputs.squeeze(-1), targets)
-
-
-def _log_loss(outputs: Tensor, targets: Tensor) -> Tensor:
-    return F.binary_cross_entropy_with_logits(outputs.squeeze(-1), targets)
-
-
 def _masked_loss(outputs: tuple[Tensor, Tensor], targets: Tensor) -> Tensor:
     """Over what the model did not see."""
     logits, masked = outputs
@@ -92,11 +55,7 @@ def _draw_text_to_copy(size: int, generator: torch.Generator) -> Batch:
     return data.to_copy(data.draw_text(data.source_code, size, generator))
 
 
-def _by_name(*workloads: Workload) -> dict[str, Workload]:
-    return {workload.name: workload for workload in workloads}
-
-
-FIRST = _by_name(
+FIRST = by_name(
     Workload(
         name="char_lm",
         build=models.CharLM,
@@ -136,7 +95,7 @@ FIRST = _by_name(
         build=functools.partial(models.mlp, 32, 96, 96, 1, activation=nn.Tanh),
         draw=data.draw_regression,
         validation=functools.partial(data.fixed, data.draw_regression, 2000, 6),
-        loss=_squared_error,
+        loss=squared_error,
         optimizer="sgd",
         batch_size=32,
         steps=800,
@@ -179,7 +138,7 @@ FIRST = _by_name(
 )
 """The first seven: what is run by default."""
 
-MORE = _by_name(
+MORE = by_name(
     Workload(
         name="gpt",
         build=lambda: GPT(ModelConfig(n_layer=2, n_head=4, n_embd=64, block_size=32), 128),
@@ -275,7 +234,7 @@ MORE = _by_name(
         build=functools.partial(models.mlp, 10, 64, 64, 1, activation=nn.SiLU),
         draw=data.draw_friedman,
         validation=functools.partial(data.fixed, data.draw_friedman, 4000, 4),
-        loss=_squared_error,
+        loss=squared_error,
         optimizer="adamw",
         batch_size=64,
         steps=1000,
@@ -297,7 +256,7 @@ MORE = _by_name(
         build=lambda: nn.Linear(50, 1),
         draw=data.draw_half_spaces,
         validation=functools.partial(data.fixed, data.draw_half_spaces, 4000, 5),
-        loss=_log_loss,
+        loss=log_loss,
         optimizer="sgd",
         batch_size=32,
         steps=600,
@@ -319,17 +278,26 @@ MORE = _by_name(
         build=functools.partial(models.mlp, 30, 32, 1, activation=nn.ReLU),
         draw=data.draw_tumours,
         validation=lambda: data.tumours()[1],
-        loss=_log_loss,
+        loss=log_loss,
         optimizer="sgd",
         weight_decay=1e-3,
         batch_size=32,
         steps=400,
         tuned=0.0125,
+        say="form",
+        by_heart=True,
     ),
 )
 """Added later, to find out where the controller fails."""
 
-WORKLOADS = FIRST | MORE
+_GPT = MORE["gpt"]
+LONGER = by_name(
+    replace(_GPT, name="gpt_1200", steps=1200, say="form"),
+    replace(_GPT, name="gpt_3000", steps=3000, say="form"),
+)
+"""``gpt`` with two and five times its steps. At 3,000 half the learning rate is 0.7% worse."""
+
+WORKLOADS = FIRST | MORE | FURTHER | LONGER
 
 
 def workload_of(name: str) -> Workload:

@@ -1,0 +1,68 @@
+"""What a workload of the regret benchmark is."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from hdet.bench.regret.data import Batch, Draw
+
+STARTS = (0.01, 0.1, 1 / 3, 1.0, 3.0, 8.0)
+"""Where runs start: max_lr in units of the tuned one."""
+
+SCHEDULES = ("one_cycle", "cosine", "constant", "wsd")
+"""torch's OneCycleLR; or, after a warm-up of 5%, half a ``cosine``, a ``constant``, or ``wsd``: a linear decay over the
+last fifth."""
+
+Say = Literal["constants", "form", "none"]
+"""``constants``: :mod:`hdet.bench.regret.fit` fits the controller's constants on it. ``form``: its runs were looked at
+when the controller's equations were chosen, and are in no fit. ``none``: no run of it was looked at before the
+controller was as it is."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Workload:
+    """A model, its data, and a budget. Everything is a function of the seeds passed in."""
+
+    name: str
+    build: Callable[[], nn.Module]
+    """A new model, with parameters drawn from torch's global generator."""
+    draw: Draw
+    """A training batch of the given size."""
+    validation: Callable[[], Batch]
+    loss: Callable[[Any, Tensor], Tensor]
+    """Mean loss, from the model's outputs and the targets."""
+    optimizer: Literal["sgd", "adamw"]
+    """SGD with momentum 0.9, or AdamW with betas (0.9, 0.95)."""
+    weight_decay: float = 0.0
+    batch_size: int
+    """Examples to a step, over all replicas."""
+    steps: int
+    tuned: float
+    """OneCycle's best max_lr."""
+    schedule: str = "one_cycle"
+    """One of :data:`SCHEDULES`."""
+    say: Say = "constants"
+    """What of the controller its runs had a say in."""
+    by_heart: bool = False
+    """Whether it learns its few training examples by heart: training and validation data disagree on the learning rate,
+    and summaries show it apart."""
+
+
+def squared_error(outputs: Tensor, targets: Tensor) -> Tensor:
+    """Mean over outputs ``(batch, 1)``."""
+    return F.mse_loss(outputs.squeeze(-1), targets)
+
+
+def log_loss(outputs: Tensor, targets: Tensor) -> Tensor:
+    """Of logits ``(batch, 1)`` and answers 0 and 1."""
+    return F.binary_cross_entropy_with_logits(outputs.squeeze(-1), targets)
+
+
+def by_name(*workloads: Workload) -> dict[str, Workload]:
+    """The workloads by their names."""
+    return {workload.name: workload for workload in workloads}

@@ -1,10 +1,14 @@
-"""Compiles the native ops when the package is built: the ``build_ext`` that pyproject.toml names.
+"""Compiles the native ops when the package is built: the commands that pyproject.toml names.
 
 Needs torch >= 2.10 and a C++17 compiler; the CUDA library also needs a CUDA torch and an nvcc of its major version.
 The torch is that of the build environment, or, where pip isolates the build, that of the environment it installs into.
-What cannot be compiled is left out with one line that says why, and the package works without it, in plain torch;
-``import hdet`` then says so. The libraries use libtorch's stable ABI and no Python: they serve every Python, and every
-torch from 2.10 on.
+What cannot be compiled is left out with a warning that says why, and the package works without it, in plain torch;
+``import hdet`` then says so. A wheel without any library is named ``py3-none-any``, one with a library for the
+platform. ``HDET_BUILD_NATIVE=1`` makes a build fail that cannot compile the CPU ops. The libraries use libtorch's
+stable ABI and no Python: they serve every Python, and every torch from 2.10 on.
+
+``pip wheel .`` and ``pip install .`` find the torch of their environment. ``python -m build`` makes an environment of
+its own, which has none, and so a ``py3-none-any`` wheel; ``python -m build --no-isolation`` makes one for the platform.
 
 A build from a checkout also leaves the libraries in the checkout, since a Python that is started there imports
 ``hdet/`` from there, and not the installed package.
@@ -24,6 +28,7 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
+from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
 
 SOURCES = Path(__file__).parent
@@ -61,7 +66,30 @@ class BuildNative(build_ext):
                 build_cuda(library) if name.endswith("cuda") else build_cpu(library)
                 print(f"hdet: compiled {library}")
             except CannotBuildError as reason:
-                print(f"hdet: {name} is left out, plain torch takes its place: {reason}")
+                if name.endswith("cpu") and os.environ.get("HDET_BUILD_NATIVE", "0") != "0":
+                    sys.exit(f"hdet: HDET_BUILD_NATIVE=1, and {name} cannot be compiled: {reason}")
+                self.warn(f"hdet: {name} is left out, plain torch takes its place: {reason}")
+
+    def compiled(self) -> list[Path]:
+        """The libraries that there are now."""
+        paths = [Path(self.build_lib, self.get_ext_filename(extension.name)) for extension in self.extensions]
+        return [path for path in paths if path.exists()]
+
+
+class NativeWheel(bdist_wheel):
+    """``bdist_wheel`` that compiles first, and names a wheel in which nothing is compiled ``py3-none-any``."""
+
+    def run(self) -> None:
+        self.run_command("build_ext")
+        if not self.get_finalized_command("build_ext").compiled():
+            self.distribution.ext_modules = []
+            self.root_is_pure = True
+            self.warn(
+                "hdet: THIS WHEEL HAS NO NATIVE OPS, the reasons stand above; it is named py3-none-any. For a wheel "
+                "with them install torch, then: pip wheel --no-build-isolation --no-deps . "
+                "(or python -m build --no-isolation)"
+            )
+        super().run()
 
 
 class CannotBuildError(Exception):

@@ -268,7 +268,7 @@ WALK: list[Step] = [
     Step(
         "hdet/observe/paired_probe.py",
         "return losses_by_point(",
-        "is what the probe found: every replica's losses of one batch, at six points.",
+        "is what the probe found: every replica's losses of one batch, at five points.",
     ),
     Step(
         "hdet/steer/phase.py",
@@ -282,14 +282,14 @@ WALK: list[Step] = [
         scope="Controllers.update",
     ),
     Step(
-        "hdet/steer/published.py",
-        "log_gain = math.log(state.gain)",
-        "is `Published`, without a probe: the hypergradient of the training losses moves the log gain.",
+        "hdet/steer/posterior.py",
+        "estimate = centre + ",
+        "is `Posterior`, the default: how far the weights moved and the probe's slopes, against the user's own rate.",
     ),
     Step(
-        "hdet/steer/two_slope.py",
-        "moved = moved._replace(gain=",
-        "is `TwoSlope`, with one: the probe's slopes do.",
+        "hdet/steer/published.py",
+        "log_gain = math.log(state.gain)",
+        "is `Published`, the paper's: the hypergradient of the training losses moves the log gain.",
     ),
     Step(ROUNDS, "self.draw()", "begins the next round with the new gain.", scope="Rounds._end_round"),
     Step(

@@ -1,61 +1,91 @@
-"""Draws docs/overview.png from a finished demo: ``python docs/draw_overview.py runs/demo``.
+"""Draw docs/overview.png: ``python docs/draw_overview.py`` with hdet[bench] installed, in half a minute.
 
-Reads what ``launch/demo.sh`` leaves: the reports of the run with hdet, and the metrics of both runs.
+Left, six rounds of four replicas, as the library assigns multipliers. In the middle the common learning rate of the
+benchmark's workload ``mixture``, simulated, from three values of max_lr. Right, the results of
+docs/research/2026-11-28-posterior.md: change them here when they change there.
 """
 
 from __future__ import annotations
 
-import json
-import sys
 from pathlib import Path
 
-import matplotlib
+import matplotlib as mpl
 
-matplotlib.use("Agg")
+mpl.use("Agg")
 import matplotlib.pyplot as plt
+import torch
 
 from hdet import schedules
-from hdet.monitor.base import read_jsonl
+from hdet.bench.regret.simulation import Setting, simulate
+from hdet.bench.regret.workloads import WORKLOADS
+from hdet.explore.spread import assignment
 
-ROUNDS = 7
-COLOURS = ["#2166ac", "#67a9cf", "#ef8a62", "#b2182b"]
+SPREAD, ROUNDS, EVERY, STEPS = 0.2, 6, 10, 200
+STARTS = (0.1, 1.0, 8.0)
+COLOURS = ("#0072B2", "#56B4E9", "#E69F00", "#D55E00")  # Okabe & Ito
+RESULTS = {  # max_lr over the best: (excess, standard error) of hdet, and of OneCycle, in %
+    1 / 100: ((0.1, 1.1), (54, 3)),
+    1 / 10: ((1.4, 0.9), (34, 5)),
+    1 / 3: ((2.7, 0.8), (12, 2)),
+    1: ((-0.5, 0.3), (0, 0)),
+    3: ((1.8, 0.7), (19, 5)),
+    8: ((0.5, 1.0), (36, 5)),
+}
 
 
-def main(directory: Path) -> None:
-    reports = [report for report in read_jsonl(directory / "hdet" / "rounds.jsonl") if report["complete"]]
-    plain, ours = ([json.loads(line) for line in (directory / run / "metrics.jsonl").read_text().splitlines()]
-                   for run in ("plain", "hdet"))  # fmt: skip
-    summary = json.loads((directory / "hdet" / "summary.json").read_text())
-    total, every, peak = summary["steps"], summary["converge_every"], summary["max_lr"]
-    schedule = schedules.one_cycle(total_steps=total)
+def fan_out(axes: plt.Axes) -> None:
+    """Learning rates of the replicas and their mean, round by round."""
+    factor = schedules.one_cycle(total_steps=STEPS)
+    for round in range(ROUNDS):
+        steps = [*range(round * EVERY, (round + 1) * EVERY + 1)]
+        base = [factor(step) for step in steps]
+        for rho, colour in zip(assignment(4, SPREAD, seed=0, round=round, hyperparameter="lr/0"), COLOURS, strict=True):
+            axes.plot(steps, [rho * b for b in base], color=colour, linewidth=2)
+        axes.plot(steps, base, color="black", linewidth=1, linestyle="--")
+        axes.axvline(steps[-1], color="#bbbbbb", linewidth=0.8, zorder=0)
+    lines = axes.lines[:5]
+    labels = [*(f"replica {r}" for r in range(4)), "common"]
+    axes.legend(lines, labels, frameon=False, fontsize=8)
+    axes.set(title="Fan out, average, draw anew", xlabel="step", ylabel="learning rate / max_lr")
 
-    figure, (fan, rate, loss) = plt.subplots(1, 3, figsize=(12, 3.4), layout="constrained")
-    for report in reports[:ROUNDS]:
-        steps = list(range(report["round"] * every, (report["round"] + 1) * every))
-        base = [schedule(step) * peak * report["gain"][0] for step in steps]
-        fan.plot(steps, base, color="black", linewidth=1, linestyle="--")
-        for replica, lr in enumerate(report["replica_lr"][0]):
-            multiplier = lr / report["base_lr"][0]
-            fan.plot(steps, [b * multiplier for b in base], color=COLOURS[replica % 4], linewidth=2)
-        fan.axvline(steps[-1] + 1, color="#bbbbbb", linewidth=0.8)
-    fan.set(title="Fan out, converge, move the base", xlabel="step", ylabel="learning rate")
-    fan.legend(
-        [*fan.lines[:1], *fan.lines[1:5]], ["base", *(f"replica {r}" for r in range(4))], frameon=False, fontsize=8
-    )
 
-    for run, label, colour in ((plain, "OneCycleLR", "#888888"), (ours, "hdet.OneCycleLR", "#b2182b")):
-        training = [record for record in run if "lr" in record]
-        rate.plot([r["step"] for r in training], [r["lr"] for r in training], label=label, color=colour)
-        validation = [record for record in run if "val_loss" in record]
-        loss.plot([r["step"] for r in validation], [r["val_loss"] for r in validation], label=label, color=colour)
-    rate.set(title="Base learning rate", xlabel="step", yscale="log", ylim=(peak / 100, None))
-    loss.set(title="Validation loss", xlabel="step")
-    rate.legend(frameon=False, fontsize=8)
-    loss.legend(frameon=False, fontsize=8)
-    for axes in (fan, rate, loss):
+def common_rate(axes: plt.Axes) -> None:
+    """The common learning rate of three simulated runs, in units of the best max_lr."""
+    workload = WORKLOADS["mixture"]
+    factor = schedules.one_cycle(total_steps=workload.steps)
+    for start, colour in zip(STARTS, ("#0072B2", "#000000", "#D55E00"), strict=True):
+        gains = [1.0, *simulate(workload, workload.tuned * start, 0, Setting()).details["gains"]]
+        every = workload.steps // (len(gains) - 1)
+        steps = range(workload.steps)
+        axes.plot(steps, [start * factor(s) * gains[s // every] for s in steps], color=colour, label=f"{start:g} times")
+        axes.plot(steps, [start * factor(s) for s in steps], color=colour, linewidth=0.8, linestyle=":")
+    axes.legend(title="max_lr over the best", title_fontsize=8, frameon=False, fontsize=8, loc="lower center")
+    axes.set(title="The common rate (dotted: OneCycle)", xlabel="step", yscale="log", ylim=(1e-3, 15))
+
+
+def results(axes: plt.Axes) -> None:
+    """Excess over tuned OneCycle by start."""
+    starts = list(RESULTS)
+    for i, (label, colour) in enumerate((("hdet", "#D55E00"), ("OneCycle", "#888888"))):
+        means, errors = zip(*(result[i] for result in RESULTS.values()), strict=True)
+        axes.errorbar(starts, means, errors, color=colour, marker="o", markersize=4, capsize=3, label=label)
+    axes.axhline(0, color="black", linewidth=0.6)
+    axes.set(title="Loss over tuned OneCycle, in %", xlabel="max_lr over the best", xscale="log")
+    axes.set_xticks(starts, ["1/100", "1/10", "1/3", "1", "3", "8"])
+    axes.minorticks_off()
+    axes.legend(frameon=False, fontsize=8)
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    figure, (left, middle, right) = plt.subplots(1, 3, figsize=(12, 3.4), layout="constrained")
+    fan_out(left)
+    common_rate(middle)
+    results(right)
+    for axes in (left, middle, right):
         axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(Path(__file__).with_name("overview.png"), dpi=110)
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    main()

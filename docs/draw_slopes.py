@@ -16,13 +16,13 @@ import torch
 
 from hdet.bench.regret.simulation import Setting, simulate
 from hdet.bench.regret.workloads import WORKLOADS
-from hdet.steer.two_slope import TwoSlope
+from hdet.steer.posterior import Posterior
 
 MULTIPLES = (0.03, 0.1, 1 / 3, 1.0, 3.0, 8.0)
 STAGES = ((0.05, 0.15), (0.15, 0.3), (0.3, 0.55))
 COLOURS = ("#56B4E9", "#0072B2", "#000000")  # Okabe & Ito
 SEEDS = (0, 1)
-STILL = Setting(controller=TwoSlope(step=1e-12), keep_slopes=True)  # probes, and moves nothing
+STILL = Setting(controller=Posterior(until=0.0, evidence=1e-12), keep_slopes=True)  # probes, and moves nothing
 
 
 def slopes(name: str, multiple: float) -> list[tuple[float, float, float]]:

@@ -12,6 +12,7 @@ import warnings
 import zipfile
 
 import pytest
+import sklearn.datasets
 import torch
 
 from hdet.monitor.base import read_jsonl
@@ -286,6 +287,7 @@ def test_a_folder_without_permission_is_told_by_name(monkeypatch, tmp_path, capf
 @pytest.mark.parametrize("limit", [0, 100, 2000, 6000])
 def test_a_full_disk_is_told_by_name(tmp_path, limit):
     """In a process of its own, whose files may not grow beyond a limit: as on a full disk, some write fails."""
+    sklearn.datasets.load_digits()  # its imports write files
     output = tmp_path / "output.txt"
     child = os.fork()
     if child == 0:

@@ -35,7 +35,7 @@ BAD = [
     ({"converge_every": -5}, ValueError, "Invalid converge_every=-5"),
     ({"converge_every": 2.5}, TypeError, "Invalid converge_every=2.5"),
     ({"converge_every": True}, TypeError, "Invalid converge_every=True"),
-    ({"auto_lr": True, "spread": 0.0}, ValueError, "auto_lr=True needs spread > 0"),
+    ({"auto_lr": True, "spread": 0.0, "controller": hdet.controller.Published()}, ValueError, "needs spread > 0"),
     ({"model": None}, ValueError, "needs model="),
     ({"model": 3}, TypeError, "int"),
     ({"model": [nn.Linear(1, 1), "x"]}, TypeError, "got str"),
@@ -172,7 +172,8 @@ def test_without_a_loss_the_controller_rests_and_says_so_once(caplog):
             optimizer.step()
             schedule.step()
     assert [record.message for record in caplog.records if "without a loss" in record.message] == [
-        "scheduler.step() was called without a loss: the gain does not move until it gets one."
+        "scheduler.step() was called without a loss: a rollback does not see one that rises, and the published "
+        "controller does not move. Pass it: scheduler.step(loss)."
     ]
     assert schedule.ensemble.gains == (1.0,)
     assert math.isnan(schedule.ensemble.last_report.mean_loss)
@@ -228,13 +229,13 @@ def test_ensemble_state_round_trip_with_a_schedule():
     def build():
         _, optimizer, settings = setting(auto_lr=True)
         schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 30)
-        return optimizer, hdet.Ensemble(optimizer, schedule, **settings)
+        return optimizer, hdet.Ensemble(optimizer, schedule, total_steps=30, **settings)
 
     optimizer, ensemble = build()
     for _ in range(7):
         optimizer.step()
         ensemble.step(1.0)
-    ensemble._phases.steer._controllers.lr_states = [hdet.controller.ControllerState(2.0, 0.1, 3)]
+    ensemble._phases.steer._controllers.lr_states = [hdet.controller.Belief(2.0, 0.5, 3.0, 0.1)]
     new_optimizer, new = build()
     new.load_state_dict(copy.deepcopy(ensemble.state_dict()))
     assert new.gains == (2.0,)

@@ -17,8 +17,8 @@ from hdet.explore.spread import assignment
 from hdet.observe.slopes import ProbeLosses
 from hdet.steer.controllers import Controllers, RoundObservation
 from hdet.steer.one_slope import CentreState, OneSlope
+from hdet.steer.posterior import Posterior
 from hdet.steer.published import Published
-from hdet.steer.two_slope import TwoSlope
 
 NAMES = ["a", "b", "c", "d", "e"]
 
@@ -194,7 +194,7 @@ def test_tensors_are_written_in_place():
         (lambda: hdet.param_group("betas[x]", spread=0.1), "betas"),
         (lambda: hdet.param_group("weight_decay", spread=0.1, bounds=(1.0, 0.5)), "low < high"),
         (lambda: hdet.module_attribute(nn.Linear(2, 2), nn.Dropout, "p", spread=0.1), "has no Dropout"),
-        (lambda: hdet.module_attribute(net(), nn.Dropout, "q", spread=0.1), "Dropout.q is None"),
+        (lambda: hdet.module_attribute(net(), nn.Dropout, "q", spread=0.1), "of a Dropout is None"),
         (lambda: attached(hdet.param_group("nesterov", spread=0.1)), "has no 'nesterov'"),
         (lambda: attached(hdet.param_group("amsgrad", spread=0.1)), "amsgrad is False"),
         (lambda: attached(hdet.param_group("weight_decay", spread=0.1, groups=["head"])), "names none"),
@@ -334,11 +334,11 @@ def test_one_slope_counts_in_shares_of_the_run(length):
 def test_steering_tells_how_long_a_round_is():
     def position(share):
         settings = {"auto_lr": False, "rates": 1, "names": ("h",), "replicas": 4, "spread": 0.1, "seed": 0}
-        controllers = Controllers(TwoSlope(), OneSlope(), design="orthogonal", **settings)
+        controllers = Controllers(Posterior(), OneSlope(), design="orthogonal", **settings)
         for round in range(6):
             (held,) = controllers.hyperparameter_levels(round)
             above, below, one = tuple(1 + 0.1 * z for z in held), tuple(1 - 0.1 * z for z in held), (1.0,) * 4
-            probe = ProbeLosses(above, below, one, one, one, one)
+            probe = ProbeLosses(above, below, one, one, one)
             controllers.update(
                 round, RoundObservation((), (0.1,), 0.3, share, 1.0, 0.55, 0.0, 4.0, probe), [(0.5, True)]
             )
@@ -483,7 +483,8 @@ def test_bad_virtual_replicas_are_refused(settings, message):
 
 
 def test_the_published_controller_wants_each_virtual_replicas_loss():
-    optimizer, scheduler = scheduler_of(gradients="shared", spread=0.3, virtual_replicas=2, auto_lr=True)
+    settings = {"auto_lr": True, "controller": Published()}
+    optimizer, scheduler = scheduler_of(gradients="shared", spread=0.3, virtual_replicas=2, **settings)
     optimizer.step()
     with pytest.raises(TypeError, match="loss of each"):
         scheduler.step(1.0)

@@ -26,7 +26,7 @@ from hdet.monitor.report import Report
 from hdet.monitor.tensorboard import TensorBoard
 from hdet.observe.slopes import Slopes
 
-UNKNOWN = Slopes(*(math.nan,) * 4)
+UNKNOWN = Slopes(*(math.nan,) * 3)
 CONFIG = {"spread": 0.5, "converge_every": 10, "auto_lr": True, "schedule": "OneCycleLR", "initial_lr.0": 4e-5}
 
 
@@ -239,7 +239,7 @@ class TestJsonLines:
 
         lines = [json.loads(line, parse_constant=refuse) for line in path.read_text().splitlines()]
         assert lines[0] == {"config": CONFIG, "step": 0}
-        unknown = {"probe": {"raw": None, "debiased": None, "noise": None, "further": None}}
+        unknown = {"probe": {"raw": None, "debiased": None, "noise": None}}
         assert lines[1] == json.loads(json.dumps(dataclasses.asdict(reports[0]) | unknown))
         expected = dataclasses.asdict(reports[1]) | {"losses": (None, None, 2.0)} | unknown
         assert lines[2] == json.loads(json.dumps(expected))
@@ -249,10 +249,10 @@ class TestJsonLines:
         path = tmp_path / "rounds.jsonl"
         monitor = JsonLines(path)
         monitor.start(CONFIG, step=0, writer=True)
-        monitor.report(make_report(10, probe=Slopes(0.25, math.nan, math.inf, math.nan)))
+        monitor.report(make_report(10, probe=Slopes(0.25, math.nan, math.inf)))
         monitor.report(make_report(20, rolled_back=True, hypergradient=(-math.inf,)))
         first, second = read_jsonl(path)
-        assert first["probe"] == {"raw": 0.25, "debiased": None, "noise": None, "further": None}
+        assert first["probe"] == {"raw": 0.25, "debiased": None, "noise": None}
         assert first["rolled_back"] is False
         assert (second["probe"]["raw"], second["rolled_back"], second["hypergradient"]) == (None, True, [None])
         assert set(first) == {field.name for field in dataclasses.fields(Report)}
@@ -312,6 +312,7 @@ class TestTensorBoard:
             assert found[f"hdet/base_lr/{group}"] == [(10, np.float32(report.base_lr[g]))]
             assert found[f"hdet/gain/{group}"] == [(10, np.float32(report.next_gain[g]))]
             assert found[f"hdet/hypergradient/{group}"] == [(10, np.float32(report.hypergradient[g]))]
+            assert found[f"hdet/movement/{group}"] == [(10, np.float32(report.movement[g]))]
             assert found[f"hdet/velocity/{group}"] == [(10, np.float32(report.velocity[g]))]
             assert found[f"hdet/movement/{group}"] == [(10, np.float32(report.movement[g]))]
             for r in range(3):
@@ -348,9 +349,9 @@ class TestTensorBoard:
 
     def test_probe_and_rollback(self, tmp_path: Path) -> None:
         reports = [
-            make_report(10, probe=Slopes(0.3, -0.2, 0.1, 0.4)),
+            make_report(10, probe=Slopes(0.3, -0.2, 0.1)),
             make_report(20, complete=False, rolled_back=True),  # as a rollback reports itself
-            make_report(30, probe=Slopes(0.4, 0.5, math.nan, math.nan)),
+            make_report(30, probe=Slopes(0.4, 0.5, math.nan)),
         ]
         write(tmp_path, *reports, config={**CONFIG, "probe": True, "rollback": True})
         found = curves(tmp_path)
@@ -522,7 +523,7 @@ class TestTabs:
         from tensorboard.plugins.custom_scalar.custom_scalars_plugin import CustomScalarsPlugin
         from tensorboard.plugins.scalar.scalars_plugin import ScalarsPlugin
 
-        report = make_report(groups=groups, probe=Slopes(0.3, -0.2, 0.1, 0.4) if probe else UNKNOWN)
+        report = make_report(groups=groups, probe=Slopes(0.3, -0.2, 0.1) if probe else UNKNOWN)
         write(tmp_path / "run", report, max_replicas=max_replicas, config={**CONFIG, "probe": probe})
         context = self.plugin_context(tmp_path)
         plugin = CustomScalarsPlugin(context)

@@ -163,6 +163,7 @@ def test_a_state_of_a_shorter_run_continues_with_this_runs_schedule():
 
 
 @pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning")  # inside torch's compiler
+@pytest.mark.filterwarnings("ignore:Guards may run slower on Python 3.13.0:RuntimeWarning")
 def test_rounds_do_not_compile_anew():
     """A tensor learning rate is written in place, so that a compiled model and optimizer step stay as they are."""
     from torch._dynamo.utils import counters
@@ -173,6 +174,7 @@ def test_rounds_do_not_compile_anew():
     optimizer = torch.optim.AdamW(model.parameters(), lr=torch.tensor(0.01), capturable=False)
     scheduler = hdet.Ensemble(
         optimizer, hdet.schedules.cosine(total_steps=40), model=model, spread=0.2, converge_every=3, auto_lr=True,
+        total_steps=40,
     )  # fmt: skip
     step = torch.compile(optimizer.step, backend="eager", fullgraph=False)
     graphs = []

@@ -10,8 +10,8 @@ from hdet.monitor.report import Converged, Moment, assemble
 from hdet.observe.slopes import ProbeLosses
 from hdet.steer.controllers import Controllers, RoundObservation
 from hdet.steer.one_slope import OneSlope
+from hdet.steer.posterior import Posterior
 from hdet.steer.published import Published
-from hdet.steer.two_slope import TwoSlope
 
 NAMES = ("weight_decay",)
 
@@ -25,7 +25,7 @@ def decay():
 
 def controllers(controller=None, rates=1, names=NAMES):
     return Controllers(
-        controller or TwoSlope(), OneSlope(), auto_lr=True, rates=rates, names=names, replicas=4, spread=0.1,
+        controller or Posterior(), OneSlope(), auto_lr=True, rates=rates, names=names, replicas=4, spread=0.1,
         design="orthogonal", seed=0,
     )  # fmt: skip
 
@@ -33,8 +33,8 @@ def controllers(controller=None, rates=1, names=NAMES):
 def observation(k, losses=(1.0, 1.1, 0.9, 1.0), probe=True):
     one = (1.0,) * 4
     above, below = (1.1 + 0.01 * k, 1.3, 0.9, 1.2), (1.0, 0.8, 1.1, 0.9)
-    seen = ProbeLosses(above, below, (0.9,) * 4, (1.1,) * 4, one, (2.0,) * 4) if probe else None
-    return RoundObservation(losses, (0.1,), 0.1 + 0.01 * k, 0.01, 1.0, 0.55, 0.0, 4.0, seen)
+    seen = ProbeLosses(above, below, (0.9,) * 4, (1.1,) * 4, one) if probe else None
+    return RoundObservation(losses, (0.1,), 0.1 + 0.01 * k, 0.01, 1.0, 0.55, 0.0, 4.0, seen, (0.05,))
 
 
 def test_a_move_is_an_update_clamped_to_the_bounds():
@@ -78,18 +78,19 @@ def test_a_rollback_divides_the_gains_and_keeps_the_centres():
     undone, h = controllers(), decay()
     for k in range(5):
         undone.move(k, observation(k), [h])
-    gains, position = undone.gains, undone.centre_states[0].position
+    gains, position, (before,) = undone.gains, undone.centre_states[0].position, undone.lr_states
     report = undone.roll_back(5, [h], divisor=3.0)
     assert report.gain == gains
     assert report.next_gain == undone.gains == (gains[0] / 3.0,)
     assert undone.centre_states[0].position == position
-    assert undone.centre_states[0].rounds == undone.lr_states[0].rounds == 0
+    assert undone.centre_states[0].rounds == 0
+    assert undone.lr_states == [Posterior().cut(before, 3.0)]
 
 
 @pytest.mark.parametrize("rates", [1, 2])
 def test_a_report_is_by_parameter_group(rates):
     moved = controllers(Published(warmup_rounds=0), rates, ())
-    seen = observation(0, (1.0, 2.0, 3.0, 4.0), probe=False)._replace(schedule=(0.1, 0.01))
+    seen = observation(0, (1.0, 2.0, 3.0, 4.0), probe=False)._replace(schedule=(0.1, 0.01), movement=())
     control = moved.move(0, seen)
     moment = Moment(20, 0, True, ("body", "head"), (0.1, 0.01), 4, True)
     report = assemble(moment, (1.0, math.nan, 3.0, 4.0), control)

@@ -41,6 +41,7 @@ def test_the_constructors_name_no_setting_themselves():
 
 
 def test_the_training_program_has_hdets_types_defaults_and_texts(capsys):
+    pytest.importorskip("jsonargparse")
     config = Config()
     for name in SHARED:
         assert getattr(config.hdet, name) == DECLARED[name].default

@@ -87,7 +87,12 @@ def test_a_round_that_takes_too_long_is_cut_short_and_that_is_told(monkeypatch, 
 
 def test_with_overlap_a_run_stops_where_it_validates(monkeypatch, tmp_path):
     """It waits for the average of a round there; at the round's end an uninterrupted run would not."""
-    overlap = ["--hdet.averaging.overlap_steps=2", "--hdet.probe=false", "--train.eval_every=4"]
+    overlap = [
+        "--hdet.averaging.overlap_steps=2",
+        "--hdet.probe=false",
+        "--train.eval_every=4",
+        "--hdet.controller=published",
+    ]
     signals(monkeypatch, (2, signal.SIGTERM))
     assert run(monkeypatch, tmp_path, *overlap) == 128 + signal.SIGTERM
     assert state(tmp_path)["step"] == 4

@@ -50,10 +50,13 @@ def run(monkeypatch, log_dir, *arguments):
         (["--model.n_head=3"], "model.n_head"),
         (["--model.dropout=1"], "model.dropout"),
         (["--hdet.published.momentum=2"], "momentum"),
-        (["--hdet.probe=true", "--hdet.two_slope.ramp=2"], "ramp"),
-        (["--hdet.probe=true", "--hdet.two_slope.momentum=0.5"], "hdet.two_slope.momentum"),
-        (["--hdet.probe=true", "--hdet.published.momentum=0.5"], r"set hdet\.two_slope instead"),
-        (["--hdet.two_slope.step=0.1"], r"hdet\.two_slope needs hdet\.probe=true"),
+        (["--hdet.posterior.memory=2"], "memory"),
+        (["--hdet.posterior.momentum=0.5"], "hdet.posterior.momentum"),
+        (["--hdet.published.momentum=0.5"], r"no effect without hdet\.controller=published"),
+        (["--hdet.controller=published", "--hdet.posterior.evidence=9"], r"hdet\.posterior has no effect"),
+        (["--hdet.controller=published", "--hdet.probe=true"], r"no use with hdet\.controller=published"),
+        (["--hdet.controller=two_slope"], r"hdet\.controller"),
+        (["--hdet.averaging.overlap_steps=2"], r"Set hdet\.controller=published"),
         (["--hdet.probe=true", "--hdet.auto_lr=false"], r"hdet\.auto_lr=false"),
         (["--hdet.probe=true", "--hdet.averaging.overlap_steps=2"], r"hdet\.averaging\.overlap_steps=2"),
         (["--hdet.rollback=cpu", "--hdet.auto_lr=false"], r"hdet\.rollback=cpu"),
@@ -85,7 +88,8 @@ def test_a_bad_setting_is_named(arguments, named):
         ("trian: {total_steps: 3}", "trian"),
         ("train: 3", "train=3"),
         ("hdet: {published: 3}", "hdet"),
-        ("hdet: {probe: true, two_slope: 3}", "hdet"),
+        ("hdet: {probe: true, posterior: 3}", "hdet"),
+        ("hdet: {two_slope: {step: 0.1}}", "two_slope"),
     ],
 )
 def test_a_bad_key_in_a_file_is_named(tmp_path, text, named):
@@ -117,7 +121,7 @@ def test_a_run_that_cannot_start_exits_with_2_and_leaves_nothing(monkeypatch, tm
 
 def test_the_command_line_overrides_the_file(tmp_path):
     file = tmp_path / "run.yaml"
-    file.write_text("train: {total_steps: 5, seed: 7}\nhdet: {published: {momentum: 0.5}}\n")
+    file.write_text("train: {total_steps: 5, seed: 7}\nhdet: {controller: published, published: {momentum: 0.5}}\n")
     config = parse([f"--config={file}", "--train.total_steps=6", "--resume"])
     assert (config.train.total_steps, config.train.seed, config.train.resume) == (6, 7, True)
     assert config.hdet.published == hdet.controller.Published(momentum=0.5)
@@ -126,12 +130,10 @@ def test_the_command_line_overrides_the_file(tmp_path):
 
 def test_auto_lr_can_be_configured(tmp_path):
     file = tmp_path / "run.yaml"
-    file.write_text(
-        "optimizer: {max_lr: auto}\nhdet: {probe: true, rollback: cpu, two_slope: {noise_weight: [1, 0.1]}}\n"
-    )
-    config = parse([f"--config={file}", "--hdet.per_group=true", "--hdet.two_slope.step=0.1"])
+    file.write_text("optimizer: {max_lr: auto}\nhdet: {probe: true, rollback: cpu, posterior: {bounds: [0.1, 10]}}\n")
+    config = parse([f"--config={file}", "--hdet.per_group=true", "--hdet.posterior.memory=0.1"])
     assert (config.optimizer.max_lr, config.hdet.rollback, config.hdet.per_group) == ("auto", "cpu", True)
-    assert config.hdet.two_slope == hdet.controller.TwoSlope(step=0.1, noise_weight=(1.0, 0.1))
+    assert config.hdet.posterior == hdet.controller.Posterior(memory=0.1, bounds=(0.1, 10.0))
     assert parse(["--hdet.rollback=false"]).hdet.rollback is False
 
 
@@ -331,7 +333,14 @@ def nothing_to_probe(model, batch):
 
 
 @pytest.mark.parametrize("schedule", ["one_cycle", "cosine"])
-@pytest.mark.parametrize("arguments", [[], ["--hdet.probe=true", "--hdet.two_slope.step=0.1", "--hdet.rollback=cpu"]])
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["--hdet.posterior.evidence=0"],
+        ["--hdet.controller=published", "--hdet.published.momentum=0.5"],
+        ["--hdet.probe=true", "--hdet.posterior.memory=0.1", "--hdet.rollback=cpu"],
+    ],
+)
 def test_the_ensemble_gets_what_the_section_says(schedule, arguments):
     arguments = [*arguments, "--train.total_steps=10", "--hdet.per_group=true", f"--schedule.name={schedule}"]
     config = parse(arguments)
@@ -341,7 +350,7 @@ def test_the_ensemble_gets_what_the_section_says(schedule, arguments):
     ensemble = optimization.Schedule(config, optimizer, model, [], probe).ensemble
     resolved = ensemble.settings
     assert (resolved.probe is not None, resolved.given["per_group"]) == (config.hdet.probe, True)
-    assert resolved.controller == (config.hdet.two_slope if probe else hdet.controller.Published())
+    assert resolved.controller == getattr(config.hdet, config.hdet.controller)
     assert (resolved.total_steps, resolved.rolls_back) == (10, True)
 
 
@@ -445,7 +454,7 @@ def test_a_kill_while_saving_leaves_a_usable_checkpoint(tmp_path, at):
 def test_a_run_may_be_resumed_with_more_steps(monkeypatch, tmp_path, schedule, spread):
     """From the step of the checkpoint on, the learning rates are those of the longer run."""
     settings = ["--task.name=digits", "--model.channels=2", "--train.eval_every=0", "--train.log_every=1"]
-    settings += [f"--schedule.name={schedule}", f"--hdet.spread={spread}"]
+    settings += [f"--schedule.name={schedule}", f"--hdet.spread={spread}", "--hdet.auto_lr=false"]
     extended, long = tmp_path / "extended", tmp_path / "long"
     assert run(monkeypatch, extended, *settings, "--train.total_steps=6") == 0
     assert run(monkeypatch, extended, *settings, "--train.total_steps=12", "--resume") == 0
@@ -470,6 +479,7 @@ def test_resuming_under_another_setting_is_refused_by_name(tmp_path):
 
 def test_a_learning_rate_that_was_found_is_not_looked_for_again(monkeypatch, tmp_path, capfd):
     arguments = ["--train.total_steps=4", "--train.eval_every=0", "--train.log_every=1", "--optimizer.max_lr=auto"]
+    arguments.insert(0, "--hdet.auto_lr=false")
     assert run(monkeypatch, tmp_path, *arguments, "--train.stop_at=2") == 0
     saved = torch.load(tmp_path / "checkpoint.pt", weights_only=True)
     assert saved["config"]["optimizer"]["max_lr"] == "auto"
@@ -519,7 +529,8 @@ def test_a_run_leaves_its_results(monkeypatch, tmp_path, capfd):
     assert [r["step"] for r in records if "val_loss" in r] == [3, 6]
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
     assert summary["validation_loss"] == records[-1]["val_loss"]
-    assert (summary["steps"], summary["replicas"], summary["gain"]) == (6, 1, {"decay": 1.0, "no_decay": 1.0})
+    assert (summary["steps"], summary["replicas"], list(summary["gain"])) == (6, 1, ["decay", "no_decay"])
+    assert summary["gain"]["decay"] == summary["gain"]["no_decay"] != 1  # by how far the weights move
     assert 0 <= summary["converge_overhead"] < 1
     assert list((tmp_path / "run").glob("events.out.tfevents.*"))
     assert torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True)["step"] == 6

@@ -126,3 +126,27 @@ def test_the_environments_are_the_oldest_and_newest_that_are_named():
     packages = dict(package.split("==") for package in oldest["packages"].split())
     assert packages.keys() == lowest.keys()
     assert all(packages[name].startswith(lowest[name]) for name in lowest)
+
+
+SCRIPT = ROOT / "launch" / "environments.sh"
+
+
+def test_an_environment_that_is_not_named_is_told(tmp_path):
+    done = subprocess.run(
+        ["bash", SCRIPT, "newset"],
+        env=os.environ | {"HDET_ENVIRONMENTS": str(tmp_path)},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 1
+    assert "pyproject.toml names no python for newset in [tool.hdet.environments]" in done.stderr
+    assert "environments.sh: failed: newset" in done.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+@pytest.mark.skipif("HDET_ENVIRONMENTS" not in os.environ, reason="makes some GB in the folder HDET_ENVIRONMENTS")
+@pytest.mark.parametrize("name", ENVIRONMENTS)
+def test_hdet_works_with_the_oldest_and_the_newest_python_and_torch(name):
+    done = subprocess.run(["bash", SCRIPT, name], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-5000:]

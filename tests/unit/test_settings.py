@@ -85,6 +85,7 @@ WRONG = [
 
 def test_a_type_checker_sees_every_setting(tmp_path):
     """mypy takes right calls, strictly, and finds wrong names and types."""
+    pytest.importorskip("mypy")
     good, bad = tmp_path / "good.py", tmp_path / "bad.py"
     good.write_text(CALLS)
     bad.write_text(CALLS + "\n".join(call for call, _ in WRONG) + "\n")

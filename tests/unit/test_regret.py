@@ -100,6 +100,12 @@ def test_every_schedule_warms_up_to_max_lr_and_ends_as_it_says(schedule):
     assert rates[-1] == pytest.approx(0.1) if schedule == "constant" else rates[-1] < 0.01
 
 
+def test_a_peak_between_the_steps_of_the_forecast_is_a_height_of_1():
+    """From 1,001 steps on the forecast has not all of them: the schedule was then above 1, which is no height."""
+    workload = dataclasses.replace(SHORT, steps=1200)
+    assert math.isfinite(simulate(workload, SHORT.tuned, 0, Setting(probe=False)).loss)
+
+
 def test_a_simulated_round_that_blew_up_is_undone():
     """One of the batches has targets that are no number: with the rollback the run goes on from the round before."""
     drawn = []

@@ -108,7 +108,7 @@ def simulate(
         optimizer.step()
         optimizer.param_groups[0]["lr"] = base / gain
         try:
-            replicas.end_step(step + 1, batch, float(schedule.get_last_lr()[0]) / ahead.peak)
+            replicas.end_step(step + 1, batch, float(schedule.get_last_lr()[0]))
         except DivergedError:
             return Outcome(math.nan, time.perf_counter() - began, gain, details)
         if step + 1 < steps:
@@ -190,10 +190,11 @@ class _Replicas:
         nn.utils.clip_grad_norm_(self._parameters, 1.0)
         return math.fsum(losses) / len(losses)
 
-    def end_step(self, step: int, batch: Batch, height: float) -> None:
+    def end_step(self, step: int, batch: Batch, lr: float) -> None:
         """What the ensemble does in ``step()``; raises ``DivergedError`` after too many rollbacks."""
         if step % self.round_length:
             return
+        height = self._course.height(lr)
         controller, progress = self._setting.controller, step / self._steps
         mean = self._bucket.pack()
         losses = tuple(total / self.round_length for total in self._losses)

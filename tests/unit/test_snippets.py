@@ -59,6 +59,8 @@ untyped_calls_exclude = torch
 [mypy-accelerate.*,datasets.*,deepspeed.*,lightning.*,transformers.*]
 follow_imports = skip
 ignore_missing_imports = True
+[mypy-hdet,hdet.*]
+follow_imports = silent
 """
 
 

@@ -3,12 +3,11 @@
 import functools
 import itertools
 import os
-import pickle
 import sys
-import traceback
 from pathlib import Path
 
 import deepspeed
+import scenarios
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -576,20 +575,7 @@ def outer_momentum(rank, world):
 
 def main():
     deepspeed.init_distributed(dist_backend="gloo", verbose=False)
-    rank, world = dist.get_rank(), dist.get_world_size()
-    only = os.environ.get("HDET_SCENARIOS", "").split(",") if os.environ.get("HDET_SCENARIOS") else None
-    for function in SCENARIOS:
-        if only and function.__name__ not in only:
-            continue
-        try:
-            torch.manual_seed(0)
-            result = function(rank, world)
-        except BaseException:
-            traceback.print_exc()
-            os._exit(1)  # the others are in a collective, and are killed
-        (OUT / f"{function.__name__}.{rank}.pickle").write_bytes(pickle.dumps(result))
-        dist.barrier()
-    dist.barrier()
+    scenarios.run(SCENARIOS, OUT)
     dist.destroy_process_group()
 
 

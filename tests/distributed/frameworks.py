@@ -1,13 +1,12 @@
 """What the workers of the frameworks have in common: a net, its data, and plain loops to compare with."""
 
-import os
-import pickle
+import functools
 import shutil
 import sys
 import tempfile
-import traceback
 from pathlib import Path
 
+import scenarios
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -112,25 +111,22 @@ def shared_folder():
     return Path(path)
 
 
-def run(scenarios):
-    """All scenarios in the group that this process belongs to; what each returns goes into a file for each rank."""
-    out = Path(sys.argv[1])
+def run(functions):
+    """All scenarios, each with this rank and a folder for all ranks, in the group that this process belongs to."""
     dist.init_process_group("gloo")
-    rank = dist.get_rank()
-    only = os.environ.get("HDET_SCENARIOS")
-    for function in scenarios:
-        if only and function.__name__ not in only.split(","):
-            continue
+    scenarios.run([in_shared_folder(function) for function in functions], Path(sys.argv[1]))
+
+
+def in_shared_folder(function):
+    """The scenario ``function(rank, folder)``; the folder is removed once all ranks have left it."""
+
+    @functools.wraps(function)
+    def scenario(rank, world):
         folder = shared_folder()
-        try:
-            torch.manual_seed(0)
-            result = function(rank, folder)
-        except BaseException:
-            traceback.print_exc()
-            sys.stderr.flush()
-            os._exit(1)  # the others are in a collective, and are killed
-        (out / f"{function.__name__}.{rank}.pickle").write_bytes(pickle.dumps(result))
+        result = function(rank, folder)
         dist.barrier()
         if rank == 0:
             shutil.rmtree(folder)
-    dist.barrier()
+        return result
+
+    return scenario

@@ -5,13 +5,11 @@ As in worker.py, a scenario returns plain values; what it must do is said in the
 
 import copy
 import math
-import os
-import pickle
 import sys
-import traceback
 import warnings
 from pathlib import Path
 
+import scenarios
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -720,21 +718,8 @@ def topologies(rank, world):
 def main():
     global MESH
     dist.init_process_group("gloo")
-    rank, world = dist.get_rank(), dist.get_world_size()
     MESH = init_device_mesh("cpu", (REPLICAS, MEMBERS), mesh_dim_names=("replicate", "shard"))
-    only = os.environ.get("HDET_SCENARIOS", "").split(",") if os.environ.get("HDET_SCENARIOS") else None
-    for function in SCENARIOS:
-        if only and function.__name__ not in only:
-            continue
-        try:
-            torch.manual_seed(0)
-            result = function(rank, world)
-        except BaseException:
-            traceback.print_exc()
-            os._exit(1)  # the others are in a collective, and are killed
-        (OUT / f"{function.__name__}.{rank}.pickle").write_bytes(pickle.dumps(result))
-        dist.barrier()
-    dist.barrier()
+    scenarios.run(SCENARIOS, OUT)
     dist.destroy_process_group()
 
 

@@ -2,13 +2,11 @@
 
 import copy
 import logging
-import os
-import pickle
 import sys
-import traceback
 import warnings
 from pathlib import Path
 
+import scenarios
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -646,21 +644,7 @@ def surroundings(rank, world):
 
 def main():
     dist.init_process_group("gloo")
-    rank, world = dist.get_rank(), dist.get_world_size()
-    only = os.environ.get("HDET_SCENARIOS", "").split(",") if os.environ.get("HDET_SCENARIOS") else None
-    for function in SCENARIOS:
-        if only and function.__name__ not in only:
-            continue
-        try:
-            torch.manual_seed(0)
-            result = function(rank, world)
-        except BaseException:
-            traceback.print_exc()
-            sys.stderr.flush()
-            os._exit(1)  # the others are in a collective, and are killed
-        (OUT / f"{function.__name__}.{rank}.pickle").write_bytes(pickle.dumps(result))
-        dist.barrier()
-    dist.barrier()
+    scenarios.run(SCENARIOS, OUT)
     dist.destroy_process_group()
 
 

@@ -15,6 +15,7 @@ from hdet.explore import ParamGroupField, copied, hand_over, keep_fan_out
 from hdet.model import check_unsharded
 from hdet.monitor import Report
 from hdet.observe import Loss, check_loss
+from hdet.schedules.advance import advance, is_plain
 from hdet.schedules.forecast import forecast
 from hdet.schedules.saved import check_scheduler_state
 from hdet.settings import Resolved, Settings, resolve
@@ -54,6 +55,11 @@ class OneCycleLR(lr_scheduler.OneCycleLR):
 
     _ensemble: Ensemble | None = None
     _is_closed = False
+    _is_plain = True
+
+    def __init_subclass__(cls, **keywords: Any) -> None:
+        super().__init_subclass__(**keywords)
+        cls._is_plain = is_plain(cls)
 
     def __init__(
         self,
@@ -167,7 +173,10 @@ class OneCycleLR(lr_scheduler.OneCycleLR):
             _step_schedule(self, epoch)
         else:
             ensemble.end_step(loss, batch)
-            _step_schedule(self, epoch)
+            if epoch is None and self._is_plain:
+                advance(self)
+            else:
+                _step_schedule(self, epoch)
             ensemble.fan_out()
 
     def each(self, micro_batches: Iterable[Any]) -> Iterator[Any]:

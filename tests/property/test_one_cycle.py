@@ -209,3 +209,19 @@ def test_is_a_torch_scheduler_and_warns_like_one():
         scheduler.step(epoch=2)
     assert "epoch parameter" in str(caught[0].message)
     assert scheduler.last_epoch == 2
+
+
+def test_a_subclass_computes_its_own_rates():
+    class Floored(hdet.OneCycleLR):
+        def get_lr(self):
+            return [max(lr, 0.05) for lr in super().get_lr()]
+
+    model = torch.nn.Linear(2, 2)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    scheduler = Floored(optimizer, 0.1, total_steps=8, model=model, converge_every=3)
+    rates = []
+    for _ in range(7):
+        optimizer.step()
+        scheduler.step()
+        rates.append(optimizer.param_groups[0]["lr"])
+    assert min(rates) == 0.05 < max(rates)

@@ -94,10 +94,36 @@ struct Narrow<Half> {
   }
 };
 
-HDET_INLINE int is_nonfinite(float x) { return (bit_cast<uint32_t>(x) & 0x7f800000u) == 0x7f800000u; }
-HDET_INLINE int is_nonfinite(double x) { return (bit_cast<uint64_t>(x) >> 52 & 0x7ffu) == 0x7ffu; }
-HDET_INLINE int is_nonfinite(BFloat16 x) { return (static_cast<uint32_t>(x) & 0x7f80u) == 0x7f80u; }
-HDET_INLINE int is_nonfinite(Half x) { return (static_cast<uint32_t>(x) & 0x7c00u) == 0x7c00u; }
+// -------------------------------------------------------------------------------------- the size of an element
+
+// |x| as an integer that grows with it. That of infinity and NaN is above all others.
+HDET_INLINE int32_t magnitude(float x) { return bit_cast<int32_t>(x) & 0x7fffffff; }
+HDET_INLINE int64_t magnitude(double x) { return bit_cast<int64_t>(x) & 0x7fffffffffffffff; }
+HDET_INLINE int32_t magnitude(BFloat16 x) { return static_cast<int32_t>(x) & 0x7fff; }
+HDET_INLINE int32_t magnitude(Half x) { return static_cast<int32_t>(x) & 0x7fff; }
+
+// The largest finite magnitude of each dtype that is not above a limit.
+struct Limits {
+  int64_t float64;
+  int32_t float32, bfloat16, float16;
+
+  explicit Limits(double limit) {
+    const double largest = bit_cast<double>(int64_t{0x7fefffffffffffff});
+    if (!(limit < largest)) limit = largest;
+    float64 = magnitude(limit);
+    const float most = bit_cast<float>(int32_t{0x7f7fffff});
+    const float nearest = limit < most ? static_cast<float>(limit) : most;
+    float32 = magnitude(nearest) - (nearest > limit);
+    bfloat16 = float32 >> 16;
+    const Half half = Narrow<Half>::from(bit_cast<float>(float32));
+    float16 = magnitude(half) - (magnitude(half) > 0x7bff || widen(half) > limit);
+  }
+};
+
+HDET_INLINE int is_beyond(double x, const Limits& limits) { return magnitude(x) > limits.float64; }
+HDET_INLINE int is_beyond(float x, const Limits& limits) { return magnitude(x) > limits.float32; }
+HDET_INLINE int is_beyond(BFloat16 x, const Limits& limits) { return magnitude(x) > limits.bfloat16; }
+HDET_INLINE int is_beyond(Half x, const Limits& limits) { return magnitude(x) > limits.float16; }
 
 // ------------------------------------------------------------------------------------------ the equations
 

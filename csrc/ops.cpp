@@ -25,7 +25,7 @@ namespace {
 
 // Blocks to a thread, at least: below, starting a thread costs more than it saves.
 constexpr int64_t kGrain = 16;
-// Elements that are looked through before a thread asks whether another has found a non-finite one.
+// Elements that are looked through before a thread asks whether another has found a one beyond the limit.
 constexpr int64_t kFiniteStep = 32 * kBlock;
 
 // ---------------------------------------------------------------------------------------- loops over one block
@@ -42,21 +42,22 @@ HDET_VECTORISED void subtract_all(const Real* __restrict values, const Real* __r
 }
 
 template <class Real, class Wire>
-HDET_VECTORISED int scale_all(const Real* __restrict values, Real scale, Wire* __restrict wire, int64_t n) {
-  int nonfinite = 0;
+HDET_VECTORISED int scale_all(const Real* __restrict values, Real scale, Limits limits, Wire* __restrict wire,
+                              int64_t n) {
+  int beyond = 0;
   for (int64_t i = 0; i < n; ++i) {
     const Wire value = Narrow<Wire>::from(values[i] * scale);
     wire[i] = value;
-    nonfinite += is_nonfinite(value);
+    beyond += is_beyond(value, limits);
   }
-  return nonfinite;
+  return beyond;
 }
 
 template <class From>
-HDET_VECTORISED bool all_finite_in(const From* from, int64_t n) {
-  int nonfinite = 0;
-  for (int64_t i = 0; i < n; ++i) nonfinite |= is_nonfinite(from[i]);
-  return nonfinite == 0;
+HDET_VECTORISED bool all_within(const From* from, Limits limits, int64_t n) {
+  int beyond = 0;
+  for (int64_t i = 0; i < n; ++i) beyond |= is_beyond(from[i], limits);
+  return beyond == 0;
 }
 
 // By a power of two, multiplying with its reciprocal gives the same bits sooner.
@@ -156,8 +157,8 @@ const Piece* piece_at(const std::vector<Piece>& table, int64_t position) {
 }
 
 template <class Real, class Wire>
-int64_t pack_as(const Arguments& a, const Real* anchor, Real scale) {
-  std::atomic<int64_t> nonfinite{0};
+int64_t pack_as(const Arguments& a, const Real* anchor, Real scale, const Limits& limits) {
+  std::atomic<int64_t> beyond{0};
   Wire* const wire = static_cast<Wire*>(a.wire);
   torch::stable::parallel_for(0, blocks_of(a.numel), kGrain, [&](int64_t first, int64_t last) {
     alignas(64) Real values[kBlock];
@@ -183,11 +184,11 @@ int64_t pack_as(const Arguments& a, const Real* anchor, Real scale) {
         subtract_all(source, anchor + begin, values, size);
         source = values;
       }
-      found += scale_all(source, scale, wire + begin, size);
+      found += scale_all(source, scale, limits, wire + begin, size);
     }
-    nonfinite += found;
+    beyond += found;
   });
-  return nonfinite;
+  return beyond;
 }
 
 template <class Real, class Wire>
@@ -239,17 +240,19 @@ auto visit_wire(const Arguments& a, Visitor&& visitor) {
 
 // ------------------------------------------------------------------------------------------------------ the ops
 
-Tensor pack(const Tensor& wire, StableListHandle piece_list, double scale, const OptionalTensor& anchor) {
+Tensor pack(const Tensor& wire, StableListHandle piece_list, double scale, const OptionalTensor& anchor,
+            double limit) {
   const Tensors pieces(piece_list);
   Arguments a(wire, pieces, aoti_torch_device_type_cpu());
   void* const anchor_data = a.flat(anchor, "anchor");
   a.check_disjoint();
-  const int64_t nonfinite = visit_wire(a, [&](auto real, auto packed) {
+  const Limits limits(limit);
+  const int64_t beyond = visit_wire(a, [&](auto real, auto packed) {
     using Real = decltype(real);
-    return pack_as<Real, decltype(packed)>(a, static_cast<const Real*>(anchor_data), static_cast<Real>(scale));
+    return pack_as<Real, decltype(packed)>(a, static_cast<const Real*>(anchor_data), static_cast<Real>(scale), limits);
   });
   AtenTensorHandle result;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_scalar_to_tensor_int64(nonfinite, &result));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_scalar_to_tensor_int64(beyond, &result));
   return Tensor(result);
 }
 
@@ -273,9 +276,10 @@ Tensor unpack(const Tensor& wire, StableListHandle piece_list, double divisor, c
   return Tensor(result);
 }
 
-Tensor all_finite(StableListHandle piece_list) {
+Tensor all_finite(StableListHandle piece_list, double limit) {
   const Tensors pieces(piece_list);
   const std::vector<Piece> table = table_of(pieces, aoti_torch_device_type_cpu());
+  const Limits limits(limit);
   std::atomic<bool> finite{true};
   const int64_t numel = table.empty() ? 0 : table.back().end;
   torch::stable::parallel_for(0, blocks_of(numel), kGrain, [&](int64_t first, int64_t last) {
@@ -284,7 +288,7 @@ Tensor all_finite(StableListHandle piece_list) {
       const int64_t end = std::min({begin + kFiniteStep, last * kBlock, numel});
       for_each_run(piece, begin, end, [&](const Piece& p, int64_t from, int64_t n, int64_t) {
         visit(p.dtype, p.data, [&](auto* data) {
-          if (!all_finite_in(data + from, n)) finite = false;
+          if (!all_within(data + from, limits, n)) finite = false;
         });
       });
     }

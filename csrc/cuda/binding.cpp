@@ -26,7 +26,8 @@ void check(int error) {
   if (error != 0) throw std::runtime_error(std::string("hdet: CUDA error: ") + hdet_cuda_error(error));
 }
 
-Tensor pack(const Tensor& wire, StableListHandle piece_list, double scale, const OptionalTensor& anchor) {
+Tensor pack(const Tensor& wire, StableListHandle piece_list, double scale, const OptionalTensor& anchor,
+            double limit) {
   const Tensors pieces(piece_list);
   Arguments a(wire, pieces, aoti_torch_device_type_cuda());
   void* const anchor_data = a.flat(anchor, "anchor");
@@ -34,10 +35,10 @@ Tensor pack(const Tensor& wire, StableListHandle piece_list, double scale, const
 
   const int32_t device = wire.get_device_index();
   const torch::stable::accelerator::DeviceGuard guard(device);
-  const Tensor nonfinite = empty(0, 0, aoti_torch_dtype_int64(), device);
+  const Tensor beyond = empty(0, 0, aoti_torch_dtype_int64(), device);
   check(hdet_cuda_pack(a.table.data(), static_cast<int64_t>(a.table.size()), a.numel, a.wire, a.wire_dtype, anchor_data,
-                       scale, static_cast<unsigned long long*>(nonfinite.data_ptr()), current_stream(device)));
-  return nonfinite;
+                       scale, limit, static_cast<unsigned long long*>(beyond.data_ptr()), current_stream(device)));
+  return beyond;
 }
 
 Tensor unpack(const Tensor& wire, StableListHandle piece_list, double divisor, const OptionalTensor& anchor,
@@ -61,7 +62,7 @@ Tensor unpack(const Tensor& wire, StableListHandle piece_list, double divisor, c
   return squared_distance;
 }
 
-Tensor all_finite(StableListHandle piece_list) {
+Tensor all_finite(StableListHandle piece_list, double limit) {
   const Tensors pieces(piece_list);
   const std::vector<Piece> table = table_of(pieces, aoti_torch_device_type_cuda());
   int32_t device = 0;
@@ -69,7 +70,7 @@ Tensor all_finite(StableListHandle piece_list) {
   const torch::stable::accelerator::DeviceGuard guard(device);
   const Tensor finite = empty(0, 0, aoti_torch_dtype_bool(), device);
   check(hdet_cuda_all_finite(table.data(), static_cast<int64_t>(table.size()), table.empty() ? 0 : table.back().end,
-                             static_cast<bool*>(finite.data_ptr()), current_stream(device)));
+                             limit, static_cast<bool*>(finite.data_ptr()), current_stream(device)));
   return finite;
 }
 

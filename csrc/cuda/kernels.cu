@@ -84,7 +84,8 @@ template <class Real>
 struct Packing {
   const Real* anchor;
   Real scale;
-  unsigned long long* nonfinite;
+  Limits limits;
+  unsigned long long* beyond;
 };
 
 template <class Real>
@@ -181,7 +182,7 @@ __global__ void __launch_bounds__(kThreads)
 #pragma unroll
           for (int j = 0; j < 4; ++j) {
             packed.at[j] = Narrow<Wire>::from((widen(values[u].at[j]) - anchor[u].at[j]) * p.scale);
-            found += is_nonfinite(packed.at[j]);
+            found += is_beyond(packed.at[j], p.limits);
           }
           four(wire + mine + u * kRow) = packed;
         }
@@ -190,10 +191,10 @@ __global__ void __launch_bounds__(kThreads)
         const Real anchor = p.anchor ? p.anchor[at] : Real(0);
         const Wire packed = Narrow<Wire>::from((widen(*element) - anchor) * p.scale);
         wire[at] = packed;
-        found += is_nonfinite(packed);
+        found += is_beyond(packed, p.limits);
       });
   for (int lanes = 16; lanes > 0; lanes /= 2) found += __shfl_down_sync(0xffffffffu, found, lanes);
-  if (threadIdx.x % 32 == 0 && found) atomicAdd(p.nonfinite, static_cast<unsigned long long>(found));
+  if (threadIdx.x % 32 == 0 && found) atomicAdd(p.beyond, static_cast<unsigned long long>(found));
 }
 
 template <class Real, class Wire, int Capacity>
@@ -250,7 +251,7 @@ __global__ void __launch_bounds__(kThreads)
 
 template <int Capacity>
 __global__ void __launch_bounds__(kThreads)
-    all_finite_kernel(const __grid_constant__ Slice<Capacity> slice, bool* finite) {
+    all_finite_kernel(const __grid_constant__ Slice<Capacity> slice, const Limits limits, bool* finite) {
   int found = 0;
   for_block<Any>(
       slice, true,
@@ -262,9 +263,9 @@ __global__ void __launch_bounds__(kThreads)
 #pragma unroll
         for (int u = 0; u < kRows; ++u)
 #pragma unroll
-          for (int j = 0; j < 4; ++j) found |= is_nonfinite(values[u].at[j]);
+          for (int j = 0; j < 4; ++j) found |= is_beyond(values[u].at[j], limits);
       },
-      [&](auto* element, int64_t, int) { found |= is_nonfinite(*element); });
+      [&](auto* element, int64_t, int) { found |= is_beyond(*element, limits); });
   if (found) *finite = false;  // whoever writes, writes the same
 }
 
@@ -338,13 +339,14 @@ void with_wire(Dtype dtype, Run&& run) {
 using namespace hdet;
 
 extern "C" int hdet_cuda_pack(const Piece* table, int64_t pieces, int64_t numel, void* wire, Dtype wire_dtype,
-                              const void* anchor, double scale, unsigned long long* nonfinite, void* stream) {
-  const cudaError_t error = cudaMemsetAsync(nonfinite, 0, sizeof(*nonfinite), static_cast<cudaStream_t>(stream));
+                              const void* anchor, double scale, double limit, unsigned long long* beyond,
+                              void* stream) {
+  const cudaError_t error = cudaMemsetAsync(beyond, 0, sizeof(*beyond), static_cast<cudaStream_t>(stream));
   if (error != cudaSuccess) return error;
   with_wire(wire_dtype, [&](auto real, auto packed) {
     using Real = decltype(real);
     using Wire = decltype(packed);
-    const Packing<Real> packing{static_cast<const Real*>(anchor), static_cast<Real>(scale), nonfinite};
+    const Packing<Real> packing{static_cast<const Real*>(anchor), static_cast<Real>(scale), Limits(limit), beyond};
     for_slices(table, pieces, numel, [&](const auto& slice, uint32_t blocks) {
       HDET_LAUNCH((pack_kernel<Real, Wire>), blocks, kThreads, stream, slice, static_cast<Wire*>(wire), packing);
     });
@@ -379,11 +381,12 @@ extern "C" int hdet_cuda_unpack(const Piece* table, int64_t pieces, int64_t nume
   return cudaGetLastError();
 }
 
-extern "C" int hdet_cuda_all_finite(const Piece* table, int64_t pieces, int64_t numel, bool* finite, void* stream) {
+extern "C" int hdet_cuda_all_finite(const Piece* table, int64_t pieces, int64_t numel, double limit, bool* finite,
+                                    void* stream) {
   const cudaError_t error = cudaMemsetAsync(finite, 1, sizeof(*finite), static_cast<cudaStream_t>(stream));
   if (error != cudaSuccess) return error;
   for_slices(table, pieces, numel, [&](const auto& slice, uint32_t blocks) {
-    HDET_LAUNCH(all_finite_kernel, blocks, kThreads, stream, slice, finite);
+    HDET_LAUNCH(all_finite_kernel, blocks, kThreads, stream, slice, Limits(limit), finite);
   });
   return cudaGetLastError();
 }

@@ -8,9 +8,9 @@
 
 extern "C" {
 
-// nonfinite: one number on the device.
+// beyond: one number on the device.
 int hdet_cuda_pack(const hdet::Piece* table, int64_t pieces, int64_t numel, void* wire, hdet::Dtype wire_dtype,
-                   const void* anchor, double scale, unsigned long long* nonfinite, void* stream);
+                   const void* anchor, double scale, double limit, unsigned long long* beyond, void* stream);
 
 // sums: scratch on the device, a number for each block of the wire. squared_distance: one number on the device.
 int hdet_cuda_unpack(const hdet::Piece* table, int64_t pieces, int64_t numel, const void* wire, hdet::Dtype wire_dtype,
@@ -18,7 +18,8 @@ int hdet_cuda_unpack(const hdet::Piece* table, int64_t pieces, int64_t numel, co
                      hdet::Factors factors, double* sums, double* squared_distance, void* stream);
 
 // finite: one bool on the device.
-int hdet_cuda_all_finite(const hdet::Piece* table, int64_t pieces, int64_t numel, bool* finite, void* stream);
+int hdet_cuda_all_finite(const hdet::Piece* table, int64_t pieces, int64_t numel, double limit, bool* finite,
+                         void* stream);
 
 const char* hdet_cuda_error(int error);
 }

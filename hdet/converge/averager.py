@@ -24,14 +24,18 @@ from hdet.model.weights import Weights
 from hdet.replicas.agreement import digest
 from hdet.replicas.topology import Replicas
 
+LARGE = 0.5
+"""Between finite and not: see :class:`Inspection`."""
+
 
 class Inspection(NamedTuple):
     """A replica's model in three numbers, which replicas exchange; each below ``2**53``."""
 
     layout: int
     """Hash of the tensors' shapes, dtypes and strides, which must be equal on all replicas."""
-    finite: bool
-    """Whether all trainable parameters are finite; once gathered, whether they are on every member of the replica."""
+    finite: float
+    """1 if all trainable parameters are finite, 0 if one is not, and :data:`LARGE` if they are, but so large that the
+    sum over the replicas may overflow. Once gathered, the least of the replica's members."""
     untrained: int
     """Hash of the bits of the frozen parameters and buffers that were equal so far. Once gathered, of all members'."""
     untrained_finite: bool = True
@@ -48,12 +52,12 @@ class Averager:
 
     Sums are taken in fp32 (fp64 for fp64 tensors). Extra memory is two buckets, not a copy of the model: while one is
     being reduced the next is packed. A replica with a non-finite value contributes nothing and receives the mean. Where
-    a sum of finite values overflows it is taken again in a smaller scale. Of buffers that are infinite by design the
+    a sum of finite values could overflow it is taken in a smaller scale. Of buffers that are infinite by design the
     finite elements are averaged, each over the replicas that have one.
 
     From the second average on the first bucket is reduced together with the numbers that the ranks exchange
-    (:meth:`gather`). If these say that a replica is not finite, or that the replicas do not agree, the result is not
-    used.
+    (:meth:`gather`). If these say that a replica is not finite, or too large, or that the replicas do not agree, the
+    result is not used.
 
     Args:
         weights: what is averaged; tied tensors once.
@@ -97,19 +101,18 @@ class Averager:
     def inspect(self) -> Inspection:
         """What this rank tells the others before an average. Not collective."""
         if not self._inspects:
-            return Inspection(0, True, 0)
+            return Inspection(0, 1.0, 0)
         plan = self._current_plan()
         self._is_first_reduced = False
-        buckets, finite = plan.buckets, True
+        buckets, fits = plan.buckets, True
         piggyback = self._memory.piggyback
         self._is_first_packed = self._memory.fits(plan)
         if piggyback is not None and self._is_first_packed:
+            first, *buckets = buckets
             anchor = self._reference.of(plan.layout, 0)
-            finite = not buckets[0].pack_counted(piggyback.wire, anchor)[1]
-            if not finite and anchor is not None:  # it may be the difference that is too large
-                finite = buckets[0].is_finite()
-            buckets = buckets[1:]
-        finite = finite and all(bucket.is_finite() for bucket in buckets)
+            fits = not first.pack_counted(piggyback.wire, anchor, limit=first.limit(self._ranks))[1]
+        fits = fits and all(bucket.is_finite(bucket.limit(self._ranks)) for bucket in buckets)
+        finite = 1.0 if fits else LARGE if all(bucket.is_finite() for bucket in plan.buckets) else 0.0
         untrained = list(zip(plan.positions, plan.untrained, strict=True))
         equal = [own for i, own in enumerate(untrained) if i not in plan.differing]
         hashes = fingerprint_all([t for _, t in equal])
@@ -176,7 +179,9 @@ class Averager:
         plan, excluded, sent = self._compare(inspections)
         squares: list[Tensor] = []
         points: list[Point] = []
-        rescaled = False
+        scale, rescaled = self._scale(inspections)
+        if rescaled:
+            self._reference.drop()  # a difference of large values may overflow, too
 
         def finish(flight: InFlight) -> None:
             nonlocal rescaled
@@ -187,7 +192,8 @@ class Averager:
             if flight.snapshot is not None:
                 points.append(self._point_of(flight, excluded))
 
-        is_first_reduced, self._is_first_reduced = self._is_first_reduced and not excluded, False
+        is_first_reduced = self._is_first_reduced and not excluded and not rescaled
+        self._is_first_reduced = False
         piggyback = self._memory.piggyback_for(plan, self._numbers)
         previous: InFlight | None = None
         for i, bucket in enumerate(plan.buckets + plan.differing_buckets):
@@ -199,14 +205,15 @@ class Averager:
                 if is_first_reduced:
                     flight = InFlight(bucket, piggyback.wire, None, self._count(excluded), snapshot)
                 else:
-                    bucket.pack(piggyback.wire, anchor)
-                    flight = self._all_reduce(bucket, excluded, piggyback.wire, snapshot, piggyback.memory)
+                    bucket.pack(piggyback.wire, anchor, scale)
+                    flight = self._all_reduce(bucket, excluded, piggyback.wire, snapshot, piggyback.memory, scale)
             elif anchor is not None:
                 wire = bucket.pack(self._memory.wire(bucket, i % 2, self._reference.dtype), anchor)
                 flight = self._all_reduce(bucket, excluded, wire, snapshot)
             else:  # a point keeps the wire
-                wire = bucket.pack(None if return_points else self._memory.wire(bucket, i % 2))
-                flight = self._all_reduce(bucket, excluded, wire, snapshot)
+                wire = bucket.pack(None if return_points else self._memory.wire(bucket, i % 2), scale=scale)
+                flight = self._all_reduce(bucket, excluded, wire, snapshot, scale=scale)
+                flight.may_overflow = not is_trained
             flight.index = i if is_trained and is_float else None
             flight.anchor = anchor
             sent += flight.wire.nbytes
@@ -218,8 +225,6 @@ class Averager:
         for tensor in plan.differing_infinite:
             sent += self._average_known(tensor, excluded)
         self._weights.written()
-        if rescaled:
-            self._reference.drop()  # it is no longer where the replicas are
         self._reference.keep(plan.layout, plan.buckets)
         self._memory.piggyback_for(plan, self._numbers)  # from now on the dtype may be that of differences
         return Averaged(total(squares), excluded, sent, points, rescaled)
@@ -233,18 +238,22 @@ class Averager:
         if self._is_idle:
             return Pending([], self._weights, self._replicas, ())
         plan, excluded, sent = self._compare(inspections)
+        scale, rescaled = self._scale(inspections)
         flights = []
-        for bucket in plan.buckets + plan.differing_buckets:
+        for i, bucket in enumerate(plan.buckets + plan.differing_buckets):
             snapshot = bucket.pack()
-            flights.append(self._all_reduce(bucket, excluded, snapshot.clone(), snapshot))
+            wire = snapshot * scale if scale != 1 and bucket.dtype.is_floating_point else snapshot.clone()
+            flight = self._all_reduce(bucket, excluded, wire, snapshot, scale=scale)
+            flight.may_overflow = i >= len(plan.buckets)
+            flights.append(flight)
             sent += snapshot.nbytes
         for tensor in plan.differing_infinite:
             sent += self._average_known(tensor, excluded)
 
         def again(bucket: Bucket, snapshot: Tensor, scale: float) -> InFlight:
-            return self._all_reduce(bucket, excluded, snapshot.clone(), snapshot, scale=scale)
+            return self._all_reduce(bucket, excluded, snapshot * scale, snapshot, scale=scale)
 
-        return Pending(flights, self._weights, self._replicas, excluded, sent, again)
+        return Pending(flights, self._weights, self._replicas, excluded, sent, again, rescaled)
 
     @torch.no_grad()
     def broadcast(self) -> None:
@@ -299,21 +308,19 @@ class Averager:
         memory: Tensor | None = None,
         scale: float = 1.0,
     ) -> InFlight:
-        """Start reducing the wire, times ``scale``, or the ``memory`` that contains it."""
+        """Start reducing the wire, which holds values times ``scale``, or the ``memory`` that contains it."""
         is_mean = bucket.dtype.is_floating_point
         if self._replicas.rank in excluded:
             wire.fill_(0 if is_mean else torch.iinfo(bucket.dtype).min)
-        elif scale != 1:
-            wire.mul_(scale)
         op = dist.ReduceOp.SUM if is_mean else dist.ReduceOp.MAX
         work = self._replicas.all_reduce(wire if memory is None else memory, op, all_ranks=self.all_ranks)
         return InFlight(bucket, wire, work, self._count(excluded) * scale if is_mean else 0, snapshot)
 
     def _sum_again(self, flight: InFlight, excluded: tuple[int, ...]) -> InFlight:
         """The same sum where it overflowed, of the values as they are, in a smaller scale. Collective."""
-        again = self._all_reduce(
-            flight.bucket, excluded, flight.bucket.pack(), flight.snapshot, scale=smaller_scale(self._count(excluded))
-        )
+        scale = smaller_scale(self._count(excluded))
+        wire = flight.bucket.pack(scale=scale)
+        again = self._all_reduce(flight.bucket, excluded, wire, flight.snapshot, scale=scale)
         again.index = flight.index
         again.wait()
         return again
@@ -334,6 +341,16 @@ class Averager:
         total, count = sums
         own.copy_((total / count.clamp(min=1)).where(count > 0, largest))
         return sums.nbytes + largest.nbytes
+
+    def _scale(self, inspections: Sequence[Inspection]) -> tuple[float, bool]:
+        """What values are multiplied by before they are summed, and whether that is needed."""
+        is_large = any(inspection.finite == LARGE for inspection in inspections)
+        return smaller_scale(self._ranks) if is_large else 1.0, is_large
+
+    @property
+    def _ranks(self) -> int:
+        """How many wires are summed at most."""
+        return self._count(())
 
     def _count(self, excluded: tuple[int, ...]) -> int:
         """How many wires are summed for a mean."""

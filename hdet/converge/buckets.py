@@ -7,6 +7,7 @@ dtype, and int64 for integers.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -14,8 +15,8 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from hdet import ops
 from hdet.model.finite import all_finite
+from hdet.ops import _unchecked as ops
 
 _PACKABLE = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 
@@ -36,22 +37,29 @@ class Bucket:
     numel: int = 0
     """Elements of the wire."""
 
-    def pack(self, memory: Tensor | None = None, anchor: Tensor | None = None) -> Tensor:
+    def pack(self, memory: Tensor | None = None, anchor: Tensor | None = None, scale: float = 1.0) -> Tensor:
         """Copy the pieces into a wire, and return it.
 
         Args:
             memory: a 1-D tensor whose first elements become the wire, in its dtype; ``None`` for new memory.
             anchor: flat like the wire; subtracted from the pieces.
+            scale: what floating-point pieces are multiplied by.
         """
-        return self.pack_counted(memory, anchor)[0]
+        return self.pack_counted(memory, anchor, scale)[0]
 
-    def pack_counted(self, memory: Tensor | None = None, anchor: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """The same, and how many elements of the wire are not finite, as a 0-dim int64 tensor."""
+    def pack_counted(
+        self,
+        memory: Tensor | None = None,
+        anchor: Tensor | None = None,
+        scale: float = 1.0,
+        limit: float = math.inf,
+    ) -> tuple[Tensor, Tensor]:
+        """The same, and how many elements of the wire are not finite or beyond the limit, as a 0-dim int64 tensor."""
         if memory is None:
             memory = torch.empty(self.numel, dtype=self.dtype, device=self.device)
         wire = memory.narrow(0, 0, self.numel)
         if self.dtype.is_floating_point:
-            return wire, ops.pack(wire, self._staged(), anchor=anchor)
+            return wire, ops.pack(wire, self._staged(), scale, anchor, limit)
         torch._foreach_copy_(self._slots(wire), self.pieces)
         return wire, torch.zeros((), dtype=torch.int64)
 
@@ -72,16 +80,22 @@ class Bucket:
             torch._foreach_copy_(self.pieces, self._slots(wire))
             return torch.zeros((), dtype=torch.float64, device=self.device)
         staged = self._staged()
-        squared_distance = ops.unpack(wire, staged, divisor=divisor, anchor=anchor, slow=slow, slow_decay=slow_decay)
+        squared_distance = ops.unpack(wire, staged, divisor, anchor, slow, slow_decay)
         if staged is not self.pieces:
             for piece, stage in zip(self.pieces, staged, strict=True):
                 if stage is not piece:
                     piece.copy_(stage)
         return squared_distance
 
-    def is_finite(self) -> bool:
-        """Whether all elements of the pieces are finite. Integers are."""
-        return bool(ops.all_finite(self.pieces)) if self._is_direct else all_finite(self.pieces)
+    def is_finite(self, limit: float = math.inf) -> bool:
+        """Whether all elements of the pieces are finite and within the limit. Integers are."""
+        if self._is_direct:
+            return bool(ops.all_finite(self.pieces, limit))
+        return all_finite(self.pieces, limit)
+
+    def limit(self, count: float) -> float:
+        """What no element may be beyond, lest the sum of ``count`` wires overflow; half of it, for rounding."""
+        return torch.finfo(self.dtype).max / (2 * count) if self.dtype.is_floating_point else math.inf
 
     def write(self, wire: Tensor) -> None:
         """Write the wire into the tensors, in place."""

@@ -11,9 +11,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from hdet import ops
 from hdet.converge.buckets import Bucket
 from hdet.model.weights import Weights
+from hdet.ops import _unchecked as ops
 from hdet.replicas.topology import Replicas
 
 
@@ -29,7 +29,7 @@ class Averaged(NamedTuple):
     points: list[Point] | None = None
     """This replica's parameters before averaging, by bucket, if they were asked for."""
     rescaled: bool = False
-    """Whether a sum of finite values overflowed, and was taken again in a smaller scale."""
+    """Whether values were so large that their sum could overflow, and was taken in a smaller scale."""
     nonfinite: tuple[str, ...] = ()
     """Kinds of tensors that are finite on no replica: ``buffers``, ``optimizer state``."""
 
@@ -60,6 +60,8 @@ class InFlight:
     """The bucket's index among those of the trainable parameters; ``None`` if it has no slow average."""
     anchor: Tensor | None = None
     """What was subtracted from the wire; see :mod:`hdet.converge.delta`."""
+    may_overflow: bool = False
+    """Whether nobody has looked how large the values are before they were summed."""
 
     def wait(self) -> None:
         """Wait until the wire holds the sum or maximum."""
@@ -68,7 +70,7 @@ class InFlight:
 
     def has_overflowed(self) -> bool:
         """Whether the sum, once it is there, is not finite. It has the same bits on all ranks that took part."""
-        return bool(self.count) and not bool(ops.all_finite([self.wire]))
+        return self.may_overflow and bool(self.count) and not bool(ops.all_finite([self.wire]))
 
 
 def smaller_scale(count: float) -> float:
@@ -86,6 +88,7 @@ class Pending:
         excluded: replicas with non-finite values.
         sent: bytes this rank has sent.
         again: sums a wire of a bucket again, in place, in the scale it is given.
+        rescaled: whether values are so large that they were summed in a smaller scale.
     """
 
     def __init__(
@@ -96,9 +99,11 @@ class Pending:
         excluded: tuple[int, ...],
         sent: int = 0,
         again: Callable[[Bucket, Tensor, float], InFlight] | None = None,
+        rescaled: bool = False,
     ) -> None:
         self._in_flight, self._weights, self._replicas = flights, weights, replicas
         self._excluded, self._sent, self._again = excluded, sent, again
+        self._rescaled = rescaled
 
     @torch.no_grad()
     def finish(self) -> Averaged:
@@ -109,13 +114,18 @@ class Pending:
         itself, and loses its updates since.
         """
         squares = []
-        rescaled = False
+        rescaled = self._rescaled
         for flight in self._in_flight:
             flight.wait()
             assert flight.snapshot is not None
             if self._again is not None and flight.has_overflowed():
                 rescaled = True
-                self._finish_in_halves(flight, self._again)
+                again = self._again(flight.bucket, flight.snapshot, smaller_scale(flight.count))
+                again.wait()
+                self._finish_in_halves(again)
+                continue
+            if self._rescaled and flight.count:
+                self._finish_in_halves(flight)
                 continue
             if self._replicas.rank in self._excluded:
                 flight.bucket.unpack(flight.wire, flight.count or 1)
@@ -130,11 +140,8 @@ class Pending:
         self._in_flight = []
         return Averaged(total(squares), self._excluded, self._sent, rescaled=rescaled)
 
-    def _finish_in_halves(self, flight: InFlight, again: Callable[[Bucket, Tensor, float], InFlight]) -> None:
-        """Where the sum of the snapshots overflows, the correction may too: apply half of it twice. Collective."""
-        assert flight.snapshot is not None
-        flight = again(flight.bucket, flight.snapshot, smaller_scale(flight.count))
-        flight.wait()
+    def _finish_in_halves(self, flight: InFlight) -> None:
+        """Where the sum of the snapshots overflows, the correction may too: apply half of it twice."""
         assert flight.snapshot is not None
         if self._replicas.rank in self._excluded:
             flight.bucket.unpack(flight.wire, flight.count)

@@ -32,7 +32,7 @@ class Findings(NamedTuple):
     @property
     def finite(self) -> bool:
         """Whether parameters, buffers and optimizer state are."""
-        return self.weights.finite and self.weights.untrained_finite and self.optimizer.finite
+        return self.weights.finite > 0 and self.weights.untrained_finite and self.optimizer.finite
 
 
 def check_parts(name: str, parts: Sequence[Any], sizes: Sequence[int] | None) -> None:
@@ -160,7 +160,7 @@ class ConvergePhase:
         """What the replicas' terms say, by replica."""
         return [
             Findings(
-                Inspection(self.layout, bool(one["finite"]), int(one["constants"]), bool(one["untrained finite"])),
+                Inspection(self.layout, one["finite"], int(one["constants"]), bool(one["untrained finite"])),
                 StateInspection(
                     int(one["state layout"]),
                     bool(one["state finite"]),
@@ -201,7 +201,7 @@ class ConvergePhase:
         """Send what is to be averaged and return at once; :meth:`land` applies the mean. Collective."""
         weights = [one.weights for one in found]
         if any(one.finite for one in found):  # by when the mean is applied, state that is not finite will have spread
-            weights = [one.weights._replace(finite=one.weights.finite and one.optimizer.finite) for one in found]
+            weights = [one.weights._replace(finite=one.weights.finite * one.optimizer.finite) for one in found]
         pending = self._averager.start(weights)
         self._optimizer_state.converge([one.optimizer for one in found], (), complete=True)
         self._lost = _lost(found)

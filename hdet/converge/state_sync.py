@@ -11,7 +11,6 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.optim import Optimizer
 
-from hdet import ops
 from hdet.converge.buckets import Bucket, fill_buckets
 from hdet.converge.pending import smaller_scale
 from hdet.converge.state_entries import (
@@ -28,6 +27,7 @@ from hdet.converge.state_entries import (
 from hdet.errors import ReplicaMismatchError
 from hdet.model.optimizers import group_state
 from hdet.model.weights import local
+from hdet.ops import _unchecked as ops
 from hdet.replicas.agreement import digest
 from hdet.replicas.topology import Replicas
 

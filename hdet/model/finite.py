@@ -2,25 +2,33 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 
 import torch
 from torch import Tensor
 
-from hdet import ops
+from hdet.ops import _unchecked as ops
 
 _DIRECT = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 
 
-def all_finite(tensors: Iterable[Tensor]) -> bool:
-    """Whether all elements of tensors of any dtype, device and strides are finite. Waits for the devices."""
+def all_finite(tensors: Iterable[Tensor], limit: float = math.inf) -> bool:
+    """Whether all elements of tensors of any dtype, device and strides are finite and within ``[-limit, limit]``.
+    Integers are. Waits for the devices."""
     direct: dict[torch.device, list[Tensor]] = {}
     for tensor in tensors:
         if tensor.dtype in _DIRECT and tensor.is_contiguous():
             direct.setdefault(tensor.device, []).append(tensor)
-        elif is_float(tensor) and not bool(wide(tensor).isfinite().all()):
+        elif is_float(tensor) and not _within(wide(tensor), limit):
             return False
-    return all(bool(ops.all_finite(of)) for of in direct.values())
+    return all(bool(ops.all_finite(of, limit)) for of in direct.values())
+
+
+def _within(tensor: Tensor, limit: float) -> bool:
+    if limit == math.inf:
+        return bool(tensor.isfinite().all())
+    return bool((tensor.abs().double() <= limit).all())
 
 
 def is_float(tensor: Tensor) -> bool:

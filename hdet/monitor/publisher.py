@@ -70,8 +70,8 @@ class Publisher:
         self._nonfinite = averaged.nonfinite
         if averaged.rescaled and self._replicas.writer:
             logger.warning(
-                f"Step {report.step}: the replicas' values are so large that their sum overflows. They were averaged "
-                "in a smaller scale. The run may have blown up: look at the loss, and lower max_lr."
+                f"Step {report.step}: the replicas' values are so large that their sum may overflow. They were "
+                "averaged in a smaller scale. The run may have blown up: look at the loss, and lower max_lr."
             )
         report = report.with_converged(
             Converged(distances, averaged.excluded, averaged.bytes, seconds, averaged.nonfinite, averaged.rescaled)

@@ -68,7 +68,7 @@ class Report:
     nonfinite: tuple[str, ...] = ()
     """What is finite on no replica, and was not undone: ``buffers``, ``optimizer state``."""
     rescaled: bool = False
-    """Whether a sum of finite values was too large for its dtype, and was taken in a smaller scale."""
+    """Whether values were so large that their sum could overflow, and was taken in a smaller scale."""
     converge_ms: float
     """Wall-clock time of this converge on this rank, in milliseconds."""
     converge_bytes: int

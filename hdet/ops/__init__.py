@@ -8,13 +8,14 @@ says whether they run compiled (``csrc/``) or as plain torch (``_reference.py``)
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
 from hdet.errors import check_instance, check_number
-from hdet.ops import _native, _reference
+from hdet.ops import _native, _reference, _unchecked
 from hdet.ops._native import Backend
 
 __all__ = ["Backend", "all_finite", "backend", "pack", "unpack"]
@@ -25,7 +26,14 @@ def backend() -> Backend:
     return _native.BACKEND
 
 
-def pack(wire: Tensor, pieces: Sequence[Tensor], *, scale: float = 1.0, anchor: Tensor | None = None) -> Tensor:
+def pack(
+    wire: Tensor,
+    pieces: Sequence[Tensor],
+    *,
+    scale: float = 1.0,
+    anchor: Tensor | None = None,
+    limit: float = math.inf,
+) -> Tensor:
     r"""Lay ``pieces`` end to end into ``wire``, scaled, as the difference from ``anchor``::
 
         wire_i = round((piece_i - anchor_i) * scale)
@@ -39,10 +47,11 @@ def pack(wire: Tensor, pieces: Sequence[Tensor], *, scale: float = 1.0, anchor: 
             fp64 wire. Empty ones are allowed.
         scale: finite in fp32.
         anchor: flat and in the wire's order; fp32 (fp64 for an fp64 wire). Default: zeros.
+        limit: >= 0. With ``finfo.max / N`` no sum of ``N`` wires overflows whose elements are all within it.
 
     Returns:
-        How many elements of the wire are not finite, as a 0-dim int64 tensor on its device: those not finite in the
-        pieces, and those too large for the wire's dtype.
+        How many elements of the wire are NaN, infinite or beyond ``[-limit, limit]``, as a 0-dim int64 tensor on its
+        device. Infinite are those not finite in the pieces, and those too large for the wire's dtype.
 
     Raises:
         TypeError: for a wrong dtype.
@@ -57,17 +66,15 @@ def pack(wire: Tensor, pieces: Sequence[Tensor], *, scale: float = 1.0, anchor: 
         tensor([0.5000, 0.5000, 0.5000, 0.5000, 0.5000, 0.5000, 2.0000,    inf])
     """
     scale = check_number("scale", scale, "finite in fp32", lambda scale: abs(scale) < 3e38)
+    limit = _check_limit(limit)
     _check_list("pieces", pieces)
     _check_views(written=True, wire=wire)
     _check_views(written=False, pieces=pieces, anchor=anchor)
     try:
-        with torch.no_grad():
-            nonfinite = torch.ops.hdet.pack(wire, pieces, scale, anchor)
+        return _unchecked.pack(wire, pieces, scale, anchor, limit)
     except Exception as error:  # the dispatcher's own errors do not know the arguments' names
         _explain(error, _reference.check_pack, wire, pieces, anchor)
         raise
-    torch.autograd.graph.increment_version(wire)
-    return nonfinite
 
 
 def unpack(
@@ -128,33 +135,36 @@ def unpack(
     _check_views(written=True, pieces=pieces, lrs=lrs, anchor=anchor, slow=slow)
     _check_views(written=False, wire=wire, schedule=schedule, gain=gain, multiplier=multiplier)
     try:
-        with torch.no_grad():
-            squared_distance = torch.ops.hdet.unpack(*arguments)
+        return _unchecked.unpack(*arguments)
     except Exception as error:
         _explain(error, _reference.check_unpack, wire, pieces, anchor, slow, lrs, schedule, gain, multiplier)
         raise
-    torch.autograd.graph.increment_version([*pieces, *lrs, *(t for t in (anchor, slow) if t is not None)])
-    return squared_distance
 
 
-def all_finite(pieces: Sequence[Tensor]) -> Tensor:
-    """Whether every element of every tensor is finite, as a 0-dim bool tensor on their device.
+def all_finite(pieces: Sequence[Tensor], *, limit: float = math.inf) -> Tensor:
+    """Whether every element of every tensor is finite and within ``[-limit, limit]``, as a 0-dim bool tensor on their
+    device.
 
     Args:
         pieces: contiguous tensors of any shape, on one device; fp32, fp64, bf16 and fp16 in any mix. At least one.
+        limit: >= 0.
 
     Raises:
         TypeError: for a wrong dtype.
         ValueError: for none, or a tensor on another device or not contiguous.
     """
+    limit = _check_limit(limit)
     _check_list("pieces", pieces)
     _check_views(written=False, pieces=pieces)
     try:
-        with torch.no_grad():
-            return torch.ops.hdet.all_finite(pieces)
+        return _unchecked.all_finite(pieces, limit)
     except Exception as error:
         _explain(error, _reference.check_all_finite, pieces)
         raise
+
+
+def _check_limit(limit: float) -> float:
+    return check_number("limit", limit, ">= 0, or inf", lambda limit: limit >= 0, finite=False)
 
 
 def _check_list(name: str, tensors: object) -> None:

@@ -26,14 +26,14 @@ def accumulator(wire_dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if wire_dtype == torch.float64 else torch.float32
 
 
-def pack(wire: Tensor, pieces: Sequence[Tensor], scale: float, anchor: Tensor | None) -> Tensor:
+def pack(wire: Tensor, pieces: Sequence[Tensor], scale: float, anchor: Tensor | None, limit: float) -> Tensor:
     """See :func:`hdet.ops.pack`."""
     check_pack(wire, pieces, anchor)
     values = _flat(wire, pieces)
     if anchor is not None:
         values = values - anchor
     wire.copy_(values * scale)
-    return wire.isfinite().logical_not_().sum()
+    return (wire.abs() <= _floor(limit, wire)).logical_not_().sum()
 
 
 def unpack(
@@ -68,16 +68,28 @@ def unpack(
     return sum_squares(squares)
 
 
-def all_finite(pieces: Sequence[Tensor]) -> Tensor:
+def all_finite(pieces: Sequence[Tensor], limit: float) -> Tensor:
     """See :func:`hdet.ops.all_finite`."""
     check_all_finite(pieces)
     kinds: dict[torch.dtype, list[Tensor]] = {}
     for piece in pieces:
         if piece.numel():
             kinds.setdefault(piece.dtype, []).append(piece)
-    # The infinity norm takes one pass over memory, and is not finite if an element is not.
-    found = [torch.stack(torch._foreach_norm(kind, ord=float("inf"))).isfinite().all() for kind in kinds.values()]
+    # The infinity norm takes one pass over memory, and is NaN if an element is.
+    found = [
+        (torch.stack(torch._foreach_norm(kind, ord=float("inf"))) <= _floor(limit, kind[0])).all()
+        for kind in kinds.values()
+    ]
     return torch.stack(found).all() if found else pieces[0].new_ones((), dtype=torch.bool)
+
+
+def _floor(limit: float, like: Tensor) -> Tensor:
+    """The largest finite value of a tensor's dtype that is not above ``limit``, >= 0; on its device."""
+    largest = torch.tensor(min(limit, torch.finfo(like.dtype).max), dtype=like.dtype)
+    if largest.item() > limit:  # rounded up: the next one below is one less in its bits
+        bits = {2: torch.int16, 4: torch.int32, 8: torch.int64}[like.element_size()]
+        largest = (largest.view(bits) - 1).view(like.dtype)
+    return largest.to(like.device)
 
 
 def sum_squares(squares: Tensor) -> Tensor:

@@ -14,10 +14,10 @@ from torch import Tensor
 from hdet.ops import _reference
 
 SCHEMAS = (
-    "pack(Tensor(a!) wire, Tensor[] pieces, float scale, Tensor? anchor) -> Tensor",
+    "pack(Tensor(a!) wire, Tensor[] pieces, float scale, Tensor? anchor, float limit) -> Tensor",
     "unpack(Tensor wire, Tensor(a!)[] pieces, float divisor, Tensor(b!)? anchor, Tensor(c!)? slow, float slow_decay, "
     "Tensor(d!)[] lrs, Tensor? schedule, Tensor? gain, Tensor? multiplier) -> Tensor",
-    "all_finite(Tensor[] pieces) -> Tensor",
+    "all_finite(Tensor[] pieces, float limit) -> Tensor",
 )
 LIBRARY = torch.library.Library("hdet", "DEF")
 """Keeps the registrations alive."""
@@ -30,7 +30,7 @@ LIBRARY.impl("all_finite", _reference.all_finite, "CompositeExplicitAutograd")
 
 
 @torch.library.register_fake("hdet::pack", lib=LIBRARY)
-def _(wire: Tensor, pieces: Sequence[Tensor], scale: float, anchor: Tensor | None) -> Tensor:
+def _(wire: Tensor, pieces: Sequence[Tensor], scale: float, anchor: Tensor | None, limit: float) -> Tensor:
     _reference.check_pack(wire, pieces, anchor, memory=False)
     return wire.new_empty((), dtype=torch.int64)
 
@@ -53,6 +53,6 @@ def _(
 
 
 @torch.library.register_fake("hdet::all_finite", lib=LIBRARY)
-def _(pieces: Sequence[Tensor]) -> Tensor:
+def _(pieces: Sequence[Tensor], limit: float) -> Tensor:
     _reference.check_all_finite(pieces)
     return pieces[0].new_empty((), dtype=torch.bool)

@@ -102,4 +102,4 @@ def test_all_finite_finds_one_element_among_many(dtype, place):
     assert ops.all_finite(pieces)
     pieces[place[0]][place[1]] = float("nan")
     assert not ops.all_finite(pieces)
-    assert not _reference.all_finite(pieces)
+    assert not _reference.all_finite(pieces, float("inf"))

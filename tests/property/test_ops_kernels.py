@@ -5,6 +5,7 @@ compiled for the CPU, thread by thread.
 """
 
 import importlib.util
+import math
 import shutil
 import subprocess
 import sys
@@ -70,6 +71,12 @@ def spoil(draw, tensor):
             tensor[draw(st.integers(0, tensor.numel() - 1))] = value
 
 
+LIMITS = st.one_of(
+    st.sampled_from(
+        [0.0, 1e-45, 6e-8, 1.0, 65504.0, 65519.0, 3.38e38, 3.402e38, torch.finfo(torch.float32).max, 1e300, math.inf]
+    ),
+    st.floats(0, 1e6),
+)
 SIZES = st.one_of(
     st.lists(st.integers(0, 40), max_size=12),
     st.lists(st.sampled_from([1023, 1024, 1025, 2047, 2048, 2049, 4096, 8192, 12300]), max_size=3),
@@ -126,8 +133,10 @@ def test_pack_gives_the_references_bits(kernels, data):
     scale = data.draw(st.sampled_from([1.0, 0.125, -0.3, 1e30]))
     (expected,) = clone([wire])
     before = clone([*pieces, anchor])
-    nonfinite = kernels.pack(wire, pieces, scale, anchor)
-    assert int(_reference.pack(expected, pieces, scale, anchor)) == int(nonfinite)
+    limit = data.draw(LIMITS)
+    beyond = kernels.pack(wire, pieces, scale, anchor, limit)
+    assert int(_reference.pack(expected, pieces, scale, anchor, limit)) == int(beyond)
+    assert int((~(wire.double().abs() <= limit) | wire.isinf()).sum()) == int(beyond)
     assert same_bits(wire, expected)
     assert guards_hold(wire)
     assert all(same_bits(old, new) for old, new in zip(before, [*pieces, anchor], strict=True) if old is not None)
@@ -173,11 +182,24 @@ def test_all_finite_looks_at_every_element_and_at_no_other(kernels, data):
     pieces = [flat.to(kernels.device)[3 : 3 + size] for flat, size in zip(memory, sizes, strict=True)]
     for piece in pieces:
         piece.fill_(-1.5)
-    assert bool(kernels.all_finite(pieces))
+    assert bool(kernels.all_finite(pieces, 1.5))
+    assert not bool(kernels.all_finite(pieces, math.nextafter(1.5, 0)))
     spoilt = data.draw(st.sampled_from([piece for piece in pieces if piece.numel()]))
     spoilt[data.draw(st.integers(0, spoilt.numel() - 1))] = data.draw(st.sampled_from([float("nan"), -float("inf")]))
-    assert not bool(kernels.all_finite(pieces))
-    assert not bool(_reference.all_finite(pieces))
+    assert not bool(kernels.all_finite(pieces, math.inf))
+    assert not bool(_reference.all_finite(pieces, math.inf))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+@settings(max_examples=60, deadline=None)
+@given(data=st.data())
+def test_all_finite_compares_with_the_limit_exactly(kernels, dtype, data):
+    limit = data.draw(LIMITS)
+    most = torch.finfo(dtype).max
+    value = torch.tensor(min(limit, most), dtype=dtype, device=kernels.device).reshape(1)
+    for one in (value, value * 1.01, value * 0.99, -value):
+        fits = bool(one.isfinite()) and abs(one.item()) <= limit
+        assert bool(kernels.all_finite([one], limit)) == bool(_reference.all_finite([one], limit)) == fits
 
 
 @settings(max_examples=60, deadline=None)
@@ -188,7 +210,7 @@ def test_every_element_is_packed_and_unpacked_once(kernels, data):
     for piece, start in zip(pieces, torch.tensor([0, *sizes]).cumsum(0).tolist(), strict=False):
         piece.copy_(torch.arange(start, start + piece.numel()))
     wire = torch.full((sum(sizes),), -1.0, device=kernels.device)
-    assert kernels.pack(wire, pieces, 1.0, None) == 0
+    assert kernels.pack(wire, pieces, 1.0, None, math.inf) == 0
     assert torch.equal(wire.cpu(), torch.arange(float(sum(sizes))))
     # Each element moves by exactly 1: one written twice, or missed, would show in it or in the distance.
     moved = kernels.unpack(wire + 1, pieces, 1.0, None, None, 0.8, [], None, None, None)
@@ -206,7 +228,7 @@ def test_packing_again_after_unpacking_gives_zeros(kernels, data):
     for tensor in (wire, *pieces):
         tensor.nan_to_num_(0, 1, -1).clamp_(-8, 8)
     kernels.unpack(wire, pieces, 3.0, anchor, None, 0.8, [], None, None, None)
-    assert kernels.pack(wire, pieces, 1.0, anchor) == 0
+    assert kernels.pack(wire, pieces, 1.0, anchor, math.inf) == 0
     assert not wire.any()
 
 
@@ -214,7 +236,7 @@ def test_packing_again_after_unpacking_gives_zeros(kernels, data):
 def test_all_16_bit_values_widen_and_round_like_torch(kernels, dtype):
     every = torch.arange(2**16, dtype=torch.int32).to(torch.int16).view(dtype).to(kernels.device)
     wire = torch.empty(2**16, device=kernels.device)
-    assert kernels.pack(wire, [every], 1.0, None) == (~every.isfinite()).sum()
+    assert kernels.pack(wire, [every], 1.0, None, math.inf) == (~every.isfinite()).sum()
     assert same_bits(wire, every.float())
 
     # To nearest, ties to even: every value, the middles between neighbours, and one bit to either side of them.

@@ -202,7 +202,7 @@ MORE_ERRORS = {
 }
 
 
-OPS = {"pack": (ops.pack, (1.0, None)), "unpack": (ops.unpack, (1.0, None, None, 0.8, [], None, None, None))}
+OPS = {"pack": (ops.pack, (1.0, None, math.inf)), "unpack": (ops.unpack, (1.0, None, None, 0.8, [], None, None, None))}
 
 
 @pytest.mark.parametrize("name", OPS)
@@ -278,12 +278,12 @@ def test_inference_tensors():
 
 def test_opcheck():
     wire, pieces, _, anchor, *_ = arguments = everything()
-    torch.library.opcheck(torch.ops.hdet.pack.default, (wire, pieces, 2.0, anchor))
-    torch.library.opcheck(torch.ops.hdet.pack.default, (wire.bfloat16(), pieces, 1.0, None))
+    torch.library.opcheck(torch.ops.hdet.pack.default, (wire, pieces, 2.0, anchor, math.inf))
+    torch.library.opcheck(torch.ops.hdet.pack.default, (wire.bfloat16(), pieces, 1.0, None, 1.0))
     torch.library.opcheck(torch.ops.hdet.unpack.default, arguments)
     torch.library.opcheck(torch.ops.hdet.unpack.default, (wire, pieces, 1.0, None, None, 0.8, [], None, None, None))
     doubles = [piece.double() for piece in pieces]
-    torch.library.opcheck(torch.ops.hdet.pack.default, (wire.double(), doubles, 1.0, anchor.double()))
+    torch.library.opcheck(torch.ops.hdet.pack.default, (wire.double(), doubles, 1.0, anchor.double(), math.inf))
 
 
 @pytest.mark.filterwarnings("ignore:.*torch.jit.script_method.*:DeprecationWarning")  # inductor's own

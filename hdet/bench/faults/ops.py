@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 import random
 import subprocess
@@ -161,9 +162,9 @@ def _copied(arguments: dict[str, Any]) -> dict[str, Any]:
 def _by_reference(name: str, arguments: dict[str, Any]) -> Tensor:
     given = dict(arguments)
     if name == "all_finite":
-        return _reference.all_finite(given["pieces"])
+        return _reference.all_finite(given["pieces"], math.inf)
     if name == "pack":
-        return _reference.pack(given["wire"], given["pieces"], given["scale"], given["anchor"])
+        return _reference.pack(given["wire"], given["pieces"], given["scale"], given["anchor"], math.inf)
     rest = [given.get(key) for key in ("schedule", "gain", "multiplier")]
     lrs = given.get("lrs", ())
     return _reference.unpack(

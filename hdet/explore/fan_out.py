@@ -100,23 +100,29 @@ class FanOut:
     def apply(self) -> None:
         """Read the base learning rates that the schedule has written, and write this replica's."""
         base, scales, written = self.base, self._scales, self.written
+        tensors: dict[int, Tensor] = {}
         for i, group in enumerate(self._optimizer.param_groups):
             lr = group["lr"]
             if type(lr) is not float and isinstance(lr, Tensor):
-                self._apply_to_tensor(i, lr)
+                tensors[i] = lr
             else:
                 base[i] = lr
                 written[i] = group["lr"] = lr * scales[i]
+        if tensors:
+            self._apply_to_tensors(tensors)
 
-    def _apply_to_tensor(self, i: int, lr: Tensor) -> None:
+    def _apply_to_tensors(self, tensors: Mapping[int, Tensor]) -> None:
         # In place: compiled optimizers and CUDA graphs keep the tensor. Groups may share it: torch's optimizers take
-        # one tensor for all groups. It is then multiplied once.
-        if (owner := self._owner(i, lr)) == i:
-            self.base[i] = lr.clone()
-            lr.mul_(self._scales[i])
-        else:
-            self.base[i] = self.base[owner]
-        self.written[i], self._versions[i], self.has_tensors = lr, lr._version, True
+        # one tensor for all groups. It is then multiplied once. All in two launches.
+        owners = {i: self._owner(i, lr) for i, lr in tensors.items()}
+        own = [i for i, owner in owners.items() if owner == i]
+        lrs = [tensors[i] for i in own]
+        copies = dict(zip(own, torch._foreach_mul(lrs, 1.0), strict=True))
+        torch._foreach_mul_(lrs, [self._scales[i] for i in own])
+        for i, lr in tensors.items():
+            self.base[i] = copies[owners[i]]
+            self.written[i], self._versions[i] = lr, lr._version
+        self.has_tensors = True
 
     def _owner(self, i: int, lr: Tensor) -> int:
         """The first parameter group whose learning rate has the memory of ``lr``, which is that of group ``i``."""

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
+import torch
 from torch import Tensor
 from torch.optim import lr_scheduler
 
@@ -58,14 +60,22 @@ def advance(scheduler: lr_scheduler.OneCycleLR) -> None:
                 group["betas"] = (momentum, *group["betas"][1:])
             else:
                 group["momentum"] = momentum
-    has_tensors = False
-    for group, rate in zip(groups, rates, strict=True):
+    tensors = {}
+    for i, group in enumerate(groups):
         lr = group["lr"]
         if type(lr) is not float and isinstance(lr, Tensor):
-            has_tensors = True
-            lr.fill_(rate)
+            tensors[i] = lr
         else:
-            group["lr"] = rate
-    if has_tensors:
-        rates = [lr.clone() if isinstance(lr := group["lr"], Tensor) else lr for group in groups]
-    scheduler._last_lr = rates
+            group["lr"] = rates[i]
+    scheduler._last_lr = _written(tensors, rates) if tensors else rates
+
+
+def _written(tensors: dict[int, Tensor], rates: list[Any]) -> list[Any]:
+    """The rates, which have been written into the learning rates that are tensors, by group: in place, in two launches
+    for all of them. Of groups that share a tensor the last one's stays, as in torch."""
+    last = {lr.data_ptr(): i for i, lr in tensors.items()}
+    lrs = [tensors[i] for i in last.values()]
+    torch._foreach_zero_(lrs)
+    torch._foreach_add_(lrs, [float(rates[i]) for i in last.values()])
+    copies = dict(zip(tensors, torch._foreach_mul(list(tensors.values()), 1.0), strict=True))
+    return [copies.get(i, rate) for i, rate in enumerate(rates)]

@@ -8,6 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.optim.lr_scheduler import OneCycleLR as TorchOneCycleLR
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import hdet
 
@@ -225,3 +226,36 @@ def test_a_subclass_computes_its_own_rates():
         scheduler.step()
         rates.append(optimizer.param_groups[0]["lr"])
     assert min(rates) == 0.05 < max(rates)
+
+
+class Calls(TorchDispatchMode):
+    """Counts what is run on tensors: on a GPU each is a launch, and reading a number waits for the device."""
+
+    def __init__(self):
+        super().__init__()
+        self.launches, self.reads = 0, 0
+
+    def __torch_dispatch__(self, function, types, arguments=(), keywords=None):
+        self.reads += function is torch.ops.aten._local_scalar_dense.default
+        self.launches += 1
+        return function(*arguments, **(keywords or {}))
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_tensor_rates_take_as_many_launches_with_many_groups_and_wait_for_nothing(shared):
+    launches = []
+    for groups in (1, 16):
+        model = torch.nn.ModuleList(torch.nn.Linear(2, 2) for _ in range(groups))
+        rate = torch.tensor(0.1)
+        optimizer = torch.optim.SGD(
+            [{"params": list(m.parameters()), "lr": rate if shared else rate.clone()} for m in model], momentum=0.9
+        )
+        scheduler = hdet.OneCycleLR(optimizer, 0.1, total_steps=100, model=model, spread=0.1, converge_every=50)
+        optimizer.step()
+        scheduler.step(0.5)
+        with Calls() as calls:
+            optimizer.step()
+            scheduler.step(0.5)
+        launches.append(calls.launches)
+        assert calls.reads == 0
+    assert launches[0] == launches[1] > 0

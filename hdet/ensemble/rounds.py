@@ -125,7 +125,7 @@ class Rounds:
         told = self._agree(Call.ROUND)
         self._record(self.steps - 1)
         self._converge(told, complete=True)
-        if self._wants_probe():
+        if self._listens():
             self._observe.keep(batch)
         self.draw()
 
@@ -174,9 +174,9 @@ class Rounds:
                 self.last_report = report = self._move()
                 self._in_flight = _InFlight(pending, report, watched, time.perf_counter() - started)
                 return report
-            probes = complete and self._wants_probe()
-            can_probe = probes and all(one["can probe"] for one in told)
-            averaged = self._converge_phase.average(found, complete=complete, move_slow=probes, return_points=can_probe)
+            listens = complete and self._listens()
+            probes = listens and self._steer.wants_probe(self.steps) and all(one["can probe"] for one in told)
+            averaged = self._converge_phase.average(found, complete=complete, move_slow=listens, return_points=probes)
         self.converged_at = self.steps
         if not complete:
             self._explore.gather_in()
@@ -404,5 +404,5 @@ class Rounds:
     def _can_probe(self) -> bool:
         return self._settings.probe is not None and self._settings.size > 1
 
-    def _wants_probe(self) -> bool:
-        return self._can_probe and self._steer.wants_probe(self.steps)
+    def _listens(self) -> bool:
+        return self._can_probe and self._steer.listens(self.steps)

@@ -32,6 +32,14 @@ class Course:
         """Share of the run that is over, in [0, 1]; NaN where its length is not known."""
         return steps / self.total_steps if self.total_steps else math.nan
 
+    def passes(self, share: float, steps: int) -> bool:
+        """Whether the round that ends after ``steps`` steps passes a multiple of this share of the run. One of a run of
+        unknown length always does."""
+        if not self.total_steps:
+            return True
+        every, slack = share * self.total_steps, 1e-9
+        return math.floor(steps / every + slack) > math.floor((steps - self.converge_every) / every + slack)
+
     @property
     def share(self) -> float:
         """A round's length as a share of the run's. A run of unknown length counts as one of a hundred rounds."""

@@ -51,6 +51,8 @@ class Observation(NamedTuple):
     """Of the optimizer in the round, >= 1; infinite if not known."""
     given: bool = True
     """Whether the user gave the learning rate, rather than leave it to be found."""
+    since_probe: float = 0.0
+    """How long ago the last probe was, as a share of the run, if longer than a round."""
 
 
 def clamped(log_gain: float, bounds: tuple[float, float]) -> float:
@@ -107,7 +109,7 @@ def check_observation(seen: Any) -> None:
     check_number("observation.schedule", seen.schedule)
     check_number("observation.progress", seen.progress, "a share of the run, or NaN", finite=False)
     check_share("observation.share", seen.share)
-    for name in ("height", "until", "final"):
+    for name in ("height", "until", "final", "since_probe"):
         check_number(f"observation.{name}", getattr(seen, name), "in [0, 1]", lambda x: 0 <= x <= 1)
     check_number("observation.movement", seen.movement, "a relative distance, or NaN", finite=False)
     check_number("observation.area", seen.area, "in (0, 1]", lambda x: 0 < x <= 1)

@@ -64,11 +64,21 @@ class SteerPhase:
         """Start from what another run has found: [learning rate] gains, [hyperparameter] positions."""
         self._controllers.begin_at(gains, positions)
 
-    def wants_probe(self, steps: int) -> bool:
+    def listens(self, steps: int) -> bool:
         """Whether a probe after ``steps`` steps may move anything."""
         controller, course = self._controller, self._course
         moves = self._auto_lr and controller.wants_probe(course.progress(steps), controller.rests_after(course))
         return moves or any(h.move for h in self._hyperparameters)
+
+    def wants_probe(self, steps: int) -> bool:
+        """Whether the round that ends after ``steps`` steps is to end with a probe."""
+        return self.listens(steps) and self._course.passes(self._probe_every, steps)
+
+    @property
+    def _probe_every(self) -> float:
+        """As a share of the run. Where several factors share a probe, it takes all rounds to tell them apart."""
+        is_alone = len(self._controllers.gains) == 1 and not any(h.move for h in self._hyperparameters)
+        return max(self._course.share, self._controller.probe_every if is_alone else 0.0)
 
     def directions(self, round: int) -> tuple[tuple[float, ...], ...]:
         """How far the probe takes each replica; see :meth:`Controllers.probe_directions`."""
@@ -108,6 +118,7 @@ class SteerPhase:
             until=self._controller.rests_after(course),
             lag=lag,
             probe=probe,
+            since_probe=self._probe_every,
             movement=movement or (math.nan,) * len(self._controllers.gains),
             final=course.final,
             area=course.area,

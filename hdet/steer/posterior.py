@@ -34,9 +34,11 @@ noise costs (:func:`hdet.observe.slopes.slopes_of`). In a round::
 
     q = (A - k E) / (|A| + k |E|)  in [-1, 1],     > 0: progress outweighs noise, a larger rate would do better
 
-``Q`` is its average over recent rounds, from 0 on: rounds that do not agree say little, whatever their size. Unanimous
-rounds argue for ``w`` more, where the schedule lets it be seen, and for more only::
+There is a probe every four hundredths of the run, or every round where rounds are longer. ``Q`` is its average over
+recent probes, from 0 on, and ``s`` the hundredths since the last one. Probes that do not agree say little, whatever
+their size. Unanimous ones argue for ``w`` more, where the schedule lets it be seen, and for more only::
 
+    Q <- memory^s Q + (1 - memory^s) q
     z = c + w h max(Q, 0)
 
 Noise says "less" also on a plateau, and where annealing will remove it; against a learning rate that is too high there
@@ -94,6 +96,8 @@ class Posterior:
 
     needs_movement: ClassVar[bool] = True
     needs_length: ClassVar[bool] = True
+    probe_every: ClassVar[float] = 0.04
+    """Share of the run between probes, or a round if that is longer. Every round gains nothing over every fourth."""
 
     memory: float = 0.5
     """In [0, 1): weight, in ``c`` and ``Q``, of what was seen a hundredth of the run ago."""
@@ -164,7 +168,7 @@ class Posterior:
         _checked("belief", belief)
         check_observation(observation)
         length = observation.share * 100
-        belief, q = self._listen(belief, observation, length)
+        belief, q = self._listen(belief, observation)
         if not observation.progress <= observation.until:
             return belief, q
         low, high = (math.log(bound) for bound in self.bounds)
@@ -184,17 +188,18 @@ class Posterior:
         gain = math.exp(min(max(estimate, low), high, belief.ceiling))
         return belief._replace(gain=min(max(gain, self.bounds[0]), self.bounds[1]), centre=centre), q
 
-    def _listen(self, belief: Belief, observation: Observation, length: float) -> tuple[Belief, float | None]:
+    def _listen(self, belief: Belief, observation: Observation) -> tuple[Belief, float | None]:
         """The belief with this round's probe, and its ``q``."""
         if (
             observation.probe is None
             or (slopes := slopes_of(observation.probe, observation.multipliers, observation.lag)) is None
         ):
             return belief, None
+        length = observation.share * 100
         progress, noise = slopes.debiased / length, self.noise_weight * slopes.noise
         size = abs(progress) + abs(noise)
         q = (progress - noise) / size if size > 0 else 0.0
-        kept = self.memory**length
+        kept = self.memory ** (100 * max(observation.share, observation.since_probe))
         return belief._replace(balance=kept * belief.balance + (1 - kept) * q), q
 
 

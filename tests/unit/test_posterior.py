@@ -5,7 +5,9 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+import torch
 
+import hdet
 from hdet.observe.slopes import ProbeLosses
 from hdet.steer.observation import Observation
 from hdet.steer.posterior import Belief, Posterior, right_as_given, target
@@ -26,6 +28,7 @@ def _seen(
     height: float = 1.0,
     share: float = 0.01,
     probe: ProbeLosses | None = None,
+    since_probe: float = 0.0,
     given: bool = False,
 ) -> Observation:
     return Observation(
@@ -37,6 +40,7 @@ def _seen(
         height=height,
         until=0.56,
         probe=probe,
+        since_probe=since_probe,
         movement=movement,
         area=0.5,
         given=given,
@@ -279,6 +283,49 @@ def test_without_evidence_no_probe_is_asked_for() -> None:
     assert Posterior().wants_probe(0.5, 0.56)
     assert not Posterior().wants_probe(0.57, 0.56)
     assert not Posterior(evidence=0.0).wants_probe(0.1, 0.56)
+
+
+def test_what_rare_probes_say_weighs_as_much_as_if_it_had_been_said_all_along() -> None:
+    controller = Posterior()
+    often, seldom = Belief(), Belief()
+    for _ in range(4):
+        often, _ = controller.update(often, _seen(probe=_probe(1.0, 0.0)))
+    seldom, _ = controller.update(seldom, _seen(probe=_probe(1.0, 0.0), since_probe=0.04))
+    assert seldom.balance == pytest.approx(often.balance)
+    assert seldom.balance == pytest.approx(1 - controller.memory**4)
+
+
+@pytest.mark.parametrize(
+    ("total", "every", "probed"),
+    [
+        (300, 3, [12, 24, 36, 48, 60, 72, 84, 96, 108, 120, 132, 144, 156]),  # of 100 rounds every fourth
+        (40, 4, [4, 8, 12, 16, 20]),  # where rounds are longer, each
+    ],
+)
+def test_probes_come_every_four_hundredths_of_the_run(total: int, every: int, probed: list[int]) -> None:
+    def loss_fn(model: torch.nn.Module, batch: torch.Tensor) -> torch.Tensor:
+        found: torch.Tensor = model(batch).square().mean()
+        return found
+
+    torch.manual_seed(0)
+    model = torch.nn.Linear(3, 2)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9)
+    scheduler = hdet.OneCycleLR(
+        optimizer, 0.01, total_steps=total, model=model, spread=0.1, converge_every=every, auto_lr=True,
+        virtual_replicas=2, probe=hdet.Probe(loss_fn=loss_fn, batches=[torch.ones(4, 3)]),
+    )  # fmt: skip
+    seen = []
+    for step in range(1, total + 1):
+        for x in scheduler.each([torch.ones(4, 3), -torch.ones(4, 3)]):
+            model(x).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        before = scheduler.ensemble.last_report
+        scheduler.step([0.5, 0.5])
+        report = scheduler.ensemble.last_report
+        if report is not before and not math.isnan(report.hypergradient[0]):
+            seen.append(step)
+    assert seen == probed
 
 
 def test_a_gain_at_which_the_run_blew_up_is_not_reached_again() -> None:

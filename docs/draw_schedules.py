@@ -1,22 +1,17 @@
-"""Draw docs/schedules.png, the picture of all base schedules: ``python docs/draw_schedules.py`` with hdet installed."""
+"""Draw docs/schedules-light.svg and -dark.svg, all schedules: ``python docs/draw_schedules.py`` with hdet[train]."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from pathlib import Path
 
-import matplotlib as mpl
-
-mpl.use("Agg")
 import matplotlib.pyplot as plt
-from PIL import Image  # comes with matplotlib
+from drawing import Palette, draw_both
+from matplotlib.figure import Figure
 
 from hdet import schedules
 
 STEPS = 1000
 WARMUP = 50
-# Distinct to colour-blind readers (Okabe & Ito).
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7")
 Line = tuple[str, Callable[[int], float]]
 
 
@@ -97,25 +92,24 @@ PANELS: dict[str, tuple[str | tuple[float, float], list[Line]]] = {
 }
 
 
-def draw(path: Path) -> None:
+def draw(palette: Palette) -> Figure:
+    colours = (palette.blue, palette.red, palette.sky, palette.yellow)
     assert set(PANELS) == set(schedules.__all__)
-    plt.rcParams.update({"font.size": 9, "axes.spines.top": False, "axes.spines.right": False})
     figure, grid = plt.subplots(3, 3, figsize=(9, 7.2), sharex=True, sharey=True, layout="constrained")
     for axes, (name, (place, lines)) in zip(grid.flat, PANELS.items(), strict=True):
         for i, (label, factor) in enumerate(lines):
             # Thinner towards the front, so that lines which share a stretch all show.
             width = 1.6 + 0.9 * (len(lines) - 1 - i) * (name != "uba")
             values = [factor(t) for t in range(STEPS + 1)]
-            axes.plot(range(STEPS + 1), values, color=COLOURS[i], linewidth=width, label=label)
+            axes.plot(range(STEPS + 1), values, color=colours[i], linewidth=width, label=label)
         axes.set_title(name, family="monospace", weight="bold", fontsize=10.5)
-        axes.grid(color="#e6e6e6", linewidth=0.6)
+        axes.grid(color=palette.faint, alpha=0.3, linewidth=0.6)
         axes.set(ylim=(-0.03, 1.06), xlim=(0, STEPS), xticks=(0, 250, 500, 750), yticks=(0, 0.25, 0.5, 0.75, 1))
-        axes.legend(frameon=False, fontsize=8.5, loc=place, handlelength=1.4)
+        axes.legend(fontsize=8.5, loc=place, handlelength=1.4)
     figure.supxlabel(f"step, of {STEPS}", fontsize=10)
     figure.supylabel("factor = learning rate / peak", fontsize=10)
-    figure.savefig(path, dpi=100)
-    Image.open(path).convert("RGB").quantize(128, dither=Image.Dither.NONE).save(path, optimize=True)
+    return figure
 
 
 if __name__ == "__main__":
-    draw(Path(__file__).with_name("schedules.png"))
+    draw_both("schedules", draw)

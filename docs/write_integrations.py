@@ -1,4 +1,4 @@
-"""``python docs/write_integrations.py``: writes the diffs and the table of docs/integrations.md anew.
+"""``python docs/write_integrations.py``: writes the diffs of docs/guides/ and the table of docs/integrations.md anew.
 
 A diff is between a script in examples/plain/ and the one of the same name in examples/. A cell of the table is the
 number of a test in the list below it.
@@ -11,7 +11,8 @@ import re
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
-EXAMPLES, PAGE = ROOT / "examples", ROOT / "docs" / "integrations.md"
+EXAMPLES = ROOT / "examples"
+PAGES = (ROOT / "docs" / "integrations.md", *sorted((ROOT / "docs" / "guides").glob("*.md")))
 
 COLUMNS = (
     "fan-out", "probe", "evaluate", "save", "resume to the bit", "accumulation", "bf16", "FSDP2", "DeepSpeed",
@@ -146,4 +147,5 @@ def _full(cell: str, file: str) -> str:
 
 
 if __name__ == "__main__":
-    PAGE.write_text(written(PAGE.read_text(encoding="utf-8")), encoding="utf-8")
+    for page in PAGES:
+        page.write_text(written(page.read_text(encoding="utf-8")), encoding="utf-8")

@@ -92,7 +92,7 @@ class Ensemble:
         >>> model = torch.nn.Linear(4, 2)
         >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
         >>> cosine = hdet.schedules.cosine(total_steps=1000)
-        >>> ensemble = hdet.Ensemble(optimizer, cosine, model=model, spread=0.1, converge_every=10, auto_lr=True)
+        >>> ensemble = hdet.Ensemble(optimizer, cosine, model=model, spread=0.1, total_steps=1000, auto_lr=True)
         >>> loss = model(torch.ones(1, 4)).square().mean()
         >>> loss.backward(); optimizer.step(); ensemble.step(loss)
     """

@@ -86,7 +86,7 @@ def module_attribute(
     """Explore an attribute of all modules of one kind in a model, such as ``nn.Dropout``'s ``p``.
 
     An attribute that is a 0-dim tensor is written in place. Under ``torch.compile`` one that is a float makes the model
-    compile anew when it changes; see docs/hyperparameters.md.
+    compile anew when it changes; see docs/guides/hyperparameters.md.
 
     Args:
         model: the module or modules to search.

@@ -11,7 +11,7 @@
             optimizer.step(); scheduler.step(loss); optimizer.zero_grad()
     scheduler.converge()                                    # before evaluating
 
-``docs/integrations.md`` has the whole of it.
+``docs/guides/accelerate.md`` has the whole of it.
 """
 
 from __future__ import annotations

@@ -9,7 +9,7 @@
 
 Within a replica everything is DeepSpeed's own: gradients, shards, precision. Between replicas nothing is shared until
 they converge (Local SGD), when their fp32 masters are averaged, each rank with its counterparts in the other replicas.
-``docs/deepspeed.md`` has the whole of it.
+``docs/guides/deepspeed.md`` has the whole of it.
 """
 
 from __future__ import annotations

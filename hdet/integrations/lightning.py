@@ -7,7 +7,7 @@
     hdet_ = HDET(hdet.OneCycleLR, max_lr=9e-4, spread=1 / 9, auto_lr=True, probe=training_step)
     trainer = L.Trainer(strategy="ddp", devices=4, callbacks=[hdet_])
 
-The module stays as it is. ``docs/integrations.md`` has the whole of it.
+The module stays as it is. ``docs/guides/lightning.md`` has the whole of it.
 """
 
 from __future__ import annotations

@@ -8,7 +8,7 @@
     attach(trainer, spread=1 / 9, auto_lr=True, probe=loss_of(trainer))
     trainer.train()
 
-The base schedule is the Trainer's own, by ``lr_scheduler_type``. ``docs/integrations.md`` has the whole of it.
+The base schedule is the Trainer's own, by ``lr_scheduler_type``. ``docs/guides/trainer.md`` has the whole of it.
 """
 
 from __future__ import annotations

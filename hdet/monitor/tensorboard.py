@@ -39,7 +39,7 @@ class TensorBoard(WriterMonitor):
     ``hdet/velocity/<g>``             the controller's momentum
     ``hdet/movement/<g>``             how far the round took the weight matrices, relative to their size
     ``hdet/hyperparameter/<h>``       the centre of another hyperparameter from this converge on
-    ``hdet/hyperparameter/<h>/effect`` the probe's loss one spread above its centre, less that at the centre
+    ``hdet/hyperparameter/…/effect``  the probe's loss one spread above its centre, less that at the centre
     ``hdet/probe/raw``                with a probe, its raw slope; likewise ``debiased`` and ``noise``
     ``hdet/rolled_back``              with rollback, 1 where the round was undone, else 0
     ``hdet/distance/replica0``        each replica's distance from their mean before averaging; ``hdet/distance``: mean

@@ -163,7 +163,8 @@ def end() -> None:
 
     Call it when nothing refers to a model under DistributedDataParallel any more: such a model keeps the process group
     alive, and whoever frees the last reference to a group waits for its threads. If that is the model, it waits with
-    Python's lock held, for which a thread of the group may be waiting in turn: the process hangs (docs/ending.md).
+    Python's lock held, for which a thread of the group may be waiting in turn: the process hangs
+    (docs/guides/ending.md).
     """
     global _watch
     if dist.is_initialized():

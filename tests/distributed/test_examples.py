@@ -1,4 +1,4 @@
-"""Every script of examples/ runs, and docs/integrations.md says what it changes in the same script without hdet."""
+"""Every script of examples/ runs, and docs/guides says what it changes in the same script without hdet."""
 
 import ast
 import importlib.util
@@ -103,10 +103,11 @@ def test_every_example_is_run_here_short_and_has_a_plain_twin():
         ast.parse(plain)
 
 
-def test_the_page_has_the_diffs_and_the_table_of_now(writer):
-    page = writer.PAGE.read_text(encoding="utf-8")
-    assert page == writer.written(page), "Examples or tests have changed: python docs/write_integrations.py"
-    assert sorted(re.findall(r"<!-- diff (\w+) -->", page)) == EXAMPLES
+def test_the_pages_have_the_diffs_and_the_table_of_now(writer):
+    pages = [page.read_text(encoding="utf-8") for page in writer.PAGES]
+    for page in pages:
+        assert page == writer.written(page), "Examples or tests have changed: python docs/write_integrations.py"
+    assert sorted(re.findall(r"<!-- diff (\w+) -->", "".join(pages))) == EXAMPLES
 
 
 def test_every_test_that_the_table_names_is_there(writer):

@@ -26,7 +26,7 @@ PURE = f"hdet-{hdet.__version__}-py3-none-any.whl"
 @pytest.fixture
 def sources(tmp_path):
     """The checkout's files, with nothing compiled."""
-    hidden = shutil.ignore_patterns(".*", "*.so", "__pycache__", "*.egg-info", "build", "dist", "runs")
+    hidden = shutil.ignore_patterns(".*", "*.so", "__pycache__", "*.egg-info", "build", "dist", "runs", "site")
     shutil.copytree(ROOT, tmp_path / "sources", ignore=hidden)
     return tmp_path / "sources"
 

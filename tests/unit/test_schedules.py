@@ -507,7 +507,7 @@ def test_a_checkpoint_restores_the_arguments_unless_they_are_left_out() -> None:
 
 
 def test_the_calls_in_the_documentation_work() -> None:
-    page = (Path(__file__).parents[2] / "docs" / "schedules.md").read_text(encoding="utf-8")
+    page = (Path(__file__).parents[2] / "docs" / "guides" / "schedules.md").read_text(encoding="utf-8")
     calls = re.findall(r"\| `(schedules\.\w+\([^`]*\))` \|", page)
     made = [eval(call, {"schedules": schedules}) for call in calls]
     assert {type(factor).__name__ for factor in made} == set(schedules.__all__)

@@ -1,4 +1,4 @@
-"""Every Python snippet of the README passes mypy in strict mode, and pyright where it is installed.
+"""The Python snippets of the README and of docs/get_started.md pass mypy in strict mode, and pyright where it is there.
 
 A snippet is a fragment: what it takes for granted (a model, a loader) is declared in front of it, from ``GIVEN``. Of a
 diff the new side is read, and ``...`` that stands for more arguments is left out.
@@ -185,9 +185,10 @@ def failure(paths: list[Path], said: str) -> str:
 
 @pytest.fixture(scope="module")
 def readme(tmp_path_factory):
-    """The files of the README's snippets."""
-    paths = written(tmp_path_factory.mktemp("snippets"), (ROOT / "README.md").read_text(encoding="utf-8"))
-    assert paths, "README.md has no Python snippet"
+    """The files of the pages' snippets."""
+    pages = [(ROOT / page).read_text(encoding="utf-8") for page in ("README.md", "docs/get_started.md")]
+    paths = written(tmp_path_factory.mktemp("snippets"), "\n".join(pages))
+    assert len(paths) > 1
     return paths
 
 

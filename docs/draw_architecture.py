@@ -283,7 +283,7 @@ WALK: list[Step] = [
     ),
     Step(
         "hdet/steer/posterior.py",
-        "estimate = centre + ",
+        "math.exp(min(max((1 - trust) * estimate",
         "is `Posterior`, the default: how far the weights moved and the probe's slopes, against the user's own rate.",
     ),
     Step(

@@ -1,4 +1,4 @@
-"""The command ``hdet``, also ``python -m hdet``: ``hdet train``, ``hdet compare`` and ``hdet bench``.
+"""The command ``hdet``, also ``python -m hdet``: ``hdet train``, ``report``, ``compare`` and ``bench``.
 
 ``hdet train ...`` is ``python -m hdet.train ...``, with the same options, output and exit status; so are the others.
 Several processes: ``torchrun --nproc-per-node=4 --no-python hdet train ...``.
@@ -15,6 +15,7 @@ import hdet
 
 COMMANDS = {
     "train": ("hdet.train", "train a model as a YAML file says"),
+    "report": ("hdet.report", "what runs did and why, in words and charts: one HTML file"),
     "compare": ("hdet.train.compare", "a table of finished runs, and their curves"),
     "bench": ("hdet.bench", "time hdet against every alternative"),
 }
@@ -49,9 +50,8 @@ def main() -> int:
     except ModuleNotFoundError as missing:
         if (missing.name or "hdet").split(".")[0] == "hdet":  # a mistake of hdet's
             raise
-        print(
-            f"hdet {command}: error: {missing.name} is not installed. Install hdet[{EXTRAS[command]}].", file=sys.stderr
-        )
+        extra = f"[{EXTRAS[command]}]" if command in EXTRAS else ""
+        print(f"hdet {command}: error: {missing.name} is not installed. Install hdet{extra}.", file=sys.stderr)
         return 2
     return 0
 

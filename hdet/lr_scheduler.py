@@ -133,6 +133,9 @@ class OneCycleLR(lr_scheduler.OneCycleLR):
                 if self.last_epoch:
                     self._ensemble.resume_at(self.last_epoch, self._last_lr)
 
+    def __repr__(self) -> str:
+        return super().__repr__() if self._ensemble is None else self._ensemble.summary("hdet.OneCycleLR")
+
     @property
     def ensemble(self) -> Ensemble:
         """The ensemble; see the class."""

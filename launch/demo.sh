@@ -21,4 +21,5 @@ train --train.log_dir runs/demo/hdet
 
 echo
 python -m hdet.train.compare runs/demo/plain runs/demo/hdet --output runs/demo/demo.png
+python -m hdet.report runs/demo/plain runs/demo/hdet --output runs/demo/report.html
 echo "TensorBoard: tensorboard --logdir $HDET_ROOT/runs/demo"

@@ -68,6 +68,22 @@ state() {
         "$(cd "$HDET_ROOT/hdet/ops" && echo *.so)"
 }
 
+# For the tests of the HTML report: a Chromium, where this user may install Debian's. Elsewhere these tests are skipped,
+# unless HDET_BROWSER names a Chromium or Chrome.
+browser() {
+    local name
+    for name in "${HDET_BROWSER:-}" chromium chromium-browser google-chrome google-chrome-stable; do
+        if [[ -n "$name" ]] && command -v "$name" >/dev/null; then
+            return
+        fi
+    done
+    if [[ "$(id -u)" == 0 ]] && command -v apt-get >/dev/null; then
+        say "installing chromium"
+        (apt-get -qq update && DEBIAN_FRONTEND=noninteractive apt-get -qq install -y --no-install-recommends \
+            chromium fonts-dejavu-core) >/dev/null 2>&1 || say "chromium could not be installed"
+    fi
+}
+
 # Processes on this machine: NPROC, else one per GPU, else $1.
 processes() {
     local gpus

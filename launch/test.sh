@@ -3,6 +3,7 @@
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/env.sh"
 setup dev
+browser
 cd "$HDET_ROOT"
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
 python -m ruff check .

@@ -27,7 +27,7 @@ from hdet.model import (
     warn_of_batch_norm,
     warn_of_outside,
 )
-from hdet.monitor import Report
+from hdet.monitor import Report, story
 from hdet.observe import Loss
 from hdet.schedules.base import ScheduleLike
 from hdet.schedules.forecast import Forecast
@@ -250,6 +250,20 @@ class Ensemble:
             )
 
     # ------------------------------------------------------------------------------------------------ what it shows
+
+    def __repr__(self) -> str:
+        return self.summary("hdet.Ensemble")
+
+    def summary(self, kind: str) -> str:
+        """For adapters around a scheduler of their own: the state in one line, under the name of their class."""
+        return story.summary(
+            check_text("kind", kind),
+            self.last_report,
+            replicas=self.size,
+            spread=self.settings.given["spread"],
+            step=self.steps,
+            total_steps=self.settings.total_steps,
+        )
 
     @property
     def last_report(self) -> Report | None:

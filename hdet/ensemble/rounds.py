@@ -330,7 +330,7 @@ class Rounds:
             self._is_new = False
             self._steer.begin()
             self._observe.begin()
-            self._publisher.start(self._plain_settings(), self.steps)
+            self._publisher.start({**self._plain_settings(), "peak_lr": self._course.peak}, self.steps)
             self._warn_of_one_replica()
             if self._replicas.size > 1:
                 tell = WeakMethod(self._tell_end)
@@ -392,10 +392,15 @@ class Rounds:
             "averaging.optimizer_state": self._converge_phase.policy,
             "replicas": self._settings.size,
             "members": self._replicas.members,
-            "schedule": type(self._schedule.scheduler).__name__,
+            "schedule": self._schedule_name,
         }
         pairs = zip(self._group_names, self._explore.plain_base_lr, strict=True)
         return {**self._settings.plain, **own, **{f"schedule_lr.{name}": lr for name, lr in pairs}}
+
+    @property
+    def _schedule_name(self) -> str:
+        scheduler = self._schedule.scheduler
+        return type(scheduler).__name__ if scheduler is not None else self._explore.overwritten_by or "constant"
 
     def _record(self, step: int) -> None:
         self._schedule.record(step, self._explore.plain_base_lr, self.gains)

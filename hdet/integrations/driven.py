@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
 import hdet
+from hdet import report
 from hdet.integrations.dcp import Checkpointed
+from hdet.monitor import as_monitors
+
+logger = logging.getLogger("hdet")
 
 Scheduler = hdet.OneCycleLR | hdet.Ensemble
 
@@ -19,10 +25,11 @@ class Driven:
     Args:
         scheduler: what is driven.
         sums: whether the losses of a step's micro-batches are shares that add up to its loss; else their mean is.
+        rounds: file that :class:`hdet.JsonLines` writes, if one does.
     """
 
-    def __init__(self, scheduler: Scheduler, *, sums: bool = False) -> None:
-        self.scheduler, self._sums = scheduler, sums
+    def __init__(self, scheduler: Scheduler, *, sums: bool = False, rounds: Path | None = None) -> None:
+        self.scheduler, self._sums, self._rounds = scheduler, sums, rounds
         self._total: Tensor | float | None = None
         self._count = 0
 
@@ -56,6 +63,18 @@ class Driven:
         """Average, if the replicas have trained apart. Collective then; else nothing is sent."""
         if self.is_apart:
             self.scheduler.converge()
+
+    def tell(self) -> None:
+        """The run has ended: write its report beside the rounds' file, on the rank that writes, and print where."""
+        ensemble = self.ensemble
+        if self._rounds is None or ensemble is None or not ensemble.replicas.writer or not self._rounds.exists():
+            return
+        try:
+            path = report.write([report.read(self._rounds)], report.place(self._rounds))
+        except (OSError, ValueError) as error:
+            logger.warning(f"No report of the run was written: {error}")
+        else:
+            print(f"hdet report: {path}")
 
     @property
     def is_apart(self) -> bool:
@@ -118,6 +137,24 @@ def check_given(who: str, scheduler: object, settings: Mapping[str, Any], taken:
     for name, source in taken.items():
         if name in settings:
             raise ValueError(f"Do not pass {name}= to {who}: it is {source}.")
+
+
+def with_rounds(
+    settings: Mapping[str, Any], folder: Any, name: str = "rounds.jsonl"
+) -> tuple[dict[str, Any], Path | None]:
+    """The settings with a :class:`hdet.JsonLines` among the monitors, and the file that it writes.
+
+    Args:
+        settings: the user's. If they have one, it stays the only one.
+        folder: where the framework keeps what it logs; ``None``, or on another machine, if nowhere.
+        name: of the file in it.
+    """
+    monitors = as_monitors(settings.get("monitor"))
+    given = next((one.path for one in monitors if isinstance(one, hdet.JsonLines)), None)
+    if given is None and folder and "://" not in str(folder):
+        given = Path(folder) / name
+        monitors = (*monitors, hdet.JsonLines(given))
+    return {**settings, "monitor": monitors or None}, given
 
 
 def build(

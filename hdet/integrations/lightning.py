@@ -30,7 +30,7 @@ from torch import Tensor, nn
 
 import hdet
 from hdet.errors import check_callable, check_text, check_whole
-from hdet.integrations.driven import Driven, Scheduler, build, check_given
+from hdet.integrations.driven import Driven, Scheduler, build, check_given, with_rounds
 
 
 class HDET(pl.Callback):
@@ -40,6 +40,10 @@ class HDET(pl.Callback):
     ``gain`` and base learning rate are logged by the module as ``hdet/gain`` and ``hdet/base_lr``. With accumulation
     the loss is the mean of a step's micro-batches; with manual optimization the mean of the losses passed to
     ``manual_backward`` since the last step of any optimizer.
+
+    Where the trainer has a logger, ``rounds.jsonl`` in ``trainer.log_dir`` has a report of every round, and at the end
+    ``report.html`` says what happened and why (:mod:`hdet.report`). With an :class:`hdet.JsonLines` among ``monitor=``
+    both are where it writes.
 
     Args:
         scheduler: :class:`hdet.OneCycleLR`, or :class:`hdet.Ensemble`, whose base schedule is the one that
@@ -106,9 +110,11 @@ class HDET(pl.Callback):
             settings["replicas"] = settings["replicas"](pl_module)
         if settings.get("probe") is not None:
             settings["probe"] = _probe(settings["probe"], trainer, pl_module)
+        several = f"rounds.{self._index}.jsonl" if len(optimizers) > 1 else "rounds.jsonl"
+        settings, rounds = with_rounds(settings, _log_dir(trainer), several)
         steps, schedule = self._length(trainer, pl_module), self._take_schedule(trainer, pl_module, bare)
         built = build(self._kind, bare, self._args, settings, total_steps=steps, schedule=schedule)
-        self._driven = Driven(built)
+        self._driven = Driven(built, rounds=rounds)
         for i, optimizer in enumerate(optimizers):
             self._replace(optimizer, "step", _after(optimizer.step, self._after_step, i == self._index))
         # Lightning collects the model, a sharded one as copies, before it asks callbacks for their state.
@@ -165,6 +171,8 @@ class HDET(pl.Callback):
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._converge()
+        if self._driven is not None:
+            self._driven.tell()
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         self._put_back()  # what is saved from here on is not averaged: another rank may not come to a converge
@@ -263,6 +271,12 @@ def training_step(model: pl.LightningModule, batch: Any) -> Tensor:
     given: Any = model.training_step(batch, 0)
     loss: Tensor = given["loss"] if isinstance(given, Mapping) else given
     return loss
+
+
+def _log_dir(trainer: pl.Trainer) -> str | None:
+    """The folder of the trainer's logger, if it has one. Collective."""
+    is_trial = bool(getattr(trainer, "fast_dev_run", False))
+    return trainer.log_dir if trainer.loggers and not is_trial else None
 
 
 class _OnDevice:

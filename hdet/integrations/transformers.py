@@ -27,7 +27,7 @@ from torch import Tensor
 
 import hdet
 from hdet.errors import check_instance
-from hdet.integrations.driven import Driven, Scheduler, build, check_given
+from hdet.integrations.driven import Driven, Scheduler, build, check_given, with_rounds
 
 
 def attach(
@@ -38,6 +38,9 @@ def attach(
     The scheduler is built when training starts, and stepped with the loss of each step. The replicas converge before
     the Trainer evaluates, predicts or saves, and at the end of each epoch. Logs have ``hdet/gain`` and
     ``hdet/base_lr``; their ``learning_rate`` is the base learning rate, the same on every rank.
+
+    ``rounds.jsonl`` in ``output_dir`` has a report of every round, and at the end ``report.html`` says what happened
+    and why (:mod:`hdet.report`). With an :class:`hdet.JsonLines` among ``monitor=`` both are where it writes.
 
     Args:
         trainer: a ``Trainer``, also of a class of your own. It becomes an instance of a class derived from its own.
@@ -121,7 +124,8 @@ class TrainerScheduler:
         if self.driven is None:
             if self._trainer.optimizer is None or not self._steps:
                 raise RuntimeError("hdet has no scheduler yet: trainer.train() builds it.")
-            settings = {**self._settings, "model": self._trainer.model_wrapped}
+            given = {**self._settings, "model": self._trainer.model_wrapped}
+            settings, rounds = with_rounds(given, self._trainer.args.output_dir)
             built = build(
                 self._kind,
                 self._trainer.optimizer,
@@ -130,7 +134,7 @@ class TrainerScheduler:
                 total_steps=self._steps,
                 schedule=self._base,
             )
-            self.driven = Driven(built, sums=True)  # the Trainer divides the losses of micro-batches
+            self.driven = Driven(built, sums=True, rounds=rounds)  # the Trainer divides the losses of micro-batches
         return self.driven
 
     @property
@@ -234,6 +238,10 @@ class _Ends(TrainerCallback):
         # The Trainer has left out the scheduler's step, perhaps on this rank only.
         if self._trainer.accelerator.optimizer_step_was_skipped:
             self._scheduler.step()
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if self._scheduler.driven is not None:
+            self._scheduler.driven.tell()
 
     def on_epoch_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self._scheduler.converge()

@@ -4,9 +4,9 @@ In: what observing, steering and converging return (:func:`assemble`). Out: a :c
 every monitor: a function, a file of JSON lines (:class:`JsonLines`), TensorBoard (:class:`TensorBoard`).
 """
 
-from hdet.monitor.base import Callback, JsonLines, Monitor, MonitorLike, as_monitors, read_jsonl
+from hdet.monitor.base import Callback, JsonLines, Monitor, MonitorLike, as_monitors, read_jsonl, read_run
 from hdet.monitor.publisher import Publisher
-from hdet.monitor.report import Converged, HyperparameterReport, Moment, Report, assemble
+from hdet.monitor.report import Converged, HyperparameterReport, Moment, Report, assemble, report_of
 from hdet.monitor.tensorboard import TensorBoard
 
 __all__ = [
@@ -23,4 +23,6 @@ __all__ = [
     "as_monitors",
     "assemble",
     "read_jsonl",
+    "read_run",
+    "report_of",
 ]

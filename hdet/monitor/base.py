@@ -194,6 +194,16 @@ def read_jsonl(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
         ValueError: if ``path`` is no regular file.
         OSError: if it is missing or may not be read.
     """
+    return read_run(path)[1]
+
+
+def read_run(path: str | os.PathLike[str]) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """The same, and before it the line with which the run, or its latest part, began; empty if there is none.
+
+    Raises:
+        ValueError, OSError: as :func:`read_jsonl`.
+    """
+    begun: dict[str, Any] = {}
     reports: list[dict[str, Any]] = []
     with files.open_to_read(check_path("path", path)) as file:
         lines = file.read().decode("utf-8", errors="replace").splitlines()
@@ -202,13 +212,14 @@ def read_jsonl(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
             record = json.loads(line)
         except (json.JSONDecodeError, RecursionError):
             continue
-        if not isinstance(record, dict) or "step" not in record:
+        if not isinstance(record, dict) or not isinstance(record.get("step"), int):
             continue
         if "config" in record:
+            begun = record
             reports = [report for report in reports if report["step"] <= record["step"]]
         else:
             reports.append(record)
-    return reports
+    return begun, reports
 
 
 def _strict(value: Any) -> Any:

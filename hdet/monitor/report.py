@@ -4,15 +4,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
-from hdet.observe.slopes import Slopes
+from hdet.observe.slopes import UNKNOWN_SLOPES, Slopes
 from hdet.observe.training_loss import finite_mean
-from hdet.steer.report import ControllerReport, HyperparameterReport
+from hdet.steer.report import ControllerReport, HyperparameterReport, Judgement
 
-__all__ = ["Converged", "HyperparameterReport", "Moment", "Report", "assemble"]
+__all__ = ["Converged", "HyperparameterReport", "Judgement", "Moment", "Report", "assemble"]
 
 Value = TypeVar("Value")
 
@@ -65,6 +65,13 @@ class Report:
     """Replicas left out of the average because they held a non-finite value."""
     rolled_back: bool
     """Whether the round blew up and was undone."""
+    cause: str = ""
+    """Why it was undone."""
+    judgements: tuple[Judgement, ...] = ()
+    """[g] what the controller makes of the round; unknown in a converge inside a round, and where it is not
+    :class:`hdet.controller.Posterior` that moves the gain."""
+    peak_lr: float = math.nan
+    """The highest learning rate of the base schedule, of the first parameter group; NaN where it is not known."""
     nonfinite: tuple[str, ...] = ()
     """What is finite on no replica, and was not undone: ``buffers``, ``optimizer state``."""
     rescaled: bool = False
@@ -154,10 +161,108 @@ def assemble(
         excluded=(),
         probe=controllers.slopes,
         rolled_back=rolled_back,
+        cause=controllers.cause,
+        judgements=_by_group(controllers.judgements, count),
+        peak_lr=controllers.peak_lr,
         converge_ms=0.0,
         converge_bytes=0,
         writer=moment.writer,
     )
+
+
+def report_of(record: Mapping[str, Any]) -> Report:
+    """The report of a line that :class:`hdet.JsonLines` wrote; what is ``None`` there is NaN here.
+
+    Lines of earlier versions have no ``cause``, ``judgements`` and ``peak_lr``: these are unknown then.
+
+    Raises:
+        ValueError: for what is no such line; it names the field.
+    """
+    found = {name: _field(record, name) for name in _READ if name in record or name not in _LATER}
+    groups, replicas = len(found["groups"]), found["replicas"]
+    for name in ("schedule_lr", "gain", "base_lr", "replica_lr", "hypergradient", "movement", "velocity", "next_gain"):
+        if len(found[name]) != groups:
+            raise ValueError(f"its {name} has {len(found[name])} values for {groups} parameter groups")
+    if not groups or replicas < 1 or len(found["losses"]) != replicas:
+        raise ValueError(f"it has {groups} parameter groups, and {len(found['losses'])} losses of {replicas} replicas")
+    return Report(**found, writer=True)
+
+
+def _field(record: Mapping[str, Any], name: str) -> Any:
+    if name not in record:
+        raise ValueError(f"it has no {name}")
+    try:
+        return _READ[name](record[name])
+    except (AttributeError, LookupError, OverflowError, TypeError) as error:
+        raise ValueError(f"its {name} cannot be {str(record[name])[:60]}") from error
+
+
+def _number(value: Any) -> float:
+    if value is None:
+        return math.nan
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(value)
+    return float(value)
+
+
+def _whole(value: Any) -> int:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(value)
+    return value
+
+
+def _flag(value: Any) -> bool:
+    if not isinstance(value, bool):
+        raise TypeError(value)
+    return value
+
+
+def _text(value: Any) -> str:
+    if not isinstance(value, str):
+        raise TypeError(value)
+    return value
+
+
+def _several(read: Callable[[Any], Value]) -> Callable[[Any], tuple[Value, ...]]:
+    def values(given: Any) -> tuple[Value, ...]:
+        if not isinstance(given, (list, tuple)):
+            raise TypeError(given)
+        return tuple(read(value) for value in given)
+
+    return values
+
+
+def _judgement(value: Any) -> Judgement:
+    numbers = {name: _number(value[name]) for name in Judgement._fields if name != "rests"}
+    return Judgement(**numbers, rests=_flag(value["rests"]))
+
+
+def _hyperparameter(value: Any) -> HyperparameterReport:
+    return HyperparameterReport(
+        name=_text(value["name"]),
+        values=_numbers(value["values"]),
+        **{name: _number(value[name]) for name in ("centre", "effect", "error", "next_centre")},
+    )
+
+
+_numbers = _several(_number)
+_READ: dict[str, Callable[[Any], Any]] = {
+    **dict.fromkeys(("step", "round", "replicas", "converge_bytes"), _whole),
+    **dict.fromkeys(("complete", "rolled_back", "rescaled"), _flag),
+    **dict.fromkeys(("groups", "nonfinite"), _several(_text)),
+    **dict.fromkeys(("schedule_lr", "gain", "base_lr", "losses", "hypergradient", "movement", "velocity"), _numbers),
+    **dict.fromkeys(("next_gain", "distance"), _numbers),
+    **dict.fromkeys(("mean_loss", "converge_ms", "peak_lr"), _number),
+    "replica_lr": _several(_numbers),
+    "excluded": _several(_whole),
+    "cause": _text,
+    "probe": lambda value: Slopes(*(_number(value.get(name)) for name in UNKNOWN_SLOPES._fields)),
+    "judgements": _several(_judgement),
+    "hyperparameters": _several(_hyperparameter),
+}
+"""How each field of a line is read."""
+_LATER = ("cause", "judgements", "peak_lr")
+"""Fields that a line may lack."""
 
 
 def _by_group(values: Sequence[Value], groups: int) -> tuple[Value, ...]:

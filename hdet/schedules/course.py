@@ -51,6 +51,11 @@ class Course:
         return min(1.0, max(0.0, lr / peak)) if peak else 1.0
 
     @property
+    def peak(self) -> float:
+        """The schedule's highest learning rate; NaN where it is not known."""
+        return self.forecast.peak if self.forecast else math.nan
+
+    @property
     def final(self) -> float:
         """The schedule's last value as a share of its peak; 0 where it is not known."""
         return self.forecast.final if self.forecast else 0.0

@@ -19,7 +19,7 @@ from hdet.steer.observation import Observation
 from hdet.steer.one_slope import CentreState, OneSlope, saved_centre
 from hdet.steer.posterior import Posterior
 from hdet.steer.published import Published
-from hdet.steer.report import ControllerReport, HyperparameterReport
+from hdet.steer.report import UNKNOWN_JUDGEMENT, ControllerReport, HyperparameterReport, Judgement
 
 Controller = Posterior | Published
 """A controller of learning rates."""
@@ -77,6 +77,8 @@ class RoundSignal(NamedTuple):
     """[other hyperparameter]"""
     slopes: Slopes | None
     """The probe's, of all learning rates together; ``None`` without a probe, or where its losses were not finite."""
+    judgements: tuple[Judgement, ...] = (UNKNOWN_JUDGEMENT,)
+    """[learning rate] What the controller makes of the round."""
 
 
 class Controllers:
@@ -199,6 +201,7 @@ class Controllers:
             hypergradient=signal.hypergradient,
             slopes=UNKNOWN_SLOPES if signal.slopes is None else signal.slopes,
             movement=(math.nan,) * len(gains),
+            judgements=signal.judgements,
             hyperparameters=tuple(
                 HyperparameterReport(
                     name=h.name,
@@ -235,31 +238,33 @@ class Controllers:
         found = attribute(observation.probe, of_round, multipliers, directions, observation.lag)
         rates = len(self.lr_states)
         movement = observation.movement or (math.nan,) * rates
-        updated = [
-            self._controller.update(
-                state,
-                Observation(
-                    losses=observation.losses,
-                    multipliers=rhos,
-                    schedule=schedule,
-                    progress=observation.progress,
-                    share=observation.share,
-                    height=observation.height,
-                    until=observation.until,
-                    final=observation.final,
-                    probe=probe,
-                    since_probe=observation.since_probe,
-                    movement=moved,
-                    area=observation.area,
-                    lag=observation.lag,
-                    steps=observation.steps,
-                    given=observation.given,
-                ),
+        seen = [
+            Observation(
+                losses=observation.losses,
+                multipliers=rhos,
+                schedule=schedule,
+                progress=observation.progress,
+                share=observation.share,
+                height=observation.height,
+                until=observation.until,
+                final=observation.final,
+                probe=probe,
+                since_probe=observation.since_probe,
+                movement=moved,
+                area=observation.area,
+                lag=observation.lag,
+                steps=observation.steps,
+                given=observation.given,
             )
-            for state, rhos, schedule, probe, moved in zip(
-                self.lr_states, multipliers, observation.schedule[:rates], found.probes, movement, strict=True
+            for rhos, schedule, probe, moved in zip(
+                multipliers, observation.schedule[:rates], found.probes, movement, strict=True
             )
         ]
+        updated = [self._controller.update(state, of) for state, of in zip(self.lr_states, seen, strict=True)]
+        judgements: tuple[Judgement, ...] = (UNKNOWN_JUDGEMENT,) * rates
+        if self._auto_lr and isinstance(posterior := self._controller, Posterior):
+            states: list[Any] = [state for state, _ in updated]
+            judgements = tuple(posterior.judge(state, of) for state, of in zip(states, seen, strict=True))
         if self._auto_lr:
             self.lr_states = [state for state, _ in updated]
         effects = tuple(found.effects[len(of_round) - len(self._names) :])
@@ -272,7 +277,7 @@ class Controllers:
             for state, effect, (spread, moves) in zip(self.centre_states, effects, spreads, strict=True)
         ]
         slopes = tuple(math.nan if slope is None else slope for _, slope in updated)
-        return RoundSignal(slopes, effects, found.slopes)
+        return RoundSignal(slopes, effects, found.slopes, judgements)
 
     def begin_at(self, gains: Sequence[float], positions: Sequence[float]) -> None:
         """Start from what another run has found.

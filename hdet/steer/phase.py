@@ -128,11 +128,12 @@ class SteerPhase:
         report = self._controllers.move(course.ended_round(steps), seen, self._hyperparameters)
         if self._recovery is not None:
             self._recovery.observe(losses)
-        return report
+        return report._replace(peak_lr=course.peak)
 
     def rest(self, steps: int) -> ControllerReport:
         """The report of a converge at which nothing moves."""
-        return self._controllers.rest(self._course.ended_round(steps), self._hyperparameters)
+        report = self._controllers.rest(self._course.ended_round(steps), self._hyperparameters)
+        return report._replace(peak_lr=self._course.peak)
 
     def terms(self) -> dict[str, Term]:
         """Whether this rank has a state to go back to."""
@@ -172,7 +173,9 @@ class SteerPhase:
         """Put model and optimizer back to the last good state, and divide the gains."""
         assert self._recovery is not None
         self._recovery.restore()
-        return self._controllers.roll_back(self._course.ended_round(steps), self._hyperparameters, divisor=GAIN_DIVISOR)
+        round = self._course.ended_round(steps)
+        report = self._controllers.roll_back(round, self._hyperparameters, divisor=GAIN_DIVISOR)
+        return report._replace(peak_lr=self._course.peak, cause=self._recovery.cause)
 
     def warn_of_rollback(self, steps: int) -> None:
         """Log it."""

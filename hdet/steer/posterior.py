@@ -71,6 +71,7 @@ from hdet.errors import check_bounds, check_field, check_gain, check_instance, c
 from hdet.observe.slopes import slopes_of
 from hdet.schedules.course import Course
 from hdet.steer.observation import Observation, check_observation
+from hdet.steer.report import Judgement
 
 
 class Belief(NamedTuple):
@@ -181,12 +182,39 @@ class Posterior:
             step = (1 - self.memory**length) * (here - centre)
             centre += min(max(step, -_LARGEST), _LARGEST)
         centre = min(max(centre, low), high, belief.ceiling)
-        estimate = centre + self.evidence * observation.height * max(belief.balance, 0.0)
-        if observation.given and belief.ceiling >= 0:
-            heard = max(100 * min(observation.progress, self.until), length)
-            estimate *= 1 - right_as_given(estimate, self.error**2 + 1 / heard)
-        gain = math.exp(min(max(estimate, low), high, belief.ceiling))
-        return belief._replace(gain=min(max(gain, self.bounds[0]), self.bounds[1]), centre=centre), q
+        belief = belief._replace(centre=centre)
+        estimate, trust = self._estimate(belief, observation)
+        gain = math.exp(min(max((1 - trust) * estimate, low), high, belief.ceiling))
+        return belief._replace(gain=min(max(gain, self.bounds[0]), self.bounds[1])), q
+
+    def _estimate(self, belief: Belief, observation: Observation) -> tuple[float, float]:
+        """``z`` and ``P``."""
+        estimate = belief.centre + self.evidence * observation.height * max(belief.balance, 0.0)
+        if not observation.given or belief.ceiling < 0:
+            return estimate, 0.0
+        heard = max(100 * min(observation.progress, self.until), observation.share * 100)
+        return estimate, right_as_given(estimate, self.error**2 + 1 / heard)
+
+    def judge(self, belief: Belief, observation: Observation) -> Judgement:
+        """What a round has come to, for the report.
+
+        Args:
+            belief: after the round.
+            observation: of it.
+        """
+        check_instance("belief", belief, Belief, "an hdet.controller.Belief")
+        _checked("belief", belief)
+        check_observation(observation)
+        seen = observation
+        estimate, trust = self._estimate(belief, seen)
+        return Judgement(
+            target=target(seen.height, seen.share, seen.area, seen.final, seen.steps),
+            centre=math.exp(belief.centre),
+            balance=belief.balance,
+            estimate=math.exp(estimate),
+            trust=trust,
+            rests=not seen.progress <= seen.until,
+        )
 
     def _listen(self, belief: Belief, observation: Observation) -> tuple[Belief, float | None]:
         """The belief with this round's probe, and its ``q``."""

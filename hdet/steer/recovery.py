@@ -88,7 +88,9 @@ class Recovery:
         self.level = LossLevel()
         """Of the rounds that were not undone."""
         self._is_rising = False
-        self._cause, self._jump, self._last_jump, self._times = "", math.nan, math.inf, 1.0
+        self.cause = ""
+        """Why the last round that blew up did so, in words."""
+        self._jump, self._last_jump, self._times = math.nan, math.inf, 1.0
         self.count = 0
         """Rollbacks so far."""
 
@@ -204,13 +206,13 @@ class Recovery:
     ) -> bool:
         self._jump = math.nan
         if not any(finite):
-            self._cause = "parameters, buffers or optimizer state are not finite on any replica"
+            self.cause = "parameters, buffers or optimizer state are not finite on any replica"
             return True
         if not watches_losses or not losses:
             return False
         mean = finite_mean(losses)
         if math.isnan(mean):
-            self._cause = "the loss is not finite on any replica"
+            self.cause = "the loss is not finite on any replica"
             return self.level.rounds > 0
         level, few = self.level, (self.level.rounds < _FEW_ROUNDS) + (self.level.rounds < 2)
         if few == 2 and (len(losses) < _REPLICAS or level.variance == 0):
@@ -219,7 +221,7 @@ class Recovery:
         if not jump > _JUMP * self._times:  # or it is NaN
             return False
         moved = agree(self._snapshot.moved())
-        self._cause = (
+        self.cause = (
             f"the mean loss {mean:.4g} is above all earlier rounds' by {jump:.3g} times their spread, "
             f"{self.level.low:.4g} to {self.level.high:.4g}, and a weight matrix moved by {moved:.2g} of its norm"
         )
@@ -260,7 +262,7 @@ class Recovery:
     def warn(self, step: int) -> None:
         """Log the rollback, after a round that ended at ``step``."""
         logger.warning(
-            f"Step {step}: the run blew up: {self._cause}. Back to the last good converged state, with learning rates "
+            f"Step {step}: the run blew up: {self.cause}. Back to the last good converged state, with learning rates "
             f"divided by {GAIN_DIVISOR:.3g} (rollback {self.count} of {MAX_ROLLBACKS}). If it did not blow up, pass "
             "rollback=False."
         )

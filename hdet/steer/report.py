@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -26,6 +27,26 @@ class HyperparameterReport:
     """The centre from here on."""
 
 
+class Judgement(NamedTuple):
+    """What :class:`hdet.controller.Posterior` makes of one learning rate after a round; NaN where it is not known."""
+
+    target: float = math.nan
+    """``m*``: the movement of this round at the right learning rate, in the units of ``Report.movement``."""
+    centre: float = math.nan
+    """The gain at which the weights would move by the target, ``exp(c)``."""
+    balance: float = math.nan
+    """``Q``, in [-1, 1]: > 0 where the probe saw progress outweigh noise."""
+    estimate: float = math.nan
+    """The estimate of the right gain, ``exp(z)``: the centre, and what the losses argue for."""
+    trust: float = math.nan
+    """``P``, in [0, 1]: probability that the user's learning rate is right."""
+    rests: bool = False
+    """Whether the gain no longer moves, since the schedule has begun to fall for good."""
+
+
+UNKNOWN_JUDGEMENT = Judgement()
+
+
 class ControllerReport(NamedTuple):
     """All controllers in one converge. Tuples are by learning rate: one for all parameter groups, or one for each."""
 
@@ -45,3 +66,9 @@ class ControllerReport(NamedTuple):
     """How far the round took the weights, relative to their size; NaN where it was not measured."""
     hyperparameters: tuple[HyperparameterReport, ...]
     """The other hyperparameters."""
+    judgements: tuple[Judgement, ...] = (UNKNOWN_JUDGEMENT,)
+    """What the controller makes of the round."""
+    peak_lr: float = math.nan
+    """The schedule's highest learning rate, of the first parameter group; NaN where it is not known."""
+    cause: str = ""
+    """Why the round was undone, if it was."""

@@ -1,4 +1,4 @@
-"""What a run tells: the terminal, ``metrics.jsonl``, TensorBoard, and ``summary.json`` at the end."""
+"""What a run tells: the terminal, ``metrics.jsonl``, TensorBoard; at the end ``summary.json`` and ``report.html``."""
 
 from __future__ import annotations
 
@@ -17,12 +17,17 @@ from typing import Any, TextIO
 from tqdm import tqdm
 
 import hdet
-from hdet import files
+from hdet import files, report
+from hdet.monitor import story
 from hdet.monitor.base import Monitor
 from hdet.train.config import ConfigError
 
 _FILES = ("metrics.jsonl", "rounds.jsonl", "summary.json", "summary.json.tmp", "checkpoint.pt", "checkpoint.pt.tmp",
-          "find_lr.png", "find_lr.png.tmp")  # fmt: skip
+          "find_lr.png", "find_lr.png.tmp", "report.html")  # fmt: skip
+_OF_THE_PLACE = ("train.log_dir", "train.resume")
+"""Settings that say nothing about a run."""
+_SHOWN = ("hdet.auto_lr", "hdet.probe", "hdet.spread", "optimizer.max_lr")
+"""Settings that TensorBoard's HParams tab has under hdet's names."""
 
 
 class RunLog:
@@ -31,20 +36,25 @@ class RunLog:
     Args:
         directory: ``train.log_dir``.
         settings: the configuration, flat: ``{"optimizer.max_lr": 0.001}``.
+        defaults: the same of a configuration without settings.
         writer: whether this is the rank that writes.
     """
 
-    def __init__(self, directory: Path, settings: dict[str, Any], *, writer: bool) -> None:
+    def __init__(self, directory: Path, settings: dict[str, Any], defaults: dict[str, Any], *, writer: bool) -> None:
         self.directory, self.writer, self._settings = directory, writer, settings
+        others = {name: defaults.get(name) for name, value in settings.items() if value != defaults.get(name)}
+        self._defaults = {name: default for name, default in others.items() if name not in _OF_THE_PLACE}
         self.converge_seconds = 0.0
         """Time this rank has spent converging."""
-        self.tensorboard = hdet.TensorBoard(directory, settings, metrics=("validation/loss",))
+        compared = {name: settings[name] for name in self._defaults if name not in _SHOWN}
+        self.tensorboard = hdet.TensorBoard(directory, compared, metrics=("validation/loss",))
         self.monitors: list[Monitor] = [
             self.tensorboard,
             hdet.JsonLines(directory / "rounds.jsonl"),
-            hdet.monitor.Callback(self._count),
+            hdet.monitor.Callback(self._take),
         ]
         """To pass to the ensemble."""
+        self._latest: hdet.Report | None = None
         self._started = time.monotonic()
         self._metrics: TextIO | None = None
         self._bar: tqdm[Any] | None = None
@@ -62,7 +72,7 @@ class RunLog:
             self._metrics = io.TextIOWrapper(files.open_to_write(path, append=step > 0), encoding="utf-8")
             if cut_short:
                 self._metrics.write("\n")
-        self._write({"config": self._settings, "step": step})
+        self._write({"config": self._settings, "defaults": self._defaults, "step": step})
         terminal = sys.stderr.isatty()
         self._bar = tqdm(
             total=total_steps,
@@ -96,7 +106,8 @@ class RunLog:
         for tag, value in (("train/loss", loss), ("train/lr", lr)):
             self.tensorboard.add_scalar(tag, value, step)
         if self._bar is not None:
-            self._bar.set_postfix_str(f"loss {loss:.4f}, LR {lr:.2e}, gain {gain:.3f}", refresh=False)
+            state = f"gain {gain:.3g}" if self._latest is None else story.now(self._latest)
+            self._bar.set_postfix_str(f"loss {loss:.4f}, LR {lr:.2e}, {state}", refresh=False)
 
     def validation(self, step: int, *, loss: float, accuracy: float) -> None:
         """Loss per target and share of targets guessed right."""
@@ -112,6 +123,19 @@ class RunLog:
             path = self.directory / "summary.json"
             with writing(path):
                 files.write_at_once(path, lambda file: file.write(f"{text}\n".encode()), beside=f"{path.name}.tmp")
+
+    def tell(self) -> None:
+        """Write ``report.html``, and say what it says in one sentence. Files of another run are no reason to fail."""
+        if self.writer:
+            try:
+                run = report.read(self.directory)
+                path = report.write([run], self.directory / "report.html")
+            except (OSError, ValueError) as error:
+                self.say(f"No report was written: {error}")
+                return
+            if run.rounds:
+                self.say(story.in_one_sentence(run.rounds))
+            self.say(f"report: {path}")
 
     def picture(self, finding: hdet.LRFinding) -> Path:
         """Write ``find_lr.png``."""
@@ -136,8 +160,9 @@ class RunLog:
         for monitor in self.monitors:
             monitor.close()
 
-    def _count(self, report: hdet.Report) -> None:
+    def _take(self, report: hdet.Report) -> None:
         self.converge_seconds += report.converge_ms / 1e3
+        self._latest = report
 
     def _write(self, record: dict[str, Any]) -> None:
         if self._metrics is not None:

@@ -83,7 +83,7 @@ class Trainer:
         if self._deepspeed is not None:
             self._ddp = self._deepspeed.start(self.model, self.optimizer)
             self.optimizer, build = self._deepspeed.optimizer, self._deepspeed.build_scheduler
-        self.log = RunLog(directory, _flat(asdict(config)), writer=process.writer)
+        self.log = RunLog(directory, _flat(asdict(config)), _flat(asdict(Config())), writer=process.writer)
         probe = None
         if config.hdet.probe:
             probe = hdet.Probe(loss_fn=self.batches.loss_of, batches=self._probe_batches(holds_out), held_out=holds_out)
@@ -122,8 +122,10 @@ class Trainer:
         if self.step:
             log.say(f"Resumed after step {self.step}.")
         if self.schedule.ensemble is None:  # an ensemble starts its monitors itself
-            settings = {"spread": 0.0, "replicas": self.replicas.size}
-            log.tensorboard.start(settings, step=self.step, writer=self.process.writer)
+            settings: dict[str, Any] = {"spread": 0.0, "auto_lr": False, "probe": False, "replicas": self.replicas.size}
+            settings |= {"peak_lr": self.config.optimizer.known_max_lr, "schedule": self.config.schedule.name}
+            for monitor in log.monitors:
+                monitor.start(settings, step=self.step, writer=self.process.writer)
         last = config.total_steps if config.stop_at is None else self._round_end(max(config.stop_at, self.step))
         stopped_by, started, first = 0, time.monotonic(), self.step
         losses = torch.zeros((), device=self.process.device)
@@ -164,6 +166,7 @@ class Trainer:
                     "The replicas were averaged inside a round: the resumed run will not be the uninterrupted one bit "
                     "for bit."
                 )
+        log.tell()
         log.close()
         return stopped_by
 

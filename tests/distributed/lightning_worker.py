@@ -11,8 +11,10 @@ sys.path.insert(0, str(Path(__file__).parent))
 import frameworks
 import lightning.pytorch as L
 import torch
+import torch.distributed as dist
 from frameworks import are_equal, batch, error_of, flat, gather, loss_of, net, plain_loop, told
 from lightning.pytorch.callbacks import ModelCheckpoint, OnExceptionCheckpoint
+from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.loggers.logger import DummyLogger
 from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, ModelParallelStrategy
 from torch.distributed.fsdp import fully_shard
@@ -217,6 +219,20 @@ def saves_one_model(rank, folder):
         "converged": [report.step for report in sent],
         "put back": "save_checkpoint" not in vars(made),
     }
+
+
+@scenario
+def writes_its_report(rank, folder):
+    """Where the logger writes, where a JsonLines of the user's does, and nowhere without either."""
+    places = {name: folder / "report" / name for name in ("logger", "own", "none")}
+    own = hdet.JsonLines(places["own"] / "rounds.jsonl")
+    for name, logger, monitor in (
+        ("logger", CSVLogger(places["logger"], name="", version=""), None), ("own", False, own), ("none", False, None),
+    ):  # fmt: skip
+        callback = HDET(hdet.OneCycleLR, **settings(monitor=monitor))
+        trainer(places[name], callback, logger=logger, enable_checkpointing=False).fit(Module(), loader(0, STEPS))
+    dist.barrier()  # the writer's files are there
+    return {name: sorted(path.name for path in place.glob("*")) for name, place in places.items()}
 
 
 class Adversaries(L.LightningModule):

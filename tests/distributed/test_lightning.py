@@ -41,6 +41,13 @@ def test_gain_and_learning_rate_are_logged_and_what_the_probe_logs_is_not(result
         assert len(set(gains)) > 1
 
 
+def test_the_run_explains_itself_where_the_trainer_logs(results):
+    for found in results("writes_its_report"):
+        assert {"rounds.jsonl", "report.html"} < set(found["logger"])
+        assert found["own"] == ["report.html", "rounds.jsonl"]
+        assert found["none"] == []
+
+
 @pytest.mark.parametrize("gradients", ["shared", "local"])
 def test_a_run_that_was_resumed_in_the_middle_of_a_round_and_an_epoch_is_the_uninterrupted_one(results, gradients):
     """With accumulation, clipping and bf16; a probe without batches of its own under shared gradients."""

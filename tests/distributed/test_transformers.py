@@ -30,6 +30,12 @@ def test_evaluation_sees_the_mean_and_not_one_replica(results):
         assert found["equal"]
 
 
+def test_the_run_explains_itself_in_the_output_folder(results):
+    for found in (result["no probe"] for result in results("equals_the_plain_loop")):
+        assert found["rounds"] == [0, 1, 2]
+        assert found["report"] >= 6
+
+
 def test_gain_and_base_learning_rate_are_logged(results):
     for found in (result["no probe"] for result in results("equals_the_plain_loop")):
         gains, bases, lrs = zip(*found["logged"], strict=True)

@@ -21,6 +21,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, Trainer, TrainerCallback, 
 import hdet
 from hdet.integrations.transformers import attach
 from hdet.integrations.transformers import loss_of as trainer_loss
+from hdet.monitor.base import read_jsonl
 
 SCENARIOS = []
 
@@ -99,6 +100,7 @@ def equals_the_plain_loop(rank, folder):
         own = {"probe": probe(trainer_loss(made))} if name == "probe" else {}
         attach(made, monitor=reports.append, **SETTINGS, **own)
         made.train()
+        dist.barrier()  # the writer's files are there
 
         plain = {"probe": frameworks.probe(rank, "bf16")}
         expected = plain_loop(
@@ -115,6 +117,8 @@ def equals_the_plain_loop(rank, folder):
             "evaluated": len(model.evaluated),
             "equal": all(are_equal(weights) for weights in model.evaluated),
             "logged": [(entry["hdet/gain"], entry["hdet/base_lr"], entry["learning_rate"]) for entry in logs],
+            "rounds": [report["round"] for report in read_jsonl(folder / "rounds.jsonl") if report["complete"]],
+            "report": (folder / "report.html").read_text().count("<figure"),
         }
     return found
 

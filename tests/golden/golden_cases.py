@@ -167,8 +167,8 @@ def train(run, rank, steps, first=0, blow=(), virtual=1):
 
 
 def plain_report(report):
-    """All of a report but for the time that it took, and whose it is."""
-    left_out = ("converge_ms", "movement", "writer")
+    """All of a report but for the time that it took, whose it is, and what explains the rest of it."""
+    left_out = ("converge_ms", "movement", "writer", "cause", "judgements", "peak_lr")
     found = {f.name: getattr(report, f.name) for f in dataclasses.fields(report) if f.name not in left_out}
     return found | {"hyperparameters": [dataclasses.asdict(h) for h in report.hyperparameters]}
 

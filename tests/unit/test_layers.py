@@ -13,14 +13,15 @@ ROOT = Path(hdet.__file__).parent
 LAYERS = [
     "errors", "transaction", "files", "ops", "schedules",
     "replicas", "model", "explore", "converge", "observe", "steer", "controller", "monitor",
-    "settings", "ensemble", "lr_scheduler",
+    "settings", "ensemble", "lr_scheduler", "report",
     "integrations", "train", "bench", "__main__",
 ]  # fmt: skip
 PURE = [  # no torch
     "errors", "files/plain", "schedules/course", "schedules/curves", "schedules/decays", "schedules/onecycle",
     "schedules/open_ended", "explore/spread", "explore/design", "explore/prior", "observe/slopes", "steer/attribution",
     "steer/controllers", "steer/observation", "steer/one_slope", "steer/posterior", "steer/published", "steer/report",
-    "steer/running_average", "monitor/report", "monitor/tables",
+    "steer/running_average", "monitor/report", "monitor/story", "monitor/tables",
+    "report/charts",
 ]  # fmt: skip
 ADAPTERS = {"lr_scheduler", "integrations", "train", "bench"}
 MAY_USE_ADAPTERS = {"train": {"integrations", "lr_scheduler"}, "bench": {"lr_scheduler", "train"}}

@@ -21,13 +21,18 @@ from tensorboard.plugins.hparams import api_pb2, metadata
 from tensorboard.plugins.hparams.backend_context import Context
 from tensorboard.summary.writer import event_file_writer
 
+from hdet.monitor import story
 from hdet.monitor.base import Callback, JsonLines, Monitor, as_monitors, read_jsonl
-from hdet.monitor.report import Report
+from hdet.monitor.report import Report, report_of
 from hdet.monitor.tensorboard import TensorBoard
 from hdet.observe.slopes import Slopes
+from hdet.steer.report import HyperparameterReport, Judgement
 
 UNKNOWN = Slopes(*(math.nan,) * 3)
-CONFIG = {"spread": 0.5, "converge_every": 10, "auto_lr": True, "schedule": "OneCycleLR", "initial_lr.0": 4e-5}
+CONFIG = {
+    "spread": 0.5, "converge_every": 10, "auto_lr": True, "schedule": "OneCycleLR", "schedule_lr.0": 4e-5,
+    "peak_lr": 0.1, "controller.memory": 0.5,
+}  # fmt: skip
 
 
 def make_report(step: int = 10, *, replicas: int = 3, groups: tuple[str, ...] = ("0",), **changes: object) -> Report:
@@ -53,6 +58,8 @@ def make_report(step: int = 10, *, replicas: int = 3, groups: tuple[str, ...] = 
         "excluded": (),
         "probe": UNKNOWN,
         "rolled_back": False,
+        "judgements": tuple(Judgement(0.13 + g, 1.7 + g, 0.3 + g / 9, 1.9 + g, 0.2 + g / 9, False) for g in each_group),
+        "peak_lr": 0.1,
         "converge_ms": 12.3,
         "converge_bytes": 4096,
         "writer": True,
@@ -73,6 +80,11 @@ def layout(directory: Path) -> dict[str, dict[str, object]]:
     (event,) = read(directory).Tensors("custom_scalars__config__")
     parsed = layout_pb2.Layout.FromString(event.tensor_proto.string_val[0])
     return {category.title: {chart.title: chart for chart in category.chart} for category in parsed.category}
+
+
+def write_in(directory: Path, *reports: Report) -> Path:
+    write(directory, *reports)
+    return directory
 
 
 def write(
@@ -202,7 +214,7 @@ class TestLifeCycle:
         monitor = self.make(path)
         monitor.start(CONFIG, step=0, writer=True)
         monitor.report(make_report())
-        found = len(read_jsonl(path)) if path.suffix else len(curves(path)["hdet/converge_bytes"])
+        found = len(read_jsonl(path)) if path.suffix else len(curves(path)["hdet_speed/converge_bytes"])
         monitor.close()
         assert found == 1
 
@@ -240,8 +252,9 @@ class TestJsonLines:
         lines = [json.loads(line, parse_constant=refuse) for line in path.read_text().splitlines()]
         assert lines[0] == {"config": CONFIG, "step": 0}
         unknown = {"probe": {"raw": None, "debiased": None, "noise": None}}
-        assert lines[1] == json.loads(json.dumps(dataclasses.asdict(reports[0]) | unknown))
-        expected = dataclasses.asdict(reports[1]) | {"losses": (None, None, 2.0)} | unknown
+        judged = [{"judgements": [judgement._asdict() for judgement in report.judgements]} for report in reports]
+        assert lines[1] == json.loads(json.dumps(dataclasses.asdict(reports[0]) | unknown | judged[0]))
+        expected = dataclasses.asdict(reports[1]) | {"losses": (None, None, 2.0)} | unknown | judged[1]
         assert lines[2] == json.loads(json.dumps(expected))
         assert lines[1:] == read_jsonl(path)
 
@@ -256,6 +269,63 @@ class TestJsonLines:
         assert first["rolled_back"] is False
         assert (second["probe"]["raw"], second["rolled_back"], second["hypergradient"]) == (None, True, [None])
         assert set(first) == {field.name for field in dataclasses.fields(Report)}
+
+    def test_a_line_is_read_back_as_the_report(self, tmp_path: Path) -> None:
+        path = tmp_path / "rounds.jsonl"
+        decay = HyperparameterReport(
+            name="decay", centre=0.1, values=(0.1, 0.2, 0.3), effect=1.0, error=0.5, next_centre=0.2
+        )
+        reports = [
+            make_report(10, groups=("body", "head"), probe=Slopes(0.1, 0.2, 0.3), hyperparameters=(decay,)),
+            make_report(20, rolled_back=True, cause="the loss", excluded=(0, 2), nonfinite=("buffers",)),
+        ]
+        monitor = JsonLines(path)
+        monitor.start(CONFIG, step=0, writer=True)
+        for report in reports:
+            monitor.report(report)
+        first, second = (report_of(record) for record in read_jsonl(path))
+        assert first == reports[0]
+        assert second == dataclasses.replace(reports[1], probe=second.probe)
+        assert all(math.isnan(slope) for slope in second.probe)
+
+    @staticmethod
+    def line(directory: Path) -> dict[str, object]:
+        monitor = JsonLines(directory / "rounds.jsonl")
+        monitor.start(CONFIG, step=0, writer=True)
+        monitor.report(make_report())
+        (record,) = read_jsonl(directory / "rounds.jsonl")
+        return record
+
+    def test_a_line_of_a_version_that_explained_nothing(self, tmp_path: Path) -> None:
+        record = self.line(tmp_path)
+        for name in ("cause", "judgements", "peak_lr"):
+            del record[name]
+        found = report_of(record)
+        assert (found.cause, found.judgements) == ("", ())
+        assert math.isnan(found.peak_lr)
+
+    @pytest.mark.parametrize(
+        ("change", "message"),
+        [
+            ({"gain": None}, "its gain cannot be None"),
+            ({"gain": ["<b>"]}, "its gain cannot be ['<b>']"),
+            ({"gain": [1.0, 2.0]}, "its gain has 2 values for 1 parameter groups"),
+            ({"rolled_back": 1}, "its rolled_back cannot be 1"),
+            ({"round": 1.5}, "its round cannot be 1.5"),
+            ({"losses": [1.0]}, "it has 1 parameter groups, and 1 losses of 3 replicas"),
+            ({"groups": [3]}, "its groups cannot be [3]"),
+            ({"probe": [1]}, "its probe cannot be [1]"),
+            ({"judgements": [{"target": 1}]}, "its judgements cannot be [{'target': 1}]"),
+            ({"converge_ms": 10**400}, "its converge_ms cannot be 1000"),
+        ],
+    )
+    def test_a_line_that_is_none(self, tmp_path: Path, change: dict[str, object], message: str) -> None:
+        record = self.line(tmp_path)
+        with pytest.raises(ValueError, match=re.escape(message)):
+            report_of({**record, **change})
+        del record["gain"]
+        with pytest.raises(ValueError, match="it has no gain"):
+            report_of(record)
 
     def test_a_resumed_run_appends_and_the_steps_it_repeats_replace_the_old_ones(self, tmp_path: Path) -> None:
         path = tmp_path / "rounds.jsonl"
@@ -286,17 +356,23 @@ class TestTensorBoard:
             "hdet/schedule_lr": [r.schedule_lr[0] for r in reports],
             "hdet/base_lr": [r.base_lr[0] for r in reports],
             "hdet/gain": [r.next_gain[0] for r in reports],
-            "hdet/hypergradient": [r.hypergradient[0] for r in reports],
-            "hdet/velocity": [r.velocity[0] for r in reports],
-            "hdet/movement": [r.movement[0] for r in reports],
+            "hdet/gain_log10": [math.log10(r.next_gain[0]) for r in reports],
             "hdet/loss": [r.mean_loss for r in reports],
-            "hdet/distance": [math.fsum(r.distance) / 3 for r in reports],
-            "hdet/excluded": [0, 2],
-            "hdet/converge_ms": [r.converge_ms for r in reports],
-            "hdet/converge_bytes": [r.converge_bytes for r in reports],
-            **{f"hdet/replica_lr/replica{i}": [r.replica_lr[0][i] for r in reports] for i in range(3)},
-            **{f"hdet/replica_loss/replica{i}": [r.losses[i] for r in reports] for i in range(3)},
-            **{f"hdet/distance/replica{i}": [r.distance[i] for r in reports] for i in range(3)},
+            "hdet_evidence/hypergradient": [r.hypergradient[0] for r in reports],
+            "hdet_evidence/velocity": [r.velocity[0] for r in reports],
+            "hdet_evidence/movement": [r.movement[0] for r in reports],
+            "hdet_evidence/target": [0.13, 0.13],
+            "hdet_evidence/centre_log10": [math.log10(1.7)] * 2,
+            "hdet_evidence/estimate_log10": [math.log10(1.9)] * 2,
+            "hdet_evidence/balance": [0.3, 0.3],
+            "hdet_evidence/trust": [0.2, 0.2],
+            "hdet_replicas/mean_distance": [math.fsum(r.distance) / 3 for r in reports],
+            "hdet_replicas/excluded": [0, 2],
+            "hdet_speed/converge_ms": [r.converge_ms for r in reports],
+            "hdet_speed/converge_bytes": [r.converge_bytes for r in reports],
+            **{f"hdet_replicas/lr/replica{i}": [r.replica_lr[0][i] for r in reports] for i in range(3)},
+            **{f"hdet_replicas/loss/replica{i}": [r.losses[i] for r in reports] for i in range(3)},
+            **{f"hdet_replicas/distance/replica{i}": [r.distance[i] for r in reports] for i in range(3)},
         }
         found = curves(tmp_path)
         assert found.keys() == expected.keys()
@@ -305,19 +381,54 @@ class TestTensorBoard:
 
     def test_tags_name_the_group_where_there_are_several(self, tmp_path: Path) -> None:
         report = make_report(groups=("body", "head/bias"))
-        write(tmp_path, report)
+        write(tmp_path, report, config={**CONFIG, "per_group": True})
         found = curves(tmp_path)
         for g, group in enumerate(report.groups):
             assert found[f"hdet/schedule_lr/{group}"] == [(10, np.float32(report.schedule_lr[g]))]
             assert found[f"hdet/base_lr/{group}"] == [(10, np.float32(report.base_lr[g]))]
             assert found[f"hdet/gain/{group}"] == [(10, np.float32(report.next_gain[g]))]
-            assert found[f"hdet/hypergradient/{group}"] == [(10, np.float32(report.hypergradient[g]))]
-            assert found[f"hdet/movement/{group}"] == [(10, np.float32(report.movement[g]))]
-            assert found[f"hdet/velocity/{group}"] == [(10, np.float32(report.velocity[g]))]
-            assert found[f"hdet/movement/{group}"] == [(10, np.float32(report.movement[g]))]
+            assert found[f"hdet_evidence/hypergradient/{group}"] == [(10, np.float32(report.hypergradient[g]))]
+            assert found[f"hdet_evidence/movement/{group}"] == [(10, np.float32(report.movement[g]))]
+            assert found[f"hdet_evidence/velocity/{group}"] == [(10, np.float32(report.velocity[g]))]
+            assert found[f"hdet_evidence/trust/{group}"] == [(10, np.float32(report.judgements[g].trust))]
             for r in range(3):
-                assert found[f"hdet/replica_lr/{group}/replica{r}"] == [(10, np.float32(report.replica_lr[g][r]))]
-        assert len(found) == 2 * (6 + 3) + 1 + 3 + 1 + 3 + 3
+                assert found[f"hdet_replicas/lr/{group}/replica{r}"] == [(10, np.float32(report.replica_lr[g][r]))]
+        assert len(found) == 2 * (12 + 3) + 1 + 3 + 1 + 3 + 3
+
+    def test_groups_that_share_a_gain_have_one_curve(self, tmp_path: Path) -> None:
+        """decay and no_decay of the training program were two equal curves of everything."""
+        same = {name: (value, value) for name, value in (("schedule_lr", 1e-3), ("gain", 2.0), ("next_gain", 3.0))}
+        one = make_report(groups=("decay", "no_decay"), base_lr=(2e-3, 2e-3), replica_lr=((1e-3,) * 3,) * 2, **same)
+        alone = set(curves(write_in(tmp_path / "one", make_report())))
+        assert curves(write_in(tmp_path / "two", one)).keys() == alone
+
+    def test_learning_rates_that_differ_have_a_curve_each_and_share_their_gain(self, tmp_path: Path) -> None:
+        same = {"gain": (2.0, 2.0), "next_gain": (3.0, 3.0)}
+        equal = make_report(groups=("a", "b"), schedule_lr=(0.1, 0.1), **same)
+        write(tmp_path, equal, make_report(20, groups=("a", "b"), schedule_lr=(0.1, 0.2), **same))
+        found = curves(tmp_path)
+        assert [step for step, _ in found["hdet/gain"]] == [10, 20]
+        assert [step for step, _ in found["hdet/schedule_lr"]] == [10]
+        assert found["hdet/schedule_lr/b"] == [(20, np.float32(0.2))]
+
+    def test_what_matters_comes_first_by_name(self, tmp_path: Path) -> None:
+        write(tmp_path, make_report())
+        tags = sorted(curves(tmp_path))
+        assert tags[:5] == ["hdet/base_lr", "hdet/gain", "hdet/gain_log10", "hdet/loss", "hdet/schedule_lr"]
+        sections = list(dict.fromkeys(tag.partition("/")[0] for tag in tags))
+        assert sections == ["hdet", "hdet_evidence", "hdet_replicas", "hdet_speed"]
+
+    def test_the_story_is_told_and_updated(self, tmp_path: Path) -> None:
+        reports = [make_report(10 * k) for k in range(1, 30)]
+        reports[20] = make_report(210, rolled_back=True, complete=False, cause="the loss jumped")
+        write(tmp_path, *reports)
+        events = read(tmp_path).Tensors("hdet/story/text_summary")
+        assert events[-1].step == 290
+        texts = [event.tensor_proto.string_val[0].decode() for event in events]
+        assert "the loss jumped" in next(t for e, t in zip(events, texts, strict=True) if e.step == 210)
+        told = [reports[0], *map(story.slim, reports[1:])]
+        assert texts[-1] == "\n".join(f"- {sentence}" for sentence in story.sentences(told))
+        assert 3 <= len(texts) < 20  # not for each round
 
     def test_what_is_unknown_is_not_written(self, tmp_path: Path) -> None:
         nan = math.nan
@@ -326,19 +437,23 @@ class TestTensorBoard:
         )
         write(tmp_path, report)
         found = curves(tmp_path)
-        assert not {tag for tag in found if tag.startswith("hdet/distance")}
-        assert not {"hdet/loss", "hdet/hypergradient", "hdet/replica_loss/replica0"} & found.keys()
-        assert found["hdet/replica_loss/replica2"] == [(10, math.inf)]
+        assert not {tag for tag in found if "distance" in tag}
+        assert not {"hdet/loss", "hdet_evidence/hypergradient", "hdet_replicas/loss/replica0"} & found.keys()
+        assert found["hdet_replicas/loss/replica2"] == [(10, math.inf)]
 
     def test_the_mean_distance_is_over_the_replicas_that_have_one(self, tmp_path: Path) -> None:
         write(tmp_path, make_report(distance=(1.0, math.inf, 3.0), excluded=(1,)))
-        assert curves(tmp_path)["hdet/distance"] == [(10, 2.0)]
+        assert curves(tmp_path)["hdet_replicas/mean_distance"] == [(10, 2.0)]
 
     def test_a_converge_inside_a_round_writes_no_figures_of_the_round(self, tmp_path: Path) -> None:
         write(tmp_path, make_report(complete=False))
         found = curves(tmp_path)
-        assert not {"hdet/loss", "hdet/replica_loss/replica0", "hdet/hypergradient", "hdet/velocity"} & found.keys()
-        assert {"hdet/base_lr", "hdet/gain", "hdet/distance", "hdet/replica_lr/replica0"} <= found.keys()
+        assert (
+            not {"hdet/loss", "hdet_replicas/loss/replica0", "hdet_evidence/hypergradient", "hdet_evidence/velocity"}
+            & found.keys()
+        )
+        assert {"hdet/base_lr", "hdet/gain", "hdet_replicas/mean_distance"} <= found.keys()
+        assert "hdet_replicas/lr/replica0" in found
 
     def test_says_which_replicas_were_excluded(self, tmp_path: Path) -> None:
         write(tmp_path, make_report(10), make_report(20, excluded=(0, 2)))
@@ -355,10 +470,11 @@ class TestTensorBoard:
         ]
         write(tmp_path, *reports, config={**CONFIG, "probe": True, "rollback": True})
         found = curves(tmp_path)
-        assert found["hdet/probe/raw"] == [(10, np.float32(0.3)), (30, np.float32(0.4))]
-        assert found["hdet/probe/debiased"] == [(10, np.float32(-0.2)), (30, np.float32(0.5))]
-        assert found["hdet/probe/noise"] == [(10, np.float32(0.1))]
+        assert found["hdet_evidence/probe/raw"] == [(10, np.float32(0.3)), (30, np.float32(0.4))]
+        assert found["hdet_evidence/probe/debiased"] == [(10, np.float32(-0.2)), (30, np.float32(0.5))]
+        assert found["hdet_evidence/probe/noise"] == [(10, np.float32(0.1))]
         assert found["hdet/rolled_back"] == [(10, 0), (20, 1), (30, 0)]
+        assert found["hdet/rolled_back_lr"] == [(20, np.float32(reports[1].base_lr[0]))]
 
     @pytest.mark.parametrize("unused", [{}, {"probe": False, "rollback": False}])
     def test_no_curves_of_a_probe_or_rollback_that_is_not_in_use(
@@ -366,30 +482,30 @@ class TestTensorBoard:
     ) -> None:
         write(tmp_path, make_report(), config={**CONFIG, **unused})
         assert not [tag for tag in curves(tmp_path) if "probe" in tag or "rolled" in tag]
-        assert not [name for name in layout(tmp_path)["hdet: controller"] if "probe" in name]
+        assert not [name for name in layout(tmp_path)["hdet: details"] if "probe" in name]
 
     def test_many_replicas_are_summed_up(self, tmp_path: Path) -> None:
         report = make_report(replicas=5, losses=(3.0, math.nan, 1.0, 2.0, 7.0))
         write(tmp_path / "all", report, max_replicas=5)
         write(tmp_path / "few", report, max_replicas=4)
-        assert "hdet/replica_loss/replica4" in curves(tmp_path / "all")
+        assert "hdet_replicas/loss/replica4" in curves(tmp_path / "all")
         found = curves(tmp_path / "few")
         assert not [tag for tag in found if re.search(r"replica\d", tag)]
         for name, value in (("min", 1.0), ("median", 2.5), ("max", 7.0)):
-            assert found[f"hdet/replica_loss/{name}"] == [(10, value)]
-        for tag, values in (("hdet/distance", report.distance), ("hdet/replica_lr", report.replica_lr[0])):
+            assert found[f"hdet_replicas/loss/{name}"] == [(10, value)]
+        for tag, values in (("hdet_replicas/distance", report.distance), ("hdet_replicas/lr", report.replica_lr[0])):
             summary = [found[f"{tag}/{name}"][0][1] for name in ("min", "median", "max")]
             assert summary == [np.float32(values[0]), np.float32(values[2]), np.float32(values[4])]
-        chart = layout(tmp_path / "few")["hdet: replicas"]["training loss"]
+        chart = layout(tmp_path / "few")["hdet"]["replicas: training loss"]
         (series,) = chart.margin.series  # type: ignore[attr-defined]
-        tags = ["hdet/replica_loss/min", "hdet/replica_loss/median", "hdet/replica_loss/max"]
+        tags = ["hdet_replicas/loss/min", "hdet_replicas/loss/median", "hdet_replicas/loss/max"]
         assert [series.lower, series.value, series.upper] == tags
 
     def test_the_limit_counts_learning_rates_of_all_groups_together(self, tmp_path: Path) -> None:
-        write(tmp_path, make_report(replicas=3, groups=("a", "b")), max_replicas=5)
+        write(tmp_path, make_report(replicas=3, groups=("a", "b")), max_replicas=5)  # whose learning rates differ
         found = curves(tmp_path)
-        assert {"hdet/replica_lr/a/min", "hdet/replica_lr/b/max", "hdet/replica_loss/replica2"} <= found.keys()
-        assert "hdet/replica_lr/a/replica0" not in found
+        assert {"hdet_replicas/lr/a/min", "hdet_replicas/lr/b/max", "hdet_replicas/loss/replica2"} <= found.keys()
+        assert "hdet_replicas/lr/a/replica0" not in found
 
     def test_a_resumed_run_hides_what_was_reported_after_its_checkpoint(self, tmp_path: Path) -> None:
         write(tmp_path, *(make_report(step, mean_loss=1.0) for step in (10, 20, 30)))
@@ -414,6 +530,8 @@ class TestTensorBoard:
             board.add_scalar("val/loss", 1.0, 8)
         with pytest.raises(ValueError, match=r"Tags under hdet/"):
             board.add_scalar("hdet/loss", 1.0, 8)
+        with pytest.raises(ValueError, match="choose another prefix"):
+            board.add_scalar("hdet_speed/loss", 1.0, 8)
 
     def test_own_curves_held_before_a_resume_survive_its_purge(self, tmp_path: Path) -> None:
         write(tmp_path, make_report(10), make_report(20))
@@ -492,23 +610,29 @@ class TestTabs:
         )
 
     def test_layout(self, tmp_path: Path) -> None:
-        write(tmp_path, make_report(), make_report(20))
+        write(tmp_path, make_report(), make_report(20), metrics=("val/loss",), config={**CONFIG, "rollback": True})
         found = {
             title: {name: list(chart.multiline.tag) for name, chart in charts.items()}  # type: ignore[attr-defined]
             for title, charts in layout(tmp_path).items()
         }
         assert found == {
-            "hdet: replicas": {
-                "training loss": [r"^hdet/replica_loss/replica\d+$"],
-                "learning rate": [r"^hdet/replica_lr/replica\d+$"],
-                "distance from the mean": [r"^hdet/distance/replica\d+$"],
+            "hdet": {
+                "learning rate": [r"^hdet/base_lr(/.*)?$", r"^hdet/schedule_lr(/.*)?$", r"^hdet/rolled_back_lr(/.*)?$"],
+                "loss": ["^hdet/loss$", "^val/loss$"],
+                "evidence: log10 of the gain": [
+                    r"^hdet/gain_log10(/.*)?$",
+                    r"^hdet_evidence/centre_log10(/.*)?$",
+                    r"^hdet_evidence/estimate_log10(/.*)?$",
+                ],
+                "replicas: training loss": [r"^hdet_replicas/loss/replica\d+$"],
+                "cost: ms per converge": [r"^hdet_speed/converge_ms(/.*)?$"],
             },
-            "hdet: controller": {
-                "gain": ["^hdet/gain$"],
-                "hypergradient": ["^hdet/hypergradient$"],
-                "velocity": ["^hdet/velocity$"],
-                "movement": ["^hdet/movement$"],
-                "base schedule with and without gain": ["^hdet/base_lr$", r"^hdet/schedule_lr$"],
+            "hdet: details": {
+                "movement": [r"^hdet_evidence/movement(/.*)?$", r"^hdet_evidence/target(/.*)?$"],
+                "balance and trust": [r"^hdet_evidence/balance(/.*)?$", r"^hdet_evidence/trust(/.*)?$"],
+                "hypergradient": [r"^hdet_evidence/hypergradient(/.*)?$"],
+                "replicas: learning rate": [r"^hdet_replicas/lr/replica\d+$"],
+                "replicas: distance from the mean": [r"^hdet_replicas/distance/replica\d+$"],
             },
         }
 
@@ -529,7 +653,7 @@ class TestTabs:
         plugin = CustomScalarsPlugin(context)
         context.plugin_name_to_instance["scalars"] = ScalarsPlugin(context)
         shown = json.loads(plugin.layout_impl(self.CONTEXT, ""))
-        assert [category["title"] for category in shown["category"]] == ["hdet: replicas", "hdet: controller"]
+        assert [category["title"] for category in shown["category"]] == ["hdet", "hdet: details"]
         charted = set()
         for chart in (chart for category in shown["category"] for chart in category["chart"]):
             if "margin" in chart:
@@ -543,8 +667,11 @@ class TestTabs:
                 assert answer["tag_to_events"], pattern
                 assert not charted & answer["tag_to_events"].keys()
                 charted |= answer["tag_to_events"].keys()
-        summaries = {"hdet/loss", "hdet/distance", "hdet/excluded", "hdet/converge_ms", "hdet/converge_bytes"}
-        assert charted == curves(tmp_path / "run").keys() - summaries
+        uncharted = {"hdet_replicas/mean_distance", "hdet_replicas/excluded", "hdet_speed/converge_bytes"}
+        uncharted |= {
+            tag for tag in curves(tmp_path / "run") if tag.startswith(("hdet/gain/", "hdet_evidence/velocity"))
+        }
+        assert charted == curves(tmp_path / "run").keys() - uncharted - {"hdet/gain"}
 
     def test_hparams_compares_runs_by_their_own_curves(self, tmp_path: Path) -> None:
         hparams = {"optimizer": "AdamW", "compile": False, "batch_size": 32, "warmup": 0.3}
@@ -561,18 +688,15 @@ class TestTabs:
         experiment = context.experiment_from_metadata(self.CONTEXT, "", True, content, [])
         metrics = [info.name.tag for info in experiment.metric_infos]
         assert metrics == ["val/loss", "hdet/loss", "hdet/gain"]
-        assert {info.name for info in experiment.hparam_infos} == {
-            f"hdet/{k}" for k in (*CONFIG, "seed")
-        } | hparams.keys()
+        ours = {"hdet/auto_lr", "hdet/max_lr", "hdet/schedule", "hdet/spread"}
+        assert {info.name for info in experiment.hparam_infos} == ours | hparams.keys()
         start = metadata.parse_session_start_info_plugin_data(content["b"][metadata.SESSION_START_INFO_TAG])
         values = {name: getattr(value, value.WhichOneof("kind")) for name, value in start.hparams.items()}
         assert values == {
             "hdet/spread": 0.5,
-            "hdet/converge_every": 10,
             "hdet/auto_lr": "True",
+            "hdet/max_lr": 0.1,
             "hdet/schedule": "OneCycleLR",
-            "hdet/initial_lr.0": 4e-5,
-            "hdet/seed": 2,
             "optimizer": "AdamW",
             "compile": "False",
             "batch_size": 32,
@@ -584,7 +708,7 @@ class TestTabs:
         assert [found[tag][0][1] for tag in metrics] == [2.5, 2.0, np.float32(0.8)]
 
     def test_metrics_of_several_groups(self, tmp_path: Path) -> None:
-        write(tmp_path, make_report(groups=("body", "head")))
+        write(tmp_path, make_report(groups=("body", "head")), config={**CONFIG, "per_group": True})
         about = read(tmp_path).SummaryMetadata(metadata.EXPERIMENT_TAG)
         experiment = metadata.parse_experiment_plugin_data(about.plugin_data.content)
         tags = [info.name.tag for info in experiment.metric_infos]

@@ -61,6 +61,7 @@ def test_a_wheel_in_which_nothing_was_compiled_says_so_and_fits_every_platform(s
     assert not libraries(wheel.filename)
     assert "Root-Is-Purelib: true" in wheel.read(f"hdet-{hdet.__version__}.dist-info/WHEEL").decode()
     assert "hdet = hdet.__main__:main" in wheel.read(f"hdet-{hdet.__version__}.dist-info/entry_points.txt").decode()
+    assert {"hdet/py.typed", "hdet/report/page.css"} < set(wheel.namelist())
     assert {name.split("/")[0] for name in wheel.namelist()} == {"hdet", f"hdet-{hdet.__version__}.dist-info"}
 
 

@@ -21,6 +21,7 @@ COMMANDS = {
 }
 BENCHMARKS = {
     "faults": ("hdet.bench.faults", "do wrong things to hdet"),
+    "gpu_check": ("hdet.bench.gpu_check", "all that only a GPU can show, in ten minutes"),
     "hyperparameters": ("hdet.bench.hyperparameters", "whether the optimum of other hyperparameters is found"),
     "regret": ("hdet.bench.regret", "what a wrong learning rate costs"),
     "regret.ablations": ("hdet.bench.regret.ablations", "the controller without each of its parts"),
@@ -28,6 +29,7 @@ BENCHMARKS = {
     "regret.fit": ("hdet.bench.regret.fit", "the controller's constants, fitted on a part of the workloads"),
     "regret.real": ("hdet.bench.regret.real", "real processes beside their simulation"),
     "regret.summary": ("hdet.bench.regret.summary", "means over workloads by start, with their errors, and the harm"),
+    "scaling": ("hdet.bench.scaling", "bytes, memory and time per round, by number of replicas and parameters"),
 }
 EXTRAS = {"train": "train", "compare": "train", "bench": "bench"}
 """What to install for a command."""

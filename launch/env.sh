@@ -5,6 +5,7 @@
 #   HDET_PYTHON  the Python to make .venv with (python3)
 #   HDET_TORCH   what to install where there is no torch ("torch==2.13.0"). On Linux that is the CUDA build; the CPU build
 #                is smaller: HDET_TORCH="torch==2.13.0 --index-url https://download.pytorch.org/whl/cpu"
+#   HDET_SETUP   0: nothing is made or installed, and `python` is the one on PATH. For machines without a network
 #
 # A torch that is there already is never replaced.
 
@@ -12,6 +13,9 @@ HDET_ROOT="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 
 setup() {
     local extra="$1" stamp
+    if [[ "${HDET_SETUP:-1}" == 0 ]]; then
+        return
+    fi
     if [[ -z "${VIRTUAL_ENV:-}${CONDA_PREFIX:-}" ]]; then
         if [[ ! -e "$HDET_ROOT/.venv/bin/activate" ]]; then
             say "making .venv"
@@ -87,8 +91,12 @@ browser() {
 # Processes on this machine: NPROC, else one per GPU, else $1.
 processes() {
     local gpus
+    if [[ -n "${NPROC:-}" ]]; then
+        echo "$NPROC"
+        return
+    fi
     gpus="$(python -c 'import torch; print(torch.cuda.device_count())')"
-    echo "${NPROC:-$((gpus > 0 ? gpus : $1))}"
+    echo "$((gpus > 0 ? gpus : $1))"
 }
 
 say() {

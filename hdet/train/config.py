@@ -175,9 +175,9 @@ class HdetConfig(Shared):
     auto_lr: bool = True
     """Whether a controller moves the learning rate."""
     probe: bool | Literal["held_out"] = False
-    """Whether the paired probe gives the controller ``posterior`` evidence beside how far the weights move: about
-    14 times in a run every replica evaluates one more training batch, with five forward passes. ``held_out``: batches of
-    ``task.probe_fraction``."""
+    """Whether the paired probe gives the controller ``posterior`` evidence beside how far the weights move:
+    about 14 times in a run every replica evaluates one more training batch, with five forward passes. ``held_out``:
+    batches of ``task.probe_fraction``."""
     controller: Literal["posterior", "published"] = "posterior"
     """What moves the learning rate. ``posterior``: by how far the weights move, and with a probe by its losses too; not
     with ``averaging.overlap_steps``. ``published``: the paper's, which goes by the training losses and needs long

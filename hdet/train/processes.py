@@ -220,10 +220,12 @@ def _meet() -> dist.Store:
     """The store in which the processes find each other; starts to watch for those that fail.
 
     torchrun may keep its store when it restarts the processes, and a restarted one would find the addresses of those
-    that have died. So each attempt has names of its own.
+    that have died. So each attempt has names of its own. Where each has a store of its own the names are the same: on a
+    machine that has joined later torchrun counts fewer restarts.
     """
     global _watch
-    names = f"restart{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"
+    keeps_store = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    names = f"restart{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0') if keeps_store else '0'}"
     try:
         store, rank, world_size = next(_meetings())
     except ValueError as error:

@@ -17,6 +17,8 @@ from hdet.bench import converge, processes
 from hdet.bench.contenders import CONTENDERS, Contender, PerTensor
 from hdet.bench.measure import OURS
 from hdet.bench.report import targets
+from hdet.bench.scaling import fit
+from hdet.bench.scaling.network import Link
 from hdet.bench.shapes import Shape
 
 pytestmark = pytest.mark.distributed
@@ -200,3 +202,25 @@ def test_results_come_one_by_one_and_whoever_stops_reading_ends_the_processes():
     assert len(multiprocessing.active_children()) == 2
     results.close()
     assert multiprocessing.active_children() == []
+
+
+# ------------------------------------------------------------------------------------------- the model of the network
+
+
+def test_all_reduces_are_measured_and_fitted():
+    sizes = (2**10, 2**18, 2**24)
+    timed = fit.measure(sizes, limit=100.0)
+    assert [(one.ranks, one.nbytes) for one in timed] == [(n, size) for n in (2, 3, 4) for size in sizes]
+    assert all(one.seconds > 0 for one in timed)
+    found = fit.fit(timed)
+    assert found.link.alpha >= 0
+    assert found.link.bandwidth > 0
+    assert found.held_out_error >= 0
+
+
+def test_a_converge_is_predicted_and_measured():
+    (two, four) = fit.predict(Link(1e-4, 1e9, "a test"), ("1k",), seconds=0.1)
+    assert (two.shape, two.ranks, four.shape, four.ranks) == ("1k", 2, "1k", 4)
+    assert 2 * 1e-4 < two.model < 3 * 1e-4  # 4 kB are next to nothing
+    assert 6 * 1e-4 < four.model < 7 * 1e-4
+    assert min(two.measured, four.measured) > 0

@@ -27,73 +27,54 @@ if TYPE_CHECKING:
 class TensorBoard(WriterMonitor):
     r"""Writes every report to TensorBoard; ``pip install "hdet[tensorboard]"``.
 
-        The step axis counts scheduler steps. Where parameter groups differ in a quantity, each has a curve of its own,
-        whose tag ends in "/<group>"; where they share it, there is one.
+    The step axis counts scheduler steps. Where parameter groups differ in a quantity, each has a curve of its own,
+    whose tag ends in "/<group>"; where they share it, there is one.
 
-        ``hdet/schedule_lr/<g>``          the base schedule
-        ``hdet/base_lr/<g>``              schedule x gain, the centre of the spread
-        ``hdet/replica_lr/<g>/replica0``  schedule x gain x multiplier, of each replica
-        ``hdet/gain/<g>``                 the gain from this converge on (``report.next_gain``)
-        ``hdet/loss``                     mean training loss of the round
-        ``hdet/replica_loss/replica0``    the same of each replica
-        ``hdet/hypergradient/<g>``        > 0 where a larger learning rate did better
-        ``hdet/velocity/<g>``             the controller's momentum
-        ``hdet/movement/<g>``             how far the round took the weight matrices, relative to their size
-        ``hdet/hyperparameter/<h>``       the centre of another hyperparameter from this converge on
-        ``hdet/hyperparameter/<h>/effect`` the probe's loss one spread above its centre, less that at the centre
-        ``hdet/probe/raw``                with a probe, its raw slope; likewise ``debiased`` and ``noise``
-        ``hdet/rolled_back``              with rollback, 1 where the round was undone, else 0
-        ``hdet/distance/replica0``        each replica's distance from their mean before averaging; ``hdet/distance``: mean
-        ``hdet/excluded``                 number of replicas left out of the average; if any, the Text tab says which
-        ``hdet/converge_ms``              time of the converge on the writer rank, in milliseconds
-        ``hdet/converge_bytes``           bytes the writer rank sent in it
-        ================================  =================================================================================
-    =======
-        =================================== ==============================================================================
-        ``hdet/base_lr``                    schedule x gain, the centre of the spread
-        ``hdet/gain``                       the gain from this converge on (``report.next_gain``); ``gain_log10``: its log
-        ``hdet/loss``                       mean training loss of the round
-        ``hdet/rolled_back``                with rollback, 1 where the round was undone, else 0
-        ``hdet/rolled_back_lr``             the base learning rate of a round that was undone; no other points
-        ``hdet/schedule_lr``                the base schedule
-        ``hdet_evidence/centre_log10``      the gain at which the weights would move as they should, as a log
-        ``hdet_evidence/estimate_log10``    the estimate of the right gain, as a log
-        ``hdet_evidence/movement``          how far the round took the weight matrices, relative to their size
-        ``hdet_evidence/target``            how far it should have taken them
-        ``hdet_evidence/balance``           > 0 where the probe saw progress outweigh noise, in [-1, 1]
-        ``hdet_evidence/trust``             probability that the user's learning rate is right
-        ``hdet_evidence/hypergradient``     > 0 where a larger learning rate did better
-        ``hdet_evidence/velocity``          the published controller's momentum
-        ``hdet_evidence/probe/raw``         with a probe, its raw slope; likewise ``debiased`` and ``noise``
-        ``hdet_hyperparameter/<h>``         the centre of another hyperparameter from this converge on
-        ``hdet_hyperparameter/<h>/effect``  the probe's loss one spread above its centre, less that at the centre
-        ``hdet_replicas/loss/replica0``     mean training loss of each replica
-        ``hdet_replicas/lr/replica0``       schedule x gain x multiplier, of each replica
-        ``hdet_replicas/distance/replica0`` each replica's distance from their mean before averaging
-        ``hdet_replicas/mean_distance``     its mean
-        ``hdet_replicas/excluded``          number of replicas left out of the average; if any, the Text tab says which
-        ``hdet_speed/converge_ms``           time of the converge on the writer rank, in milliseconds
-        ``hdet_speed/converge_bytes``        bytes the writer rank sent in it
-        =================================== ==============================================================================
+    =================================== ==============================================================================
+    ``hdet/base_lr``                    schedule x gain, the centre of the spread
+    ``hdet/gain``                       the gain from this converge on (``report.next_gain``); ``gain_log10``: its log
+    ``hdet/loss``                       mean training loss of the round
+    ``hdet/rolled_back``                with rollback, 1 where the round was undone, else 0
+    ``hdet/rolled_back_lr``             the base learning rate of a round that was undone; no other points
+    ``hdet/schedule_lr``                the base schedule
+    ``hdet_evidence/centre_log10``      the gain at which the weights would move as they should, as a log
+    ``hdet_evidence/estimate_log10``    the estimate of the right gain, as a log
+    ``hdet_evidence/movement``          how far the round took the weight matrices, relative to their size
+    ``hdet_evidence/target``            how far it should have taken them
+    ``hdet_evidence/balance``           > 0 where the probe saw progress outweigh noise, in [-1, 1]
+    ``hdet_evidence/trust``             probability that the user's learning rate is right
+    ``hdet_evidence/hypergradient``     > 0 where a larger learning rate did better
+    ``hdet_evidence/velocity``          the published controller's momentum
+    ``hdet_evidence/probe/raw``         with a probe, its raw slope; likewise ``debiased`` and ``noise``
+    ``hdet_hyperparameter/<h>``         the centre of another hyperparameter from this converge on
+    ``hdet_hyperparameter/<h>/effect``  the probe's loss one spread above its centre, less that at the centre
+    ``hdet_replicas/loss/replica0``     mean training loss of each replica
+    ``hdet_replicas/lr/replica0``       schedule x gain x multiplier, of each replica
+    ``hdet_replicas/distance/replica0`` each replica's distance from their mean before averaging
+    ``hdet_replicas/mean_distance``     its mean
+    ``hdet_replicas/excluded``          number of replicas left out of the average; if any, the Text tab says which
+    ``hdet_speed/converge_ms``           time of the converge on the writer rank, in milliseconds
+    ``hdet_speed/converge_bytes``        bytes the writer rank sent in it
+    =================================== ==============================================================================
 
-        Losses and evidence belong to a whole round: a converge inside a round does not write them. Unknown (NaN) values are
-        not written. The Text tab says in words what happened (:mod:`hdet.monitor.story`). The Custom Scalars tab begins
-        with five charts: learning rate, loss, evidence, replicas, cost. The HParams tab compares runs by what users vary.
+    Losses and evidence belong to a whole round: a converge inside a round does not write them. Unknown (NaN) values are
+    not written. The Text tab says in words what happened (:mod:`hdet.monitor.story`). The Custom Scalars tab begins
+    with five charts: learning rate, loss, evidence, replicas, cost. The HParams tab compares runs by what users vary.
 
-        Give every run a directory of its own: a run that starts at step ``s`` hides what the directory has beyond ``s``,
-        so that a resumed run continues its own curves.
+    Give every run a directory of its own: a run that starts at step ``s`` hides what the directory has beyond ``s``,
+    so that a resumed run continues its own curves.
 
-        Args:
-            log_dir: directory of the run, made when the run starts.
-            hparams: further settings for the HParams tab, beside the run's own (``hdet/spread`` and so on).
-            metrics: further tags to compare runs by in the HParams tab, such as ``"val/loss"``, beside loss and gain. The
-                chart of the loss has them, too.
-            max_replicas: the largest number of per-replica curves of one quantity (of ``replica_lr``: of all groups in
-                all). With more, ``/min``, ``/median`` and ``/max`` over the replicas are written in their place.
+    Args:
+        log_dir: directory of the run, made when the run starts.
+        hparams: further settings for the HParams tab, beside the run's own (``hdet/spread`` and so on).
+        metrics: further tags to compare runs by in the HParams tab, such as ``"val/loss"``, beside loss and gain. The
+            chart of the loss has them, too.
+        max_replicas: the largest number of per-replica curves of one quantity (of ``replica_lr``: of all groups in
+            all). With more, ``/min``, ``/median`` and ``/max`` over the replicas are written in their place.
 
-        Raises:
-            ImportError: if TensorBoard is not installed.
-            TypeError, ValueError: for a bad argument.
+    Raises:
+        ImportError: if TensorBoard is not installed.
+        TypeError, ValueError: for a bad argument.
     """
 
     def __init__(

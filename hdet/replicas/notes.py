@@ -3,6 +3,9 @@
 A rank that waits for a message of the others cannot tell one that is slow from one that will never send it. So a rank
 that has waited for :data:`PATIENCE` seconds leaves a note in the process group's store, and reads the notes of the
 others from then on: one that waits in another call, or has left, will not come. Nothing is written or read before.
+
+In a large group :data:`READERS` ranks read the notes of all, the others those of the readers, and all less often: the
+store answers one question at a time.
 """
 
 from __future__ import annotations
@@ -17,7 +20,11 @@ from typing import Any, NamedTuple
 PATIENCE = 5.0
 """Seconds that a rank waits for a message before it leaves a note, and reads those of the others."""
 EVERY = 0.5
-"""Seconds between two readings."""
+"""Seconds between two readings, of up to :data:`SMALL` ranks."""
+SMALL = 128
+"""Ranks: in a group of twice as many the time between two readings is twice as long."""
+READERS = 64
+"""Ranks that read the notes of all others, at most."""
 WARNS_AFTER = 15.0
 """Seconds after which a rank that still waits says so."""
 _ASKS_FOR = 3.0
@@ -51,7 +58,11 @@ class Notes:
 
     def __init__(self, store: Any, ranks: Sequence[int], me: int, name_of: Callable[[int], str]) -> None:
         self._store, self._me, self._name_of = store, me, name_of
-        self._others = [rank for rank in ranks if rank != me]
+        readers = ranks[:: -(-len(ranks) // READERS)]
+        self._others = [rank for rank in (ranks if me in readers else readers) if rank != me]
+        self._count = len(ranks)
+        self.every = EVERY * max(1.0, len(ranks) / SMALL)
+        """Seconds between two readings."""
         self._group = ",".join(map(str, sorted(ranks))) if len(ranks) <= 64 else f"{len(ranks)} from {min(ranks)}"
 
     def leave(self, state: str, doing: str) -> None:
@@ -73,7 +84,7 @@ class Notes:
                 self._store = None
 
     def others(self) -> dict[int, Note]:
-        """By rank, those that have left a note."""
+        """By rank, those that have left a note, among the ranks that this one reads."""
         found: dict[int, Note] = {}
         try:
             for rank in self._others if self._store is not None else ():
@@ -95,12 +106,12 @@ class Notes:
         """The same after this rank's call has failed: waits some seconds for what the others tell."""
         until = time.monotonic() + (_ASKS_FOR if self._store is not None else 0)
         while not (found := self.obstacles(doing)) and time.monotonic() < until:
-            time.sleep(EVERY / 5)
+            time.sleep(self.every / 5)
         return found
 
     def meet(self, name: str, doing: str) -> str:
         """Wait until all ranks of the group have come here, for a few seconds at most; returns the obstacles."""
-        store, count = self._store, len(self._others) + 1
+        store, count = self._store, self._count
         if store is None or count == 1:
             return ""
         self.clear()
@@ -112,14 +123,14 @@ class Notes:
                 waited = time.monotonic() - started
                 if waited > 2 * PATIENCE:
                     break
-                time.sleep(min(EVERY / 5, 1e-3 + waited / 10))
+                time.sleep(min(self.every / 5, 1e-3 + waited / 10))
                 if waited > PATIENCE / 2:
                     if self._me not in _LEFT:
                         self.leave("waits", doing)
                     if (found := self.obstacles(doing)) and found == before:
                         return found
                     before = found
-                    time.sleep(EVERY)
+                    time.sleep(self.every)
         except RuntimeError:
             self._store = None
         return ""

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
 from hdet.errors import HdetError, ReplicaMismatchError, shown
-from hdet.replicas.notes import EVERY, PATIENCE, WARNS_AFTER, Notes
+from hdet.replicas.notes import PATIENCE, WARNS_AFTER, Notes
 
 logger = logging.getLogger("hdet")
 
@@ -253,8 +253,9 @@ class Replicas:
         if _ends_within(work, PATIENCE, can_time_out):
             return
         self._notes.leave("waits", self.doing)
-        while not _ends_within(work, EVERY, can_time_out):
-            waited += EVERY
+        every = self._notes.every
+        while not _ends_within(work, every, can_time_out):
+            waited += every
             if (obstacles := self._notes.obstacles(self.doing)) and obstacles == before:
                 self._fail(obstacles)
             before = obstacles

@@ -109,11 +109,12 @@ def check_observation(seen: Any) -> None:
     check_number("observation.schedule", seen.schedule)
     check_number("observation.progress", seen.progress, "a share of the run, or NaN", finite=False)
     check_share("observation.share", seen.share)
-    for name in ("height", "until", "final", "since_probe"):
+    for name in ("height", "until", "final"):
         check_number(f"observation.{name}", getattr(seen, name), "in [0, 1]", lambda x: 0 <= x <= 1)
     check_number("observation.movement", seen.movement, "a relative distance, or NaN", finite=False)
     check_number("observation.area", seen.area, "in (0, 1]", lambda x: 0 < x <= 1)
     check_number("observation.steps", seen.steps, ">= 1, or inf", lambda n: n >= 1, finite=False)
     check_flag("observation.given", seen.given)
+    check_number("observation.since_probe", seen.since_probe, "a share of the run, >= 0", lambda share: share >= 0)
     if seen.probe is not None:
         check_probe("observation.probe", seen.probe, seen.multipliers, seen.lag)

@@ -15,6 +15,7 @@ from hdet.bench.regret.quasi_static import CAP, GRID, Constants, excesses, gains
 from hdet.bench.regret.runs import Result, Run, Store, version_of
 from hdet.bench.regret.watched import Round, rounds_of, watch
 from hdet.bench.regret.workloads import STARTS, WORKLOADS
+from hdet.schedules.course import Course
 from hdet.steer.observation import Observation
 from hdet.steer.posterior import Posterior, target
 
@@ -105,27 +106,33 @@ def made_up(best=1.0, off=1.0, balance=0.5, seed=0):
 
 
 class Told(Posterior):
-    """Hears ``q`` itself."""
+    """Hears ``q`` itself, in the rounds that have a probe."""
 
     told = 0.0
 
-    def _listen(self, belief, observation, length):
-        kept = self.memory**length
+    def _listen(self, belief, observation):
+        if not observation.since_probe:
+            return belief, None
+        kept = self.memory ** (100 * observation.since_probe)
         return belief._replace(balance=kept * belief.balance + (1 - kept) * self.told), self.told
 
 
 @pytest.mark.parametrize("start", [0.1, 1 / 3, 1.0, 3.0])
 @pytest.mark.parametrize(
     "constants",
-    [Constants(), Constants(memory=0.8, until=0.25, evidence=0.7, noise_weight=0.4, error=0.3)],
-    ids=["as it is", "another"],
+    [
+        Constants(),
+        Constants(memory=0.8, until=0.25, evidence=0.7, noise_weight=0.4, error=0.3),
+        Constants(probe_every=0.0),
+    ],
+    ids=["as it is", "another", "a probe in every round"],
 )
 def test_it_moves_as_the_controller_does(start, constants):
     """The controller itself is the oracle: it is shown the same movement and the same ``q``."""
     work = response(1000, made_up(off=0.8))
     balance = work.balance(constants.noise_weight)
     told = Told(**{name: getattr(constants, name) for name in ("memory", "until", "evidence", "noise_weight", "error")})
-    belief = told.begin(1.0)
+    belief, every = told.begin(1.0), max(0.01, constants.probe_every)
     gains = []
     rests = max(p for p, h in zip(work.progress, work.height, strict=True) if h >= 0.7)
     for i, (progress, height) in enumerate(zip(work.progress, work.height, strict=True)):
@@ -143,6 +150,7 @@ def test_it_moves_as_the_controller_does(start, constants):
                 movement=math.exp(np.interp(here, GRID, work.movement[i])),
                 area=float(work.height.mean()),
                 steps=10,
+                since_probe=every if Course(10, 1000).passes(every, 10 * (i + 1)) else 0.0,
             )
             belief, _ = told.update(belief, observation)
     assert max(gains) - min(gains) > 0.05
@@ -273,7 +281,7 @@ def test_a_fit_from_end_to_end(what, tmp_path, capsys):
     assert fit.main([what, "--draws", "5", "--keep", "until", "--cache", str(tmp_path / "c.jsonl")]) == 0
     shown = capsys.readouterr().out
     rows = [line for line in shown.splitlines() if line.startswith("| ")]
-    assert len(rows) == {"split": 8, "leave-one-out": 3, "ablation": 18}[what]
+    assert len(rows) == {"split": 8, "leave-one-out": 3, "ablation": 22}[what]
     assert all(row.endswith(" 5 |") for row in rows[1:] if ", on the " not in row)
     notes = [line for line in shown.splitlines() if line.startswith("- ")]
     assert bool(notes) == (what != "ablation")

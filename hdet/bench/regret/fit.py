@@ -60,6 +60,7 @@ ABLATION: dict[str, dict[str, tuple[float, ...]]] = {
         "error": (0.225, 0.9),
     },
     "each part": {"evidence": (0.0,), "prior": (0.0, 0.25, 0.75), "early": (0.0, 2.0)},
+    "the cost": {"probe_every": (0.0, 0.02, 0.08, 0.16)},
 }
 """Halved and doubled; of ``memory`` the time in which it halves. And what is not a constant of the class."""
 

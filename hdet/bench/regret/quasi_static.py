@@ -55,6 +55,8 @@ class Constants(NamedTuple):
     """Probability that the user's rate is right, before the run; in [0, 1)."""
     early: float = 1.0
     """What the first rounds add to the error: ``v = error^2 + early^2 / (100 p)``."""
+    probe_every: float = Posterior.probe_every
+    """Share of the run between probes; 0 for one in every round."""
 
 
 @dataclass(frozen=True)
@@ -180,7 +182,8 @@ def gains_of(
         candidates: all of one ``noise_weight``.
         balance: of the workload, if it is known already.
     """
-    memory, until, evidence, _, error, prior, early = (column[:, None] for column in np.array(candidates, float).T)
+    columns = (column[:, None] for column in np.array(candidates, float).T)
+    memory, until, evidence, _, error, prior, early, every = columns
     if balance is None:
         balance = work.balance(candidates[0].noise_weight)
     start = np.log(np.array(starts, float))[None, :]
@@ -189,13 +192,17 @@ def gains_of(
     share, area = float(work.progress[0]), float(work.height.mean())
     length = 100 * share
     kept = memory**length
+    every = np.maximum(every, share)
+    kept_since = memory ** (100 * every)
     rests = work.progress[work.height >= Posterior.rest_below].max()
     found = []
     for i, (progress, height) in enumerate(zip(work.progress, work.height, strict=True)):
         found.append(gain + start)
         if progress > rests or i >= len(work.movement):
             continue
-        heard = kept * heard + (1 - kept) * _at(balance[i], start + gain)
+        is_probed = np.floor(progress / every + 1e-9) > np.floor((progress - share) / every + 1e-9)
+        told = kept_since * heard + (1 - kept_since) * _at(balance[i], start + gain)
+        heard = np.where(is_probed, told, heard)
         moved = _at(work.movement[i], start + gain)
         right = math.log(target(float(height), share, area, 0.0, work.steps))
         step = (1 - kept) * (gain + (right - moved) / _POWER - centre)

@@ -6,7 +6,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 from hdet.bench.regret.outcome import Outcome
 from hdet.bench.regret.simulation import Setting, simulate
@@ -33,8 +33,9 @@ class Round(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class _Watcher(Posterior):
-    """Moves nothing, and keeps what it is shown."""
+    """Moves nothing, and keeps what it is shown: a probe in every round."""
 
+    probe_every: ClassVar[float] = 0.0
     seen: list[Round] = field(default_factory=list)
 
     def update(self, belief: Belief, observation: Observation) -> tuple[Belief, float | None]:

@@ -144,7 +144,7 @@ class _Rank(threading.Thread):
         scheduler = hdet.OneCycleLR(
             optimizer,
             0.01,
-            1000,
+            25 * _EVERY,  # a round is long enough that each may end with a probe
             cycle_momentum=False,
             model=self._model,
             spread=self._spread,

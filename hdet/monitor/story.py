@@ -125,7 +125,9 @@ def in_one_sentence(reports: Sequence[Report], *, peak_lr: float = math.nan) -> 
         why = next((f" ({move.why})" for move in main if move.kind == net and move.why), "")
         how = f"{net} in {len(main)} moves" if len(main) > 1 else net
         parts.append(f"{how} to {_rate(peak, final.gain)} by step {final.last}{why}")
-    parts += [f"at rest from step {move.first} on" for move in told if move.kind == "rested"]
+    parts += [
+        f"at rest from step {move.first} on, at {_rate(peak, move.gain)}" for move in told if move.kind == "rested"
+    ]
     undone = [move for move in told if move.kind == "undone"]
     if undone:
         parts.append(f"{_count(len(undone), 'rollback')}, the last at step {undone[-1].last}")

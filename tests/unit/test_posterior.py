@@ -285,14 +285,11 @@ def test_without_evidence_no_probe_is_asked_for() -> None:
     assert not Posterior(evidence=0.0).wants_probe(0.1, 0.56)
 
 
-def test_what_rare_probes_say_weighs_as_much_as_if_it_had_been_said_all_along() -> None:
+def test_a_probe_weighs_by_the_time_since_the_last_one_and_never_more_than_a_half() -> None:
     controller = Posterior()
-    often, seldom = Belief(), Belief()
-    for _ in range(4):
-        often, _ = controller.update(often, _seen(probe=_probe(1.0, 0.0)))
-    seldom, _ = controller.update(seldom, _seen(probe=_probe(1.0, 0.0), since_probe=0.04))
-    assert seldom.balance == pytest.approx(often.balance)
-    assert seldom.balance == pytest.approx(1 - controller.memory**4)
+    for share, since, weight in ((0.01, 0.0, 0.5), (0.0025, 0.0, 1 - 0.5**0.25), (0.01, 0.04, 0.5), (0.1, 0.0, 0.5)):
+        seen = _seen(share=share, probe=_probe(1.0, 0.0), since_probe=since)
+        assert controller.update(Belief(), seen)[0].balance == pytest.approx(weight)
 
 
 @pytest.mark.parametrize(

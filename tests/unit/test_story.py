@@ -122,7 +122,7 @@ def test_rest():
     assert (raised.kind, rested.kind, rested.first) == ("raised", "rested", 110)
     assert story.sentences(reports)[2].startswith("From step 110 on it rested at 0.138 (gain 13.8): ")
     assert story.now(reports[-1]) == "gain 13.8, at rest"
-    assert story.in_one_sentence(reports).endswith("; at rest from step 110 on.")
+    assert story.in_one_sentence(reports).endswith("; at rest from step 110 on, at 0.138 (gain 13.8).")
 
 
 def test_a_round_that_was_undone_comes_between_the_moves():

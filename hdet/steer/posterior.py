@@ -35,8 +35,8 @@ noise costs (:func:`hdet.observe.slopes.slopes_of`). In a round::
     q = (A - k E) / (|A| + k |E|)  in [-1, 1],     > 0: progress outweighs noise, a larger rate would do better
 
 There is a probe every four hundredths of the run, or every round where rounds are longer. ``Q`` is its average over
-recent probes, from 0 on, and ``s`` the hundredths since the last one, at most 1. Probes that do not agree say little, whatever
-their size. Unanimous ones argue for ``w`` more, where the schedule lets it be seen, and for more only::
+recent probes, from 0 on, and ``s`` the hundredths since the last one, at most 1. Probes that do not agree say little,
+whatever their size. Unanimous ones argue for ``w`` more, where the schedule lets it be seen, and for more only::
 
     Q <- memory^s Q + (1 - memory^s) q
     z = c + w h max(Q, 0)

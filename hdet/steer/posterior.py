@@ -35,7 +35,7 @@ noise costs (:func:`hdet.observe.slopes.slopes_of`). In a round::
     q = (A - k E) / (|A| + k |E|)  in [-1, 1],     > 0: progress outweighs noise, a larger rate would do better
 
 There is a probe every four hundredths of the run, or every round where rounds are longer. ``Q`` is its average over
-recent probes, from 0 on, and ``s`` the hundredths since the last one, at most 1. Probes that do not agree say little,
+recent probes, from 0 on, and ``s`` the hundredths since the last one. Probes that do not agree say little,
 whatever their size. Unanimous ones argue for ``w`` more, where the schedule lets it be seen, and for more only::
 
     Q <- memory^s Q + (1 - memory^s) q
@@ -227,7 +227,7 @@ class Posterior:
         progress, noise = slopes.debiased / length, self.noise_weight * slopes.noise
         size = abs(progress) + abs(noise)
         q = (progress - noise) / size if size > 0 else 0.0
-        kept = self.memory ** min(1.0, 100 * max(observation.share, observation.since_probe))
+        kept = self.memory ** (100 * max(observation.share, observation.since_probe))
         return belief._replace(balance=kept * belief.balance + (1 - kept) * q), q
 
 

@@ -285,11 +285,11 @@ def test_without_evidence_no_probe_is_asked_for() -> None:
     assert not Posterior(evidence=0.0).wants_probe(0.1, 0.56)
 
 
-def test_a_probe_weighs_by_the_time_since_the_last_one_and_never_more_than_a_half() -> None:
+def test_a_probe_weighs_by_the_time_since_the_last_one() -> None:
     controller = Posterior()
-    for share, since, weight in ((0.01, 0.0, 0.5), (0.0025, 0.0, 1 - 0.5**0.25), (0.01, 0.04, 0.5), (0.1, 0.0, 0.5)):
+    for share, since, hundredths in ((0.01, 0.0, 1), (0.0025, 0.0, 0.25), (0.01, 0.04, 4), (0.1, 0.0, 10)):
         seen = _seen(share=share, probe=_probe(1.0, 0.0), since_probe=since)
-        assert controller.update(Belief(), seen)[0].balance == pytest.approx(weight)
+        assert controller.update(Belief(), seen)[0].balance == pytest.approx(1 - 0.5**hundredths)
 
 
 @pytest.mark.parametrize(

@@ -113,7 +113,7 @@ class Told(Posterior):
     def _listen(self, belief, observation):
         if not observation.since_probe:
             return belief, None
-        kept = self.memory ** min(1, 100 * observation.since_probe)
+        kept = self.memory ** (100 * observation.since_probe)
         return belief._replace(balance=kept * belief.balance + (1 - kept) * self.told), self.told
 
 

@@ -193,7 +193,7 @@ def gains_of(
     length = 100 * share
     kept = memory**length
     every = np.maximum(every, share)
-    kept_since = memory ** np.minimum(1, 100 * every)
+    kept_since = memory ** (100 * every)
     rests = work.progress[work.height >= Posterior.rest_below].max()
     found = []
     for i, (progress, height) in enumerate(zip(work.progress, work.height, strict=True)):

@@ -27,8 +27,10 @@ BENCHMARKS = {
     "regret.ablations": ("hdet.bench.regret.ablations", "the controller without each of its parts"),
     "regret.collect": ("hdet.bench.regret.collect", "runs at constant learning rates, which the fit reads"),
     "regret.fit": ("hdet.bench.regret.fit", "the controller's constants, fitted on a part of the workloads"),
+    "regret.protocol": ("hdet.bench.regret.protocol", "the runs of the clean test, in their order"),
     "regret.real": ("hdet.bench.regret.real", "real processes beside their simulation"),
     "regret.summary": ("hdet.bench.regret.summary", "means over workloads by start, with their errors, and the harm"),
+    "regret.tune": ("hdet.bench.regret.tune", "the best learning rate of a workload, by a sweep of OneCycle"),
     "scaling": ("hdet.bench.scaling", "bytes, memory and time per round, by number of replicas and parameters"),
 }
 EXTRAS = {"train": "train", "compare": "train", "bench": "bench"}

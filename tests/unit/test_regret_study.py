@@ -374,6 +374,9 @@ def test_a_summary_from_end_to_end(tmp_path, capsys):
     assert "No null" in shown
     assert "| x1 | movement | 2 | 2 | +0.00" in shown
     assert "Learned by heart (tumours)" in shown
+    assert "By workload" not in shown
+    assert summary.main(["--output", str(tmp_path), "--each", "--contenders", "movement"]) == 0
+    assert "| gpt | - | - | - | +0.0 / +0.0 | - | - |" in capsys.readouterr().out
     for run, outcome in kept({("gpt", "repeat_1.001", 1.0): [1.1], ("gru", "repeat_1.001", 1.0): [1.1]}).items():
         store.add(Result(run, outcome))
     assert summary.main(["--output", str(tmp_path)]) == 0

@@ -15,15 +15,16 @@ from tqdm import tqdm
 
 from hdet.bench.processes import cpus
 from hdet.bench.regret import plot, table
+from hdet.bench.regret.clean_data import missing
 from hdet.bench.regret.contenders import CONTENDERS
 from hdet.bench.regret.runs import Result, Run, Store, as_json, execute_all, plan
-from hdet.bench.regret.workloads import FIRST, FURTHER, LONGER, MORE, SCHEDULES, STARTS, WORKLOADS
+from hdet.bench.regret.workloads import CLEAN, FIRST, FURTHER, LONGER, MORE, SCHEDULES, STARTS, WORKLOADS
 from hdet.bench.report import machine
 
 SCHEMA = 1
 _PROGRAM = "python -m hdet.bench.regret"
 _QUICK_WORKLOADS = ("digits_mlp", "digits_conv")
-_GROUPS = {"first": FIRST, "more": MORE, "further": FURTHER, "longer": LONGER}
+_GROUPS = {"first": FIRST, "more": MORE, "further": FURTHER, "longer": LONGER, "clean": CLEAN}
 _INTERRUPTED = 130
 
 
@@ -39,7 +40,11 @@ class _Misses:
 def main(argv: Sequence[str] | None = None) -> int:
     """Make the runs that the command line asks for and that are not there yet, print what they came to, and write it;
     returns the exit status."""
-    options = parser().parse_args(argv)
+    grammar = parser()
+    options = grammar.parse_args(argv)
+    for name in options.workloads or ():
+        if name in WORKLOADS and (reason := missing(WORKLOADS[name].packages)):
+            grammar.error(f"--workloads {name}: {reason}")
     planned = plan_of(options)
     options.output.mkdir(parents=True, exist_ok=True)
     store = Store(options.output / "runs.jsonl")
@@ -134,11 +139,22 @@ def parser() -> argparse.ArgumentParser:
 def plan_of(options: argparse.Namespace) -> list[Run]:
     """The runs that the command line asks for."""
     named = options.workloads or (_QUICK_WORKLOADS if options.quick else tuple(FIRST))
-    workloads = [workload for name in named for workload in _GROUPS.get(name, (name,))]
+    workloads = [workload for name in named for workload in _known(name)]
     seeds, length = (1, 0.1) if options.quick else (options.seeds, options.length)
     if options.schedule != SCHEDULES[0]:
         workloads = [f"{workload}/{options.schedule}" for workload in workloads]
     return plan(workloads, options.contenders, options.starts, seeds, length=length)
+
+
+def _known(name: str) -> list[str]:
+    """The workload of that name, or those of the group whose data are installed."""
+    found = []
+    for workload in _GROUPS.get(name, (name,)):
+        if reason := missing(WORKLOADS[workload].packages):
+            print(f"skipped: {workload}: {reason}", file=sys.stderr)
+        else:
+            found.append(workload)
+    return found
 
 
 def _count(text: str) -> int:

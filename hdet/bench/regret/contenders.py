@@ -79,10 +79,10 @@ _OURS = (
         'max_lr="auto": found by hdet.find_lr around the start, then auto_lr=True with a probe; the samples that the '
         "search takes are taken from the run.",
         ours=True,
-        version=17,
+        version=18,
         auto=True,
     ),
-    _simulated("posterior", "auto_lr=True with a probe, from the start given.", ours=True),
+    _simulated("posterior", "auto_lr=True with a probe, from the start given.", ours=True, version=2),
     _simulated(
         "movement",
         "auto_lr=True without a probe, from the start given: by how far the weights move alone.",
@@ -94,7 +94,7 @@ _OURS = (
         name="replayed",
         run=_replayed,
         describe="The schedule that posterior found in another run, from the start given, replayed without replicas.",
-        version=9,
+        version=10,
     ),
     _simulated(
         "find_lr",

@@ -46,10 +46,20 @@ def batches(seed: int) -> torch.Generator:
 
 
 def optimizer_of(workload: Workload, model: nn.Module, lr: float) -> torch.optim.Optimizer:
-    """A new optimizer of the workload's kind."""
+    """A new optimizer of the workload's kind, for what is trained."""
+    trained = [p for p in model.parameters() if p.requires_grad]
+    decay = workload.weight_decay
     if workload.optimizer == "sgd":
-        return torch.optim.SGD(model.parameters(), lr=lr, momentum=0.9, weight_decay=workload.weight_decay)
-    return torch.optim.AdamW(model.parameters(), lr=lr, betas=BETAS, weight_decay=workload.weight_decay)
+        return torch.optim.SGD(trained, lr=lr, momentum=0.9, weight_decay=decay)
+    if workload.optimizer == "adamw":
+        return torch.optim.AdamW(trained, lr=lr, betas=BETAS, weight_decay=decay)
+    if workload.optimizer == "lion":
+        return _library("lion_pytorch").Lion(trained, lr=lr, weight_decay=decay)
+    if workload.optimizer == "adafactor":
+        return torch.optim.Adafactor(trained, lr=lr, weight_decay=decay)
+    if not hasattr(torch.optim, "Muon"):
+        raise Unavailable(f"torch {torch.__version__} has no Muon: torch 2.9 and newer have")
+    return torch.optim.Muon(trained, lr=lr, weight_decay=decay, adjust_lr_fn="match_rms_adamw")
 
 
 def schedule_of(workload: Workload, optimizer: torch.optim.Optimizer, max_lr: float, steps: int) -> LRScheduler:
@@ -212,7 +222,7 @@ def population(workload: Workload, max_lr: float, seed: int) -> float:
             _Member(model, optimizer_of(workload, model, max_lr), max_lr * 3.0**exponent, deque(maxlen=every))
         )
 
-    for step, scale in enumerate(_shape(workload)):
+    for step, scale in enumerate(shape_of(workload)):
         for member in members:
             for group in member.optimizer.param_groups:
                 group["lr"] = member.max_lr * scale
@@ -232,7 +242,7 @@ def population(workload: Workload, max_lr: float, seed: int) -> float:
     return evaluate(workload, result.model, workload.validation())
 
 
-def _shape(workload: Workload) -> list[float]:
+def shape_of(workload: Workload) -> list[float]:
     """The schedule's learning rates for a max_lr of 1."""
     optimizer = torch.optim.SGD([torch.zeros(1)], lr=1.0)
     schedule = schedule_of(workload, optimizer, 1.0, workload.steps)

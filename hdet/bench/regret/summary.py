@@ -125,6 +125,20 @@ def table(losses: Losses, starts: Iterable[float], groups: Sequence[Sequence[str
     return markdown([header, *rows], padded=False)
 
 
+def each(losses: Losses, starts: Sequence[float], contender: str) -> str:
+    """A line for every workload, in Markdown: a contender's excess, and what it is over OneCycle, by start."""
+    by_start = [cells(losses, start, [contender]) for start in starts]
+    names = [name for name in dict.fromkeys(name for name, _, _ in losses) if any(name in found for found in by_start)]
+    rows = [[name, *(_pair(found.get(name, {}).get(contender)) for found in by_start)] for name in names]
+    return markdown([[contender, *(f"x{start:.3g}" for start in starts)], *rows], padded=False)
+
+
+def _pair(cell: Cell | None) -> str:
+    if cell is None:
+        return "-"
+    return f"{100 * cell.excess:+.1f} / {'-' if math.isnan(cell.over) else f'{100 * cell.over:+.1f}'}"
+
+
 def _row(own: Mapping[str, Cell]) -> list[str]:
     over = {workload: cell.over for workload, cell in own.items() if not math.isnan(cell.over)}
     worst = max(over, key=lambda workload: over[workload], default=None)
@@ -163,6 +177,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     if apart:
         print(f"\nLearned by heart ({', '.join(dict.fromkeys(name for name, _, _ in apart))}):\n")
         print(table(apart, options.starts, [options.contenders]))
+    if options.each:
+        for name in options.contenders:
+            print(f"\nBy workload, {name}: excess over the tuned OneCycle / over OneCycle from there, in percent.\n")
+            print(each({**losses, **apart}, options.starts, name))
     repeated = {start for _, name, start in losses if name in REPEATED[1:]}
     if repeated:
         print("\nThe null, OneCycle and its repeats, each over the mean of the others:\n")
@@ -183,6 +201,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--contenders", nargs="+", choices=CONTENDERS, default=SHOWN, help=f"default: {' '.join(SHOWN)}")
     add("--workloads", nargs="+", choices=WORKLOADS, help="default: all that have runs")
     add("--starts", nargs="+", type=float, default=STARTS, metavar="X", help="in units of the tuned max_lr")
+    add("--each", action="store_true", help="show a line for each workload, too")
     return parser
 
 

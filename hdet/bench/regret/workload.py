@@ -36,8 +36,9 @@ class Workload:
     validation: Callable[[], Batch]
     loss: Callable[[Any, Tensor], Tensor]
     """Mean loss, from the model's outputs and the targets."""
-    optimizer: Literal["sgd", "adamw"]
-    """SGD with momentum 0.9, or AdamW with betas (0.9, 0.95)."""
+    optimizer: Literal["sgd", "adamw", "lion", "adafactor", "muon"]
+    """SGD with momentum 0.9; AdamW with betas (0.9, 0.95); lion_pytorch's Lion, and torch's Adafactor and Muon, with
+    their defaults. Muon takes matrices only, and is scaled to AdamW's learning rates."""
     weight_decay: float = 0.0
     batch_size: int
     """Examples to a step, over all replicas."""
@@ -51,6 +52,8 @@ class Workload:
     by_heart: bool = False
     """Whether it learns its few training examples by heart: training and validation data disagree on the learning rate,
     and summaries show it apart."""
+    packages: tuple[str, ...] = ()
+    """Modules that its data or its optimizer come from, beside those of the extra ``bench``."""
 
 
 def squared_error(outputs: Tensor, targets: Tensor) -> Tensor:

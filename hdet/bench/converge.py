@@ -32,9 +32,9 @@ class Model(nn.Module):
 
     def __init__(self, shape: Shape, device: torch.device) -> None:
         super().__init__()
-        self.weights = nn.ParameterList(torch.empty(size, device=device) for size in shape.parameters)
+        self.weights = nn.ParameterList(torch.zeros(size, device=device) for size in shape.parameters)
         for i, size in enumerate(shape.buffers):
-            self.register_buffer(f"statistics{i}", torch.empty(size, device=device))
+            self.register_buffer(f"statistics{i}", torch.zeros(size, device=device))
         generator = torch.Generator().manual_seed(dist.get_rank())
         self._pattern = torch.randn(2 * _PATTERN, generator=generator)
         self._mean = self._pattern.clone()

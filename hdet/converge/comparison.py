@@ -40,18 +40,20 @@ def compare_untrained(
         All excluded replicas, and the bytes this rank sent.
     """
     tensors = list(zip(plan.positions, plan.untrained, strict=True))
-    own = [x for i, t in tensors for x in (fingerprint(t), int(design.allows(i, t)))]
+    own = [x for i, t in tensors for x in (fingerprint(t), int(design.allows(i, t)), int(design.is_infinite(i)))]
     gather = replicas.all_gather if all_ranks else replicas.all_gather_peers
     rows = gather(own, dtype=torch.int64) if own else []
     members = replicas.members if all_ranks else 1
     differing: list[int] = []
+    infinite: list[int] = []
     excluded = set(excluded)
     for i in range(len(plan.untrained)):
-        column = [(row[2 * i], row[2 * i + 1]) for row in rows]
-        if len({bits for bits, _ in column}) > 1:
+        column = [row[3 * i : 3 * i + 3] for row in rows]
+        if len({bits for bits, _, _ in column}) > 1:
             differing.append(i)
-            excluded |= {i // members for i, (_, finite) in enumerate(column) if not finite}
-    infinite = [i for i in differing if design.is_infinite(plan.positions[i])]
+            excluded |= {i // members for i, (_, finite, _) in enumerate(column) if not finite}
+            if any(by_design for _, _, by_design in column):  # on one rank: all must send the same buckets
+                infinite.append(i)
     plan.differing = tuple(differing)
     plan.differing_buckets = fill([plan.untrained[i] for i in differing if i not in infinite])
     plan.differing_infinite = [plan.untrained[i] for i in infinite]

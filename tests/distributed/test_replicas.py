@@ -214,6 +214,10 @@ def test_buffers_that_are_infinite_by_design_are_no_blow_up(launch, processes):
         assert buffers["low"].tolist() == [-2.0, inf]  # the mean over those that have seen any
         assert buffers["high"].tolist() == [3.0, -inf]
         assert buffers["mask"].tolist() == [0.0, -inf]
+        told = result["infinite on one"]
+        assert (told["undone"], told["equal"], told["excluded"]) == ([], True, [()] * 3)
+        assert told["buffers"]["mask"].tolist() == [1.0] * 3
+        assert told["buffers"]["other"].tolist() == [(processes - 1) / 2] * 2
 
 
 @every_size

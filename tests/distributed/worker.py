@@ -524,6 +524,13 @@ def blow_ups(rank, world):
 
     train("a longer mask", lambda m, o: None, 0, buffers={"mask": torch.zeros(1, 1)}, moves=lengthen)
 
+    def lengthen_unlike(model, step):
+        if step == 5:
+            model.mask, model.other = torch.full((3,), -inf if rank == 0 else 1.0), torch.full((2,), float(rank))
+
+    others = {"mask": torch.zeros(1), "other": torch.zeros(1)}
+    train("infinite on one", lambda m, o: None, 0, buffers=others, moves=lengthen_unlike)
+
     def enlarge(model, optimizer):
         model[0].weight.fill_(3e38 if rank == 0 else 2e38)
         optimizer.state[model[0].weight]["exp_avg_sq"].fill_(3e38)

@@ -73,7 +73,8 @@ def common_rate(axes: plt.Axes, palette: Palette) -> None:
 def results(axes: plt.Axes, palette: Palette) -> None:
     """Excess over tuned OneCycle by start."""
     starts = list(RESULTS)
-    for i, (label, colour) in enumerate((("hdet", palette.red), ("hdet, language models", palette.blue), ("OneCycle", palette.faint))):
+    kinds = (("hdet", palette.red), ("hdet, language models", palette.blue), ("OneCycle", palette.faint))
+    for i, (label, colour) in enumerate(kinds):
         means, errors = zip(*(result[i] for result in RESULTS.values()), strict=True)
         axes.errorbar(starts, means, errors, color=colour, marker="o", markersize=4, capsize=3, label=label)
     axes.axhline(0, color=palette.ink, linewidth=0.6)

@@ -71,7 +71,7 @@ def test_a_quick_run_has_all_sections_and_as_many_samples_of_each_contender(quic
         assert OURS in result["samples"] or result["section"] == "traffic"
         assert all(len(seconds) == 3 for seconds in result["samples"].values())
         assert all(0 < second < 100 for seconds in result["samples"].values() for second in seconds)
-    # 2 shapes x 2 dtypes x pack and unpack; 1, 8 and 64 groups; 2 models; 2 shapes; 3 kinds of round, each with its step
+    # 2 shapes x 2 dtypes x pack and unpack; 1, 8, 64 groups; 2 models; 2 shapes; 3 kinds of round, each with its step
     assert counts == {"kernels": 8, "step": 3, "virtual": 2, "converge": 2, "overhead": 6, "traffic": 3}
     traffic = {r["facts"]["mode"]: r["facts"] for r in found["results"] if r["section"] == "traffic"}
     model = 4 * traffic["local"]["parameters"]

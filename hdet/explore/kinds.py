@@ -112,7 +112,8 @@ def module_attribute(
     if not modules:
         raise ValueError(f"The model has no {kind.__name__} whose {attribute!r} could be explored.")
     for module in modules:
-        _number(f"attribute={shown(attribute)} of a {kind.__name__}", getattr(module, attribute, None))
+        where = f"attribute={shown(attribute)} of a {kind.__name__}"
+        _number(where, getattr(module, attribute, None), "; pass another attribute=, or another kind=")
     if bounds is None and attribute == "p" and issubclass(kind, (nn.modules.dropout._DropoutNd, Dropout)):
         bounds = (0, 1)
     return ModuleAttribute(
@@ -322,11 +323,11 @@ def _chosen(groups: Any) -> tuple[int | str, ...]:
     return tuple(chosen)
 
 
-def _number(name: str, value: Any) -> float:
+def _number(name: str, value: Any, way_out: str = "") -> float:
     """The number that is explored: an int, a float, or a tensor of one element."""
     is_number = isinstance(value, (numbers.Real, Tensor)) and not isinstance(value, bool)
     if not is_number or (isinstance(value, Tensor) and (value.numel() != 1 or value.is_complex() or value.is_meta)):
-        raise TypeError(f"{name} is {shown(value)}. Must be a number to be explored.")
+        raise TypeError(f"{name} is {shown(value)}. Must be a number to be explored{way_out}.")
     return float(value)
 
 

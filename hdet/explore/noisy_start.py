@@ -34,7 +34,7 @@ def warm_noisy_start(
 
     Args:
         model: the module or modules.
-        nu: the noise's norm in units of the parameter's, >= 0; the paper uses 0.01.
+        nu: the noise's norm in units of the parameter's, in [0, 1e6]; the paper uses 0.01.
         seed: of the noise.
         replicas: as for :class:`hdet.Ensemble`. The members of a replica get the same noise.
 
@@ -49,7 +49,7 @@ def warm_noisy_start(
         >>> 0.009 < ((model.weight - before).norm() / before.norm()).item() < 0.011
         True
     """
-    nu = check_number("nu", nu, "finite and >= 0", lambda nu: nu >= 0)
+    nu = check_number("nu", nu, "in [0, 1e6]", lambda nu: 0 <= nu <= 1e6)
     seed = check_whole("seed", seed, "an int, the same on every rank")
     modules = check_modules("model", model)
     # Within a module named_parameters() yields tied parameters once.

@@ -582,3 +582,12 @@ def test_nothing_compiles_anew_when_values_change():
         assert torch.equal(loss, loss_of(x, y))
     assert len(compiled) == 1
     torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("nu", [-0.1, 1e308, float("inf")])
+def test_noise_beyond_all_measure_is_refused_before_anything_is_changed(nu):
+    model = net()
+    before = [p.detach().clone() for p in model.parameters()]
+    with pytest.raises(ValueError, match=r"Invalid nu=.*in \[0, 1e6\]"):
+        hdet.warm_noisy_start(model, nu=nu)
+    assert all(map(torch.equal, before, model.parameters()))

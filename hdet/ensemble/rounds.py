@@ -175,7 +175,7 @@ class Rounds:
                 self._in_flight = _InFlight(pending, report, watched, time.perf_counter() - started)
                 return report
             listens = complete and self._listens()
-            probes = listens and self._steer.wants_probe(self.steps) and all(one["can probe"] for one in told)
+            probes = listens and self._steer.is_probed(self.steps) and all(one["can probe"] for one in told)
             averaged = self._converge_phase.average(found, complete=complete, move_slow=listens, return_points=probes)
         self.converged_at = self.steps
         if not complete:

@@ -33,11 +33,11 @@ class Course:
         return steps / self.total_steps if self.total_steps else math.nan
 
     def passes(self, share: float, steps: int) -> bool:
-        """Whether the round that ends after ``steps`` steps passes a multiple of this share of the run. One of a run of
-        unknown length always does."""
+        """Whether the round that ends after ``steps`` steps passes a multiple of this share of the run, or of a round
+        if that is longer. One of a run of unknown length always does."""
         if not self.total_steps:
             return True
-        every, slack = share * self.total_steps, 1e-9
+        every, slack = max(share, self.share) * self.total_steps, 1e-9
         return math.floor(steps / every + slack) > math.floor((steps - self.converge_every) / every + slack)
 
     @property

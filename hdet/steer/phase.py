@@ -70,15 +70,16 @@ class SteerPhase:
         moves = self._auto_lr and controller.wants_probe(course.progress(steps), controller.rests_after(course))
         return moves or any(h.move for h in self._hyperparameters)
 
-    def wants_probe(self, steps: int) -> bool:
-        """Whether the round that ends after ``steps`` steps is to end with a probe."""
-        return self.listens(steps) and self._course.passes(self._probe_every, steps)
+    def is_probed(self, steps: int) -> bool:
+        """Whether the round that ends after ``steps`` steps is to end with a probe, as long as :meth:`listens`."""
+        return self._course.passes(self._probe_every, steps)
 
     @property
     def _probe_every(self) -> float:
-        """As a share of the run. Where several factors share a probe, it takes all rounds to tell them apart."""
+        """As a share of the run; a round if that is longer. Where several factors share a probe, it takes all rounds to
+        tell them apart."""
         is_alone = len(self._controllers.gains) == 1 and not any(h.move for h in self._hyperparameters)
-        return max(self._course.share, self._controller.probe_every if is_alone else 0.0)
+        return self._controller.probe_every if is_alone else 0.0
 
     def directions(self, round: int) -> tuple[tuple[float, ...], ...]:
         """How far the probe takes each replica; see :meth:`Controllers.probe_directions`."""

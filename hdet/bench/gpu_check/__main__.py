@@ -19,6 +19,7 @@ import torch
 from hdet.bench import report
 from hdet.bench.gpu_check.part import OUT_OF_TIME, PARTS, results_of
 from hdet.bench.gpu_check.place import ROOT, device_name, kept_by, write
+from hdet.monitor.tables import markdown
 
 SCHEMA = 1
 _NEEDS = "needs a GPU"
@@ -77,19 +78,19 @@ def say(what: str) -> None:
 
 def table(done: dict[str, Any], where: str) -> str:
     """One Markdown table: a line for each row of each part, in the order of the parts."""
-    lines = [f"{where}, {report.machine()['cpus']} CPUs", "", "| part | status | what | result |", "|---|---|---|---|"]
+    lines: list[tuple[str, ...]] = [("part", "status", "what", "result")]
     for name in PARTS:
         part = done.get(name)
         if part is None:
-            lines.append(f"| {name} | not run | | |")
+            lines.append((name, "not run", "", ""))
             continue
         elsewhere = "" if part["device"] == where else f" on {part['device']}"
         rows = [(row["case"], row["result"]) for row in part["rows"]]
         rows += [("why", part["error"])] if part["error"] else []
         for i, (case, result) in enumerate(rows or [("", "")]):
             first = (name, f"{part['status']}{elsewhere}, {part['seconds']:.0f} s") if i == 0 else ("", "")
-            lines.append("| " + " | ".join(_cell(text) for text in (*first, case, result)) + " |")
-    return "\n".join(lines)
+            lines.append(tuple(_cell(text) for text in (*first, case, result)))
+    return f"{where}, {report.machine()['cpus']} CPUs\n\n{markdown(lines, padded=False)}"
 
 
 def _cell(text: str) -> str:

@@ -123,7 +123,7 @@ FURTHER = by_name(
     ),
     Workload(
         name="lstm",
-        build=models.CharLSTM,
+        build=functools.partial(models.CharRNN, nn.LSTM, 24, 48),
         draw=functools.partial(data.draw_text, data.source_code),
         validation=functools.partial(data.validation_text, data.source_code),
         loss=F.cross_entropy,

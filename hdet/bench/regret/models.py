@@ -99,13 +99,13 @@ class Recommender(nn.Module):
         return (user * item).sum(-1) + self.net(torch.cat((user, item), -1)).squeeze(-1)
 
 
-class CharGRU(nn.Module):
-    """Logits ``(batch, 128, length)`` for the next ASCII character."""
+class CharRNN(nn.Module):
+    """Logits ``(batch, 128, length)`` for the next ASCII character, by a recurrent net of ``kind``."""
 
-    def __init__(self, width: int = 64) -> None:
+    def __init__(self, kind: type[nn.GRU] | type[nn.LSTM], characters: int, width: int) -> None:
         super().__init__()
-        self.characters = nn.Embedding(128, 32)
-        self.body = nn.GRU(32, width, batch_first=True)
+        self.characters = nn.Embedding(128, characters)
+        self.body = kind(characters, width, batch_first=True)
         self.head = nn.Linear(width, 128)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -188,19 +188,6 @@ class Contrast(nn.Module):
         first = F.normalize(self.net(x + 0.1 * torch.randn_like(x)), dim=-1)
         second = F.normalize(self.net(moved + 0.1 * torch.randn_like(x)), dim=-1)
         return first @ second.T * 5
-
-
-class CharLSTM(nn.Module):
-    """Logits ``(batch, 128, length)`` for the next ASCII character."""
-
-    def __init__(self, width: int = 48) -> None:
-        super().__init__()
-        self.characters = nn.Embedding(128, 24)
-        self.body = nn.LSTM(24, width, batch_first=True)
-        self.head = nn.Linear(width, 128)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.head(self.body(self.characters(x))[0]).transpose(1, 2)
 
 
 def mlp(*sizes: int, activation: type[nn.Module], dropout: float = 0.0) -> nn.Sequential:

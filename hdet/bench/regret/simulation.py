@@ -148,7 +148,6 @@ class _Replicas:
         self._course = Course(self.round_length, steps)
         self._course.forecast = ahead
         self._until = controller.rests_after(self._course)
-        self._probe_every = max(self._course.share, controller.probe_every)
         self._matrices = Matrices(self._parameters)
         self._start = self._bucket.pack()
         self._losses = [0.0] * setting.replicas
@@ -212,7 +211,7 @@ class _Replicas:
         probe = None
         if self._setting.probe and not isinstance(controller, Published):
             self._slow.unpack(0, self._bucket, mean, 1)
-            if controller.wants_probe(progress, self._until) and self._course.passes(self._probe_every, step):
+            if controller.wants_probe(progress, self._until) and self._course.passes(controller.probe_every, step):
                 batch = self._workload.draw(
                     self._workload.batch_size // self._setting.probe_share, self._probe_generator
                 )
@@ -230,7 +229,7 @@ class _Replicas:
             until=self._until,
             final=self._course.final,
             probe=probe,
-            since_probe=self._probe_every,
+            since_probe=controller.probe_every,
             movement=self._movement(mean),
             area=self._course.area,
             lag=self._slow.lag,

@@ -165,7 +165,7 @@ MORE = by_name(
     ),
     Workload(
         name="gru",
-        build=models.CharGRU,
+        build=functools.partial(models.CharRNN, nn.GRU, 32, 64),
         draw=functools.partial(data.draw_text, data.source_code),
         validation=functools.partial(data.validation_text, data.source_code),
         loss=F.cross_entropy,

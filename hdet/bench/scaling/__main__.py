@@ -13,6 +13,7 @@ from typing import Any
 from hdet.bench import report
 from hdet.bench.scaling import costs, fit, fleet
 from hdet.bench.scaling.network import PUBLISHED, Cluster, Link
+from hdet.monitor.tables import markdown
 
 PARAMETERS = (0.1e9, 1e9, 7e9, 70e9, 400e9)
 REPLICAS = (1, 8, 64, 1024, 10_000)
@@ -91,19 +92,17 @@ def _line(points: Sequence[tuple[int, float]]) -> Callable[[int], float]:
 
 def _fit(found: fit.Fit, timed: Sequence[fit.Timed], predicted: Sequence[fit.Predicted]) -> str:
     link = found.link
+    rows = [
+        (f"{p.shape}, {p.ranks} processes", _time(p.model), _time(p.measured), f"{p.model / p.measured:.2f}")
+        for p in predicted
+    ]
     lines = [
         f"Measured: {len(timed)} all-reduces over gloo. Fitted to those of {fit.FITTED[0]} and {fit.FITTED[1]} "
         f"processes: alpha {link.alpha * 1e6:.0f} µs, {link.bandwidth / _GB:.2f} GB/s "
         f"{'that all processes share' if link.is_shared else 'for each process'}; median error {found.error:.0%}, of "
         f"those of {fit.HELD_OUT} processes {found.held_out_error:.0%}.",
         "",
-        *_rows(
-            ("converge of hdet", "model", "measured", "model / measured"),
-            [
-                (f"{p.shape}, {p.ranks} processes", _time(p.model), _time(p.measured), f"{p.model / p.measured:.2f}")
-                for p in predicted
-            ],
-        ),
+        markdown([("converge of hdet", "model", "measured", "model / measured"), *rows], padded=False),
     ]
     return "\n".join(lines)
 
@@ -121,8 +120,9 @@ def _fleets(fleets: Sequence[fleet.Fleet]) -> str:
         )
         for one in fleets
     ]
-    head = ("replicas", "numbers a rank tells", "message, with the weights", "all-gathers, given by a rank")
-    return "\n".join([*lines, *_rows((*head, "processor time of a round's end", "of a step between"), rows)])
+    sizes = ("replicas", "numbers a rank tells", "message, with the weights", "all-gathers, given by a rank")
+    head = (*sizes, "processor time of a round's end", "of a step between")
+    return "\n".join([*lines, markdown([head, *rows], padded=False)])
 
 
 def _strategies(parameters: float, machine: costs.Machine) -> Iterator[costs.Strategy]:
@@ -188,16 +188,11 @@ def _costs(
     parts = [
         head,
         "Seconds that hdet adds to a round with a probe, and its share of the round's computing:",
-        "\n".join(_rows(("parameters", "a replica", *heads), times)),
+        markdown([("parameters", "a replica", *heads), *times], padded=False),
         f"Bytes and memory of a GPU, with {REPLICAS[-1]:,} replicas:",
-        "\n".join(
-            _rows(
-                (*head_of_memory, "training", "hdet adds", "fits", "all-reduce"),
-                memory,
-            )
-        ),
+        markdown([(*head_of_memory, "training", "hdet adds", "fits", "all-reduce"), *memory], padded=False),
         f"All-reduce of {PARAMETERS[1] / 1e9:g}B fp32 weights among replicas of one GPU:",
-        "\n".join(_rows(("replicas", "ring", "tree", "hierarchical"), list(_ways(cluster)))),
+        markdown([("replicas", "ring", "tree", "hierarchical"), *_ways(cluster)], padded=False),
     ]
     return "\n\n".join(parts)
 
@@ -218,10 +213,6 @@ _WAYS = ("ring", "tree", "hierarchical")
 
 def _said(link: Link) -> str:
     return f"{link.alpha * 1e6:g} µs and {link.bandwidth / _GB:g} GB/s ({link.source})"
-
-
-def _rows(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    return ["| " + " | ".join(cells) + " |" for cells in (head, ["---"] * len(head), *rows)]
 
 
 def _time(seconds: float) -> str:

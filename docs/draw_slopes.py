@@ -20,7 +20,7 @@ from hdet.steer.posterior import Posterior
 MULTIPLES = (0.03, 0.1, 1 / 3, 1.0, 3.0, 8.0)
 STAGES = ((0.05, 0.15), (0.15, 0.3), (0.3, 0.55))
 SEEDS = (0, 1)
-STILL = Setting(controller=Posterior(until=0.0, evidence=1e-12), keep_slopes=True)  # probes, and moves nothing
+STILL = Setting(controller=Posterior(until=0.0, evidence_error=1e9), keep_slopes=True)  # probes, and moves nothing
 
 
 @cache

@@ -26,6 +26,7 @@ BENCHMARKS = {
     "regret": ("hdet.bench.regret", "what a wrong learning rate costs"),
     "regret.ablations": ("hdet.bench.regret.ablations", "the controller without each of its parts"),
     "regret.collect": ("hdet.bench.regret.collect", "runs at constant learning rates, which the fit reads"),
+    "regret.forks": ("hdet.bench.regret.forks", "runs forked with half and twice the learning rate: the right move"),
     "regret.fit": ("hdet.bench.regret.fit", "the controller's constants, fitted on a part of the workloads"),
     "regret.protocol": ("hdet.bench.regret.protocol", "the runs of the clean test, in their order"),
     "regret.real": ("hdet.bench.regret.real", "real processes beside their simulation"),

@@ -24,8 +24,8 @@ _MOST = 4
 """Moves that are told, at most: with more of them, smaller ones are left out."""
 _RIGHT = 1.1
 """A movement within this factor of its target is as it should be."""
-_CLEAR = 0.1
-"""A balance of the probe above this, or below its negative, says something."""
+_CLEAR = 1.25
+"""A gain that the probe argues for says something if it is further than this factor from that in force."""
 _LISTED = 5
 """Steps that are listed, at most."""
 
@@ -294,12 +294,11 @@ def _why(kind: str, reports: Sequence[Report], group: int) -> str:
         parts.append(f"the weights moved too much, {_from_to(ratios, lambda ratio: ratio > 1)} the target")
     elif kind == "kept" and 1 / _RIGHT <= middle <= _RIGHT:
         parts.append(f"the weights moved as they should, {_times(middle)} the target")
-    balance = judged[-1].balance
-    if math.isfinite(balance) and abs(balance) > _CLEAR:
-        if balance > 0 and kind != "lowered":
-            parts.append(f"the probe saw lasting progress (balance {balance:.2f})")
-        elif balance < 0 and kind != "raised":
-            parts.append(f"the probe saw noise rather than progress (balance {balance:.2f})")
+    argued = judged[-1].evidence / reports[-1].gain[group]
+    if argued > _CLEAR and kind != "lowered":
+        parts.append(f"the probe saw lasting progress and argued for a gain of {judged[-1].evidence:.3g}")
+    elif argued < 1 / _CLEAR and kind != "raised":
+        parts.append(f"the probe saw noise rather than progress and argued for a gain of {judged[-1].evidence:.3g}")
     first, last = judged[0].trust, judged[-1].trust
     if math.isfinite(last) and max(first, last) > 0.01:
         if kind == "kept" and last > 0.5:

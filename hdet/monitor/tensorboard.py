@@ -41,7 +41,7 @@ class TensorBoard(WriterMonitor):
     ``hdet_evidence/estimate_log10``    the estimate of the right gain, as a log
     ``hdet_evidence/movement``          how far the round took the weight matrices, relative to their size
     ``hdet_evidence/target``            how far it should have taken them
-    ``hdet_evidence/balance``           > 0 where the probe saw progress outweigh noise, in [-1, 1]
+    ``hdet_evidence/probe_log10``       the gain that the probe argues for, as a log
     ``hdet_evidence/trust``             probability that the user's learning rate is right
     ``hdet_evidence/hypergradient``     > 0 where a larger learning rate did better
     ``hdet_evidence/velocity``          the published controller's momentum
@@ -233,7 +233,8 @@ class TensorBoard(WriterMonitor):
 
         summarised, summarised_lr = _is_summarised(report, self._max_replicas)
         judges = self._config.get("auto_lr") and "controller.memory" in self._config  # it is Posterior
-        judged = ("hdet_evidence/centre_log10", "hdet_evidence/estimate_log10") if judges else ()
+        probed = ["hdet_evidence/probe_log10"] if self._config.get("probe") else []
+        judged = ["hdet_evidence/centre_log10", *probed, "hdet_evidence/estimate_log10"] if judges else []
         metrics = [f"^{re.escape(tag)}$" for tag in self._metrics]
         undone = ("hdet/rolled_back_lr",) if self._config.get("rollback") else ()
         glance = {
@@ -245,7 +246,7 @@ class TensorBoard(WriterMonitor):
         }
         details = {
             "movement": lines("hdet_evidence/movement", *(("hdet_evidence/target",) if judges else ())),
-            **({"balance and trust": lines("hdet_evidence/balance", "hdet_evidence/trust")} if judges else {}),
+            **({"trust": lines("hdet_evidence/trust")} if judges else {}),
             "hypergradient": lines("hdet_evidence/hypergradient"),
             **({} if judges else {"velocity": lines("hdet_evidence/velocity")}),
             **{
@@ -312,9 +313,9 @@ def _scalars(report: Report, limit: int, ends: _Ends) -> Iterator[tuple[str, flo
             yield f"hdet_evidence/movement{end}", report.movement[g]
             for judged in report.judgements[g : g + 1]:
                 yield f"hdet_evidence/target{end}", judged.target
-                yield f"hdet_evidence/balance{end}", judged.balance
                 yield f"hdet_evidence/trust{end}", judged.trust
                 yield f"hdet_evidence/centre_log10{end}", _log10(judged.centre)
+                yield f"hdet_evidence/probe_log10{end}", _log10(judged.evidence)
                 yield f"hdet_evidence/estimate_log10{end}", _log10(judged.estimate)
     if report.complete:
         yield "hdet/loss", report.mean_loss

@@ -298,7 +298,7 @@ def _evidence(rounds: Sequence[Report], g: int, name: str, end: float) -> list[C
     """Prior and evidence of one gain."""
     judged = [(r, r.judgements[g]) for r in rounds if g < len(r.judgements)]
     gain = Line("gain", _gain_curve(rounds, g), 0)
-    about = "The gain in force; where the weights would move as they should; and that with what the losses argue for."
+    about = "The gain in force, what the movement and what the probe argue for, and the estimate from both."
     return [
         Chart(
             f"Gain{name}: prior and evidence",
@@ -306,6 +306,7 @@ def _evidence(rounds: Sequence[Report], g: int, name: str, end: float) -> list[C
             [
                 gain,
                 Line("by movement", [(r.step, j.centre) for r, j in judged], 1),
+                Line("by the probe", [(r.step, j.evidence) for r, j in judged], 3),
                 Line("estimate", [(r.step, j.estimate) for r, j in judged], 2, "dashed"),
             ],
             log=True,
@@ -322,12 +323,9 @@ def _evidence(rounds: Sequence[Report], g: int, name: str, end: float) -> list[C
             last=end,
         ),
         Chart(
-            f"Balance and trust{name}",
-            "Balance: above 0 the probe saw progress outweigh noise. Trust: probability that the given rate is right.",
-            [
-                Line("balance", [(r.step, j.balance) for r, j in judged], 2),
-                Line("trust", [(r.step, j.trust) for r, j in judged], 3, "dashed"),
-            ],
+            f"Trust{name}",
+            "Probability that the given rate is right.",
+            [Line("trust", [(r.step, j.trust) for r, j in judged], 3)],
             last=end,
         ),
         *(

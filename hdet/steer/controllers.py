@@ -64,7 +64,6 @@ class RoundObservation(NamedTuple):
     """Mean height of the schedule over the run."""
     steps: float = math.inf
     given: bool = True
-    since_probe: float = 0.0
     """As in :class:`hdet.steer.observation.Observation`."""
 
 
@@ -249,7 +248,6 @@ class Controllers:
                 until=observation.until,
                 final=observation.final,
                 probe=probe,
-                since_probe=observation.since_probe,
                 movement=moved,
                 area=observation.area,
                 lag=observation.lag,

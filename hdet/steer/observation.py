@@ -51,8 +51,6 @@ class Observation(NamedTuple):
     """Of the optimizer in the round, >= 1; infinite if not known."""
     given: bool = True
     """Whether the user gave the learning rate, rather than leave it to be found."""
-    since_probe: float = 0.0
-    """How long ago the last probe was, as a share of the run, if longer than a round."""
 
 
 def clamped(log_gain: float, bounds: tuple[float, float]) -> float:
@@ -115,6 +113,5 @@ def check_observation(seen: Any) -> None:
     check_number("observation.area", seen.area, "in (0, 1]", lambda x: 0 < x <= 1)
     check_number("observation.steps", seen.steps, ">= 1, or inf", lambda n: n >= 1, finite=False)
     check_flag("observation.given", seen.given)
-    check_number("observation.since_probe", seen.since_probe, "a share of the run, >= 0", lambda share: share >= 0)
     if seen.probe is not None:
         check_probe("observation.probe", seen.probe, seen.multipliers, seen.lag)

@@ -72,14 +72,19 @@ class SteerPhase:
 
     def is_probed(self, steps: int) -> bool:
         """Whether the round that ends after ``steps`` steps is to end with a probe, as long as :meth:`listens`."""
-        return self._course.passes(self._probe_every, steps)
+        is_early = self._is_alone and self._course.progress(steps) < self._controller.probe_from
+        return self._course.passes(self._probe_every, steps) and not is_early
 
     @property
     def _probe_every(self) -> float:
         """As a share of the run; a round if that is longer. Where several factors share a probe, it takes all rounds to
         tell them apart."""
-        is_alone = len(self._controllers.gains) == 1 and not any(h.move for h in self._hyperparameters)
-        return self._controller.probe_every if is_alone else 0.0
+        return self._controller.probe_every if self._is_alone else 0.0
+
+    @property
+    def _is_alone(self) -> bool:
+        """Whether the probe is for one learning rate, and nothing else moves."""
+        return len(self._controllers.gains) == 1 and not any(h.move for h in self._hyperparameters)
 
     def directions(self, round: int) -> tuple[tuple[float, ...], ...]:
         """How far the probe takes each replica; see :meth:`Controllers.probe_directions`."""
@@ -119,7 +124,6 @@ class SteerPhase:
             until=self._controller.rests_after(course),
             lag=lag,
             probe=probe,
-            since_probe=self._probe_every,
             movement=movement or (math.nan,) * len(self._controllers.gains),
             final=course.final,
             area=course.area,

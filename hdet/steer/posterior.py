@@ -29,34 +29,40 @@ right log gain is ``r``, and ``c`` averages what recent rounds say::
 After ``until`` of the run movement says less about the learning rate than about how far the loss has fallen, and ``c``
 stays.
 
-**Losses.** From the paired probe: ``A``, lasting progress per hundredth of the run, and ``E``, what the iterates'
-noise costs (:func:`hdet.observe.slopes.slopes_of`). In a round::
+**Losses.** From the paired probe: ``A``, lasting progress per hundredth of the run, and ``E``, what the iterates' noise
+costs (:func:`hdet.observe.slopes.slopes_of`). A loss that falls like ``1 / t`` has ``100 p (1 - p) A`` still to fall at
+the share ``p`` of the run; at the schedule's peak the noise would cost about ``E / h``. In a round::
 
-    q = (A - k E) / (|A| + k |E|)  in [-1, 1],     > 0: progress outweighs noise, a larger rate would do better
+    q = (B - k N) / (|B| + k |N|)  in [-1, 1],     B = 100 p (1 - p) A,     N = (1 + 2.5 final) E / h
 
-There is a probe every four hundredths of the run, or every round where rounds are longer. ``Q`` is its average over
-recent probes, from 0 on, and ``s`` the hundredths since the last one. Probes that do not agree say little,
-whatever their size. Unanimous ones argue for ``w`` more, where the schedule lets it be seen, and for more only::
+Where the learning rate is right, ``q`` is about 0.6 from a tenth of the run on, and it falls by about 0.5 where the
+rate is e times higher. So a probe at gain ``g`` says that the right log gain is ``log g + (q - 0.6) / 0.5``, and ``e``
+averages what the last probes say; ``heard``, from 0 on and below 1, is how much of a whole average it is::
 
-    Q <- memory^s Q + (1 - memory^s) q
-    z = c + w h max(Q, 0)
+    heard' = memory heard + 1 - memory
+    e      <- (memory heard e + (1 - memory) (log g + (q - 0.6) / 0.5)) / heard'
 
-Noise says "less" also on a plateau, and where annealing will remove it; against a learning rate that is too high there
-are the movement and the rollback.
+There is a probe every four hundredths of the run, or every round where rounds are longer. Before a tenth of the run
+they say next to nothing, and there are none.
 
-**The user's rate.** ``z`` is the estimate of the right log gain, and its error is about normal, of variance ``v``: the
-first rounds say little. Either the user's rate is right, or any within a factor of 100 is as likely; before the run
-both are. ``P`` is the probability of the first once ``z`` is known, and the gain follows the posterior mean::
+**Together.** The two are independent estimates of the right log gain, of errors that are about normal::
 
-    v = error^2 + 1 / (100 p)                                          p: share of the run, up to ``until``
-    P = 1 / (1 + sqrt(2 pi v) / (2 log 100) exp(z^2 / (2 v)))
+    1 / v = 1 / movement_error^2 + heard / evidence_error^2
+    z     = v (c / movement_error^2 + heard e / evidence_error^2)
+
+**The user's rate.** The first rounds say little, so that the variance of ``z`` is ``v'``. Either the user's rate is
+right, or any within a factor of 100 is as likely; before the run both are. ``P`` is the probability of the first once
+``z`` is known, and the gain follows the posterior mean::
+
+    v' = v + 1 / (100 p)                                               p: share of the run, up to ``until``
+    P  = 1 / (1 + sqrt(2 pi v') / (2 log 100) exp(z^2 / (2 v')))
     log gain = (1 - P) z
 
 So a rate is kept that is as good as the estimate can tell, and one that is not is left altogether. The two are even at
-a ``z`` of about 1, a factor of 2.7. ``P`` is 0 where the user gave no rate, and where the user's blew up.
+a factor of 2.2, and without a probe at one of 2.6. ``P`` is 0 where the user gave no rate, and where it blew up.
 
 The gain rests once the schedule has fallen below :attr:`Posterior.rest_below` of its peak for good: its own annealing
-is not fought. Without a probe ``Q`` is 0, and the losses speak through the rollback alone
+is not fought. Without a probe ``heard`` is 0, and the losses speak through the rollback alone
 (:mod:`hdet.steer.recovery`): a gain at which the run blew up is not reached again.
 """
 
@@ -83,8 +89,10 @@ class Belief(NamedTuple):
     """``c``: the right log gain, as the movement has it."""
     ceiling: float = math.inf
     """Log gain that is known to be too high, less a margin."""
-    balance: float = 0.0
-    """``Q``, in [-1, 1]."""
+    evidence: float = 0.0
+    """``e``: the right log gain, as the probe has it; 0 before the first."""
+    heard: float = 0.0
+    """How much of a whole average ``e`` is, in [0, 1]."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,16 +108,19 @@ class Posterior:
     probe_every: ClassVar[float] = 0.04
     """Share of the run between probes, or a round if that is longer. Every round gains nothing over every fourth."""
 
-    memory: float = 0.5
-    """In [0, 1): weight, in ``c`` and ``Q``, of what was seen a hundredth of the run ago."""
+    probe_from: ClassVar[float] = 0.1
+    """Share of the run before which there is no probe."""
+
+    memory: float = 0.6
+    """In [0, 1): weight, in ``c``, of what was seen a hundredth of the run ago, and in ``e``, of the probe before."""
     until: float = 0.4
     """In [0, 1]: share of the run after which movement is no longer followed."""
-    evidence: float = 0.35
-    """``w`` >= 0: how far, in log gain, unanimous losses take the estimate from where the movement has it."""
-    noise_weight: float = 0.2
-    """``k`` > 0, in hundredths of the run: how much of it progress must make up for what the noise costs."""
-    error: float = 0.45
-    """> 0: standard deviation of ``z`` from the right log gain, late in a run."""
+    noise_weight: float = 0.3
+    """``k`` > 0: how much what the noise costs weighs against what the loss has still to fall."""
+    movement_error: float = 0.45
+    """> 0: standard deviation of ``c`` from the right log gain, late in a run."""
+    evidence_error: float = 0.5
+    """> 0: that of ``e``; infinite for no probe."""
     bounds: tuple[float, float] = (1e-4, 1e4)
     """Smallest and largest gain, ``0 < low <= 1 <= high``."""
     rest_below: float = 0.7
@@ -118,9 +129,9 @@ class Posterior:
     def __post_init__(self) -> None:
         check_field(self, "memory", check_number, "in [0, 1)", lambda x: 0 <= x < 1)
         check_field(self, "until", check_number, "in [0, 1]", lambda x: 0 <= x <= 1)
-        check_field(self, "evidence", check_number, "finite and >= 0", lambda x: x >= 0)
         check_field(self, "noise_weight", check_number, "finite and > 0", lambda x: x > 0)
-        check_field(self, "error", check_number, "finite and > 0", lambda x: x > 0)
+        check_field(self, "movement_error", check_number, "finite and > 0", lambda x: x > 0)
+        check_field(self, "evidence_error", check_number, "> 0, or inf", lambda x: x > 0, finite=False)
         check_field(self, "rest_below", check_number, "in [0, 1]", lambda x: 0 <= x <= 1)
         check_field(self, "bounds", check_bounds)
 
@@ -157,7 +168,7 @@ class Posterior:
         """Whether the losses of a round that ends at ``progress`` may still move the gain."""
         check_number("progress", progress, "a share of the run, or NaN", finite=False)
         check_number("until", until, "a share of the run")
-        return self.evidence > 0 and progress <= until
+        return self.evidence_error < math.inf and progress <= until
 
     def update(self, belief: Belief, observation: Observation) -> tuple[Belief, float | None]:
         """One round: ``(belief, observation) -> (next belief, q)``.
@@ -189,11 +200,13 @@ class Posterior:
 
     def _estimate(self, belief: Belief, observation: Observation) -> tuple[float, float]:
         """``z`` and ``P``."""
-        estimate = belief.centre + self.evidence * observation.height * max(belief.balance, 0.0)
+        by_movement, by_evidence = 1 / self.movement_error**2, belief.heard / self.evidence_error**2
+        certainty = by_movement + by_evidence
+        estimate = (by_movement * belief.centre + by_evidence * belief.evidence) / certainty
         if not observation.given or belief.ceiling < 0:
             return estimate, 0.0
-        heard = max(100 * min(observation.progress, self.until), observation.share * 100)
-        return estimate, right_as_given(estimate, self.error**2 + 1 / heard)
+        seen = max(100 * min(observation.progress, self.until), observation.share * 100)
+        return estimate, right_as_given(estimate, 1 / certainty + 1 / seen)
 
     def judge(self, belief: Belief, observation: Observation) -> Judgement:
         """What a round has come to, for the report.
@@ -210,7 +223,7 @@ class Posterior:
         return Judgement(
             target=target(seen.height, seen.share, seen.area, seen.final, seen.steps),
             centre=math.exp(belief.centre),
-            balance=belief.balance,
+            evidence=math.exp(belief.evidence) if belief.heard > 0 else math.nan,
             estimate=math.exp(estimate),
             trust=trust,
             rests=not seen.progress <= seen.until,
@@ -218,27 +231,37 @@ class Posterior:
 
     def _listen(self, belief: Belief, observation: Observation) -> tuple[Belief, float | None]:
         """The belief with this round's probe, and its ``q``."""
-        if (
-            observation.probe is None
-            or (slopes := slopes_of(observation.probe, observation.multipliers, observation.lag)) is None
-        ):
+        q = self._balance(observation)
+        if q is None:
             return belief, None
-        length = observation.share * 100
-        progress, noise = slopes.debiased / length, self.noise_weight * slopes.noise
-        size = abs(progress) + abs(noise)
-        q = (progress - noise) / size if size > 0 else 0.0
-        kept = self.memory ** (100 * max(observation.share, observation.since_probe))
-        return belief._replace(balance=kept * belief.balance + (1 - kept) * q), q
+        here = math.log(belief.gain) + (q - USUAL) / FALL
+        before, heard = self.memory * belief.heard, self.memory * belief.heard + 1 - self.memory
+        evidence = (before * belief.evidence + (heard - before) * here) / heard
+        return belief._replace(evidence=evidence, heard=heard), q
+
+    def _balance(self, seen: Observation) -> float | None:
+        """``q`` of a round; ``None`` without a probe that is to be listened to."""
+        if seen.probe is None or not seen.progress >= self.probe_from:
+            return None
+        slopes = slopes_of(seen.probe, seen.multipliers, seen.lag)
+        if slopes is None:
+            return None
+        left = seen.progress * (1 - seen.progress) * slopes.debiased / seen.share
+        cost = self.noise_weight * slopes.noise * (1 + _REMAINS * seen.final) / max(seen.height, LOWEST)
+        size = abs(left) + abs(cost)
+        return (left - cost) / size if size > 0 else 0.0
 
 
 def _checked(name: str, values: Sequence[Any]) -> Belief:
     """A belief of these values, or TypeError or ValueError if it is none."""
-    gain, centre, ceiling, balance = check_list(name, values, "[gain, centre, ceiling, balance]", length=4)
+    fields = "[gain, centre, ceiling, evidence, heard]"
+    gain, centre, ceiling, evidence, heard = check_list(name, values, fields, length=5)
     return Belief(
         check_number(f"{name}.gain", gain, "> 0", lambda x: x > 0),
         check_number(f"{name}.centre", centre, "a log gain"),
         check_number(f"{name}.ceiling", ceiling, "a log gain, or inf", lambda x: x > -math.inf, finite=False),
-        check_number(f"{name}.balance", balance, "in [-1, 1]", lambda x: -1 <= x <= 1),
+        check_number(f"{name}.evidence", evidence, "a log gain, within 100 of 0", lambda x: abs(x) <= 100),
+        check_number(f"{name}.heard", heard, "in [0, 1]", lambda x: 0 <= x <= 1),
     )
 
 
@@ -264,7 +287,7 @@ def target(height: float, share: float, area: float, final: float = 0.0, steps: 
         steps: of the optimizer in the round, >= 1.
     """
     persistent = 1 + math.expm1(-steps / _MEMORY) * _MEMORY / steps
-    return math.sqrt(_TOTAL * persistent * max(height, _LOWEST) * share / (area * (1 + _REMAINS * final)))
+    return math.sqrt(_TOTAL * persistent * max(height, LOWEST) * share / (area * (1 + _REMAINS * final)))
 
 
 _TOTAL = 2.0
@@ -273,13 +296,17 @@ _MEMORY = 5.0
 """``tau``: steps within which a walk with momentum 0.9 forgets its direction."""
 _POWER = 0.7
 """Of the learning rate, with which movement goes: 0.6 to 0.9 in the mean over workloads, by the time in the run."""
+USUAL = 0.6
+"""``q`` at the right learning rate."""
+FALL = 0.5
+"""By how much ``q`` falls where the learning rate is e times higher."""
 _WIDE = math.log(100)
 """How far, in log gain, a user's rate that is not right may be off; all of it is as likely."""
 _FAR = 600.0
 """An exponent that can still be computed."""
 _LARGEST = math.log(4)
 """How far the centre moves in one round at most: the first ones are no measure yet."""
-_LOWEST = 0.02
+LOWEST = 0.02
 """Height below which the target falls no further."""
 _REMAINS = 2.5
 """By how much more than an annealed run's the noise of one at a constant learning rate weighs at its end."""

@@ -44,6 +44,7 @@ class Published:
     needs_movement: ClassVar[bool] = False
     needs_length: ClassVar[bool] = False
     probe_every: ClassVar[float] = 0.0
+    probe_from: ClassVar[float] = 0.0
 
     meta_lr: float = 1.0
     """``lambda`` >= 0: how far the log gain moves per unit of velocity and round."""

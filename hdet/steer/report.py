@@ -34,10 +34,10 @@ class Judgement(NamedTuple):
     """``m*``: the movement of this round at the right learning rate, in the units of ``Report.movement``."""
     centre: float = math.nan
     """The gain at which the weights would move by the target, ``exp(c)``."""
-    balance: float = math.nan
-    """``Q``, in [-1, 1]: > 0 where the probe saw progress outweigh noise."""
+    evidence: float = math.nan
+    """The gain at which the probe would see what it sees at the right learning rate, ``exp(e)``."""
     estimate: float = math.nan
-    """The estimate of the right gain, ``exp(z)``: the centre, and what the losses argue for."""
+    """The estimate of the right gain, ``exp(z)``, of both."""
     trust: float = math.nan
     """``P``, in [0, 1]: probability that the user's learning rate is right."""
     rests: bool = False

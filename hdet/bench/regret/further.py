@@ -131,7 +131,7 @@ FURTHER = by_name(
         batch_size=32,
         steps=800,
         tuned=0.04,
-        say="none",
+        say="constants",
     ),
     Workload(
         name="char_lm_small_batch",
@@ -144,7 +144,7 @@ FURTHER = by_name(
         batch_size=8,
         steps=1200,
         tuned=0.02,
-        say="none",
+        say="constants",
     ),
     Workload(
         name="gpt_other",
@@ -157,7 +157,7 @@ FURTHER = by_name(
         batch_size=16,
         steps=1500,
         tuned=0.032,
-        say="none",
+        say="constants",
     ),
 )
 """Three of which, at the end, had no say in anything."""

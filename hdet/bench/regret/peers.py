@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import importlib
+import inspect
 import io
 import math
 from collections import deque
@@ -99,7 +100,13 @@ def evaluate(workload: Workload, model: nn.Module, batch: Batch) -> float:
 
 
 def train(
-    workload: Workload, model: nn.Module, optimizer: torch.optim.Optimizer, schedule: LRScheduler | None, seed: int
+    workload: Workload,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    schedule: LRScheduler | None,
+    seed: int,
+    *,
+    after_step: Callable[[], None] = lambda: None,
 ) -> float:
     """Train to the end and return the validation loss, or NaN as soon as a loss is not finite: with clipping, the
     parameters never are again."""
@@ -108,6 +115,7 @@ def train(
         if not math.isfinite(backward(workload, model, workload.draw(workload.batch_size, generator))):
             return math.nan
         optimizer.step()
+        after_step()
         if schedule:
             schedule.step()
     if hasattr(optimizer, "eval"):
@@ -170,6 +178,33 @@ def d_adaptation(workload: Workload, max_lr: float, seed: int) -> float:
         with contextlib.redirect_stdout(io.StringIO()):  # it prints its options
             optimizer = library.DAdaptAdam(model.parameters(), betas=BETAS, decouple=True, **common)
     return train(workload, model, optimizer, CosineAnnealingLR(optimizer, workload.steps), seed)
+
+
+def dog(workload: Workload, max_lr: float, seed: int) -> float:
+    """dog-optimizer's own layer-wise DoG, an SGD whose step is the distance from the start over the gradients so far,
+    and its polynomial average of the iterates, which is judged. Knows no max_lr."""
+    library = _library("dog")
+    model = build(workload, seed)
+    optimizer = library.LDoG([p for p in model.parameters() if p.requires_grad], weight_decay=workload.weight_decay)
+    average = library.PolynomialDecayAverager(model)
+    loss = train(workload, model, optimizer, None, seed, after_step=average.step)
+    return evaluate(workload, average.averaged_model, workload.validation()) if math.isfinite(loss) else loss
+
+
+def mechanic(workload: Workload, max_lr: float, seed: int) -> float:
+    """mechanic-pytorch's own tuner of the scale of all updates, around the workload's optimizer with lr = 1 and the
+    workload's schedule. Knows no max_lr."""
+    library = _library("mechanic_pytorch")
+    model = build(workload, seed)
+    plain = optimizer_of(workload, model, 1.0)
+    optimizer = library.mechanize(type(plain))(plain.param_groups[0]["params"], **_options(plain))
+    return train(workload, model, optimizer, schedule_of(workload, optimizer, 1.0, workload.steps), seed)
+
+
+def _options(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    """What its class was called with, so that another of the class can be made."""
+    known = inspect.signature(type(optimizer).__init__).parameters
+    return {name: value for name, value in optimizer.defaults.items() if name in known}
 
 
 def nadamw_cosine(workload: Workload, max_lr: float, seed: int) -> float:

@@ -20,7 +20,7 @@ import numpy as np
 
 from hdet.bench.regret.outcome import Outcome
 from hdet.bench.regret.watched import Round, rounds_of
-from hdet.steer.posterior import Posterior, target
+from hdet.steer.posterior import FALL, LOWEST, USUAL, Posterior, target
 
 Array = np.ndarray[Any, np.dtype[np.float64]]
 
@@ -48,15 +48,21 @@ class Constants(NamedTuple):
 
     memory: float = Posterior.memory
     until: float = Posterior.until
-    evidence: float = Posterior.evidence
     noise_weight: float = Posterior.noise_weight
-    error: float = Posterior.error
+    movement_error: float = Posterior.movement_error
+    evidence_error: float = Posterior.evidence_error
     prior: float = 0.5
     """Probability that the user's rate is right, before the run; in [0, 1)."""
     early: float = 1.0
-    """What the first rounds add to the error: ``v = error^2 + early^2 / (100 p)``."""
+    """What the first rounds add to the error: ``v' = v + early^2 / (100 p)``."""
     probe_every: float = Posterior.probe_every
     """Share of the run between probes; 0 for one in every round."""
+    probe_from: float = Posterior.probe_from
+    """Share of the run before which there is none."""
+    usual: float = USUAL
+    """``q`` at the right learning rate."""
+    fall: float = FALL
+    """By how much ``q`` falls where the learning rate is e times higher."""
 
 
 @dataclass(frozen=True)
@@ -81,11 +87,13 @@ class Response:
 
     def balance(self, noise_weight: float) -> Array:
         """[watched round, grid] ``q`` of the probes, 0 where there was none."""
-        length = 100 * self.progress[0]
         rows = []
         for debiased, noise in zip(self.debiased, self.noise, strict=True):
-            size = np.abs(debiased / length) + np.abs(noise_weight * noise)
-            q = np.divide(debiased / length - noise_weight * noise, size, out=np.zeros_like(size), where=size > 0)
+            progress, height = self.progress[: noise.shape[-1]], self.height[: noise.shape[-1]]
+            left = progress * (1 - progress) * debiased / self.progress[0]
+            cost = noise_weight * noise / np.maximum(height, LOWEST)
+            size = np.abs(left) + np.abs(cost)
+            q = np.divide(left - cost, size, out=np.zeros_like(size), where=size > 0)
             rows.append(np.nan_to_num(q).mean(0))
         return _over_grid(self.gains, np.array(rows))
 
@@ -183,17 +191,17 @@ def gains_of(
         balance: of the workload, if it is known already.
     """
     columns = (column[:, None] for column in np.array(candidates, float).T)
-    memory, until, evidence, _, error, prior, early, every = columns
+    memory, until, _, by_movement, by_evidence, prior, early, every, since, usual, fall = columns
+    by_movement, by_evidence = 1 / by_movement**2, 1 / by_evidence**2
     if balance is None:
         balance = work.balance(candidates[0].noise_weight)
     start = np.log(np.array(starts, float))[None, :]
     gain = np.zeros((len(candidates), len(starts)))
-    centre, heard = gain, gain
+    centre, evidence, heard = gain, gain, np.zeros_like(gain)
     share, area = float(work.progress[0]), float(work.height.mean())
     length = 100 * share
     kept = memory**length
     every = np.maximum(every, share)
-    kept_since = memory ** (100 * every)
     rests = work.progress[work.height >= Posterior.rest_below].max()
     found = []
     for i, (progress, height) in enumerate(zip(work.progress, work.height, strict=True)):
@@ -201,15 +209,19 @@ def gains_of(
         if progress > rests or i >= len(work.movement):
             continue
         is_probed = np.floor(progress / every + 1e-9) > np.floor((progress - share) / every + 1e-9)
-        told = kept_since * heard + (1 - kept_since) * _at(balance[i], start + gain)
-        heard = np.where(is_probed, told, heard)
+        is_probed = is_probed & (progress >= since)
+        told = gain + (_at(balance[i], start + gain) - usual) / fall
+        whole = memory * heard + 1 - memory
+        evidence = np.where(is_probed, (memory * heard * evidence + (1 - memory) * told) / whole, evidence)
+        heard = np.where(is_probed, whole, heard)
         moved = _at(work.movement[i], start + gain)
         right = math.log(target(float(height), share, area, 0.0, work.steps))
         step = (1 - kept) * (gain + (right - moved) / _POWER - centre)
         step = np.where(np.isfinite(step) & (progress <= until), step, 0.0)
         centre = centre + np.clip(step, -_LARGEST, _LARGEST)
-        estimate = centre + evidence * height * np.maximum(heard, 0)
-        variance = error**2 + early**2 / np.maximum(100 * np.minimum(progress, until), length)
+        certainty = by_movement + heard * by_evidence
+        estimate = (by_movement * centre + heard * by_evidence * evidence) / certainty
+        variance = 1 / certainty + early**2 / np.maximum(100 * np.minimum(progress, until), length)
         gain = estimate * (1 - _right_as_given(estimate, variance, prior))
     return np.stack(found)
 

@@ -211,7 +211,8 @@ class _Replicas:
         probe = None
         if self._setting.probe and not isinstance(controller, Published):
             self._slow.unpack(0, self._bucket, mean, 1)
-            if controller.wants_probe(progress, self._until) and self._course.passes(controller.probe_every, step):
+            listens = controller.wants_probe(progress, self._until) and progress >= controller.probe_from
+            if listens and self._course.passes(controller.probe_every, step):
                 batch = self._workload.draw(
                     self._workload.batch_size // self._setting.probe_share, self._probe_generator
                 )
@@ -229,7 +230,6 @@ class _Replicas:
             until=self._until,
             final=self._course.final,
             probe=probe,
-            since_probe=controller.probe_every,
             movement=self._movement(mean),
             area=self._course.area,
             lag=self._slow.lag,

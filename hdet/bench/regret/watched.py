@@ -36,6 +36,7 @@ class _Watcher(Posterior):
     """Moves nothing, and keeps what it is shown: a probe in every round."""
 
     probe_every: ClassVar[float] = 0.0
+    probe_from: ClassVar[float] = 0.0
     seen: list[Round] = field(default_factory=list)
 
     def update(self, belief: Belief, observation: Observation) -> tuple[Belief, float | None]:

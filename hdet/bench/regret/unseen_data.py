@@ -217,4 +217,4 @@ def draw_retina(size: int, generator: torch.Generator, *, validation: bool = Fal
     squares = torch.stack(
         [part[:, top : top + 16, left : left + 16] for _, top, left in shipped.places([part], size, 16, generator)]
     )
-    return Batch(squares + 0.5 * torch.randn(squares.shape, generator=generator), squares)
+    return Batch(squares + 0.25 * torch.randn(squares.shape, generator=generator), squares)

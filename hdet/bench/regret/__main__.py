@@ -15,16 +15,16 @@ from tqdm import tqdm
 
 from hdet.bench.processes import cpus
 from hdet.bench.regret import plot, table
-from hdet.bench.regret.clean_data import missing
 from hdet.bench.regret.contenders import CONTENDERS
 from hdet.bench.regret.runs import Result, Run, Store, as_json, execute_all, plan
-from hdet.bench.regret.workloads import CLEAN, FIRST, FURTHER, LONGER, MORE, SCHEDULES, STARTS, WORKLOADS
+from hdet.bench.regret.shipped import missing
+from hdet.bench.regret.workloads import CLEAN, FIRST, FURTHER, LONGER, MORE, SCHEDULES, STARTS, UNSEEN, WORKLOADS
 from hdet.bench.report import machine
 
 SCHEMA = 1
 _PROGRAM = "python -m hdet.bench.regret"
 _QUICK_WORKLOADS = ("digits_mlp", "digits_conv")
-_GROUPS = {"first": FIRST, "more": MORE, "further": FURTHER, "longer": LONGER, "clean": CLEAN}
+_GROUPS = {"first": FIRST, "more": MORE, "further": FURTHER, "longer": LONGER, "clean": CLEAN, "unseen": UNSEEN}
 _INTERRUPTED = 130
 
 

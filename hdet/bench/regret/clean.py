@@ -9,32 +9,17 @@ from __future__ import annotations
 
 import functools
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.nn import functional as F
 
 from hdet.bench.regret import clean_data as data
-from hdet.bench.regret import models
+from hdet.bench.regret import models, shipped
 from hdet.bench.regret.data import fixed
-from hdet.bench.regret.workload import Workload, by_name, log_loss, squared_error
-from hdet.train.config import ModelConfig
-from hdet.train.models import GPT, loss_of
+from hdet.bench.regret.workload import Workload, by_name, log_loss, poisson, squared_error
+from hdet.train.models import loss_of
 
 _CONTEXT = 32
 _WORDS_CONTEXT = 24
-
-
-def _gpt(layers: int, width: int, *, tokens: int = 128, context: int = _CONTEXT, tied: bool = False) -> GPT:
-    config = ModelConfig(n_layer=layers, n_head=4, n_embd=width, block_size=context, tie_weights=tied)
-    return GPT(config, tokens)
-
-
-def _gpt_of_matrices() -> GPT:
-    """Without biases, and with norms that are not trained: Muon takes matrices only."""
-    model = GPT(ModelConfig(n_layer=2, n_head=4, n_embd=64, block_size=_CONTEXT, bias=False, tie_weights=False), 128)
-    for parameter in model.parameters():
-        parameter.requires_grad_(parameter.dim() == 2)
-    return model
 
 
 def _conv() -> nn.Sequential:
@@ -49,18 +34,12 @@ def _conv() -> nn.Sequential:
     return nn.Sequential(*layers, nn.Flatten(), nn.Linear(128, 8))
 
 
-def _poisson(outputs: Tensor, targets: Tensor) -> Tensor:
-    """Negative log-likelihood of counts, from logarithms ``(batch, 1)`` of their means."""
-    rates = outputs.squeeze(-1)
-    return (rates.exp() - targets * rates + torch.lgamma(targets + 1)).mean()
-
-
 CLEAN = by_name(
     Workload(
         name="bible_gpt",
-        build=functools.partial(_gpt, 2, 64),
-        draw=functools.partial(data.draw_tokens, data.bible, _CONTEXT),
-        validation=functools.partial(data.validation_tokens, data.bible, _CONTEXT),
+        build=functools.partial(models.gpt, 2, 64, _CONTEXT),
+        draw=functools.partial(shipped.draw_tokens, data.bible, _CONTEXT),
+        validation=functools.partial(shipped.validation_tokens, data.bible, _CONTEXT),
         loss=loss_of,
         optimizer="adamw",
         weight_decay=0.1,
@@ -72,9 +51,9 @@ CLEAN = by_name(
     ),
     Workload(
         name="wiki_gpt",
-        build=functools.partial(_gpt, 2, 64, tied=True),
-        draw=functools.partial(data.draw_tokens, data.wiki, _CONTEXT),
-        validation=functools.partial(data.validation_tokens, data.wiki, _CONTEXT),
+        build=functools.partial(models.gpt, 2, 64, _CONTEXT, tied=True),
+        draw=functools.partial(shipped.draw_tokens, data.wiki, _CONTEXT),
+        validation=functools.partial(shipped.validation_tokens, data.wiki, _CONTEXT),
         loss=loss_of,
         optimizer="adamw",
         batch_size=8,
@@ -85,9 +64,9 @@ CLEAN = by_name(
     ),
     Workload(
         name="bible_words",
-        build=functools.partial(_gpt, 1, 64, tokens=data.WORDS, context=_WORDS_CONTEXT, tied=True),
-        draw=functools.partial(data.draw_tokens, data.bible_words, _WORDS_CONTEXT),
-        validation=functools.partial(data.validation_tokens, data.bible_words, _WORDS_CONTEXT, 384),
+        build=functools.partial(models.gpt, 1, 64, _WORDS_CONTEXT, tokens=data.WORDS, tied=True),
+        draw=functools.partial(shipped.draw_tokens, data.bible_words, _WORDS_CONTEXT),
+        validation=functools.partial(shipped.validation_tokens, data.bible_words, _WORDS_CONTEXT, 384),
         loss=loss_of,
         optimizer="adamw",
         weight_decay=0.01,
@@ -99,9 +78,9 @@ CLEAN = by_name(
     ),
     Workload(
         name="news_lion",
-        build=functools.partial(_gpt, 2, 48),
-        draw=functools.partial(data.draw_tokens, data.news, _CONTEXT),
-        validation=functools.partial(data.validation_tokens, data.news, _CONTEXT),
+        build=functools.partial(models.gpt, 2, 48, _CONTEXT),
+        draw=functools.partial(shipped.draw_tokens, data.news, _CONTEXT),
+        validation=functools.partial(shipped.validation_tokens, data.news, _CONTEXT),
         loss=loss_of,
         optimizer="lion",
         weight_decay=0.1,
@@ -113,9 +92,9 @@ CLEAN = by_name(
     ),
     Workload(
         name="wiki_muon",
-        build=_gpt_of_matrices,
-        draw=functools.partial(data.draw_tokens, data.wiki, _CONTEXT),
-        validation=functools.partial(data.validation_tokens, data.wiki, _CONTEXT),
+        build=functools.partial(models.gpt_of_matrices, 2, 64, _CONTEXT),
+        draw=functools.partial(shipped.draw_tokens, data.wiki, _CONTEXT),
+        validation=functools.partial(shipped.validation_tokens, data.wiki, _CONTEXT),
         loss=loss_of,
         optimizer="muon",
         batch_size=8,
@@ -126,9 +105,9 @@ CLEAN = by_name(
     ),
     Workload(
         name="bible_adafactor",
-        build=functools.partial(_gpt, 2, 64),
-        draw=functools.partial(data.draw_tokens, data.bible, _CONTEXT),
-        validation=functools.partial(data.validation_tokens, data.bible, _CONTEXT),
+        build=functools.partial(models.gpt, 2, 64, _CONTEXT),
+        draw=functools.partial(shipped.draw_tokens, data.bible, _CONTEXT),
+        validation=functools.partial(shipped.validation_tokens, data.bible, _CONTEXT),
         loss=loss_of,
         optimizer="adafactor",
         batch_size=8,
@@ -140,7 +119,7 @@ CLEAN = by_name(
     Workload(
         name="diamonds",
         build=functools.partial(models.mlp, 26, 64, 64, 1, activation=nn.ReLU),
-        draw=functools.partial(data.draw_rows, data.diamonds),
+        draw=functools.partial(shipped.draw_rows, data.diamonds),
         validation=lambda: data.diamonds()[1],
         loss=squared_error,
         optimizer="adamw",
@@ -153,9 +132,9 @@ CLEAN = by_name(
     Workload(
         name="visits",
         build=functools.partial(models.mlp, 16, 48, 48, 1, activation=nn.SiLU),
-        draw=functools.partial(data.draw_rows, data.visits),
+        draw=functools.partial(shipped.draw_rows, data.visits),
         validation=lambda: data.visits()[1],
-        loss=_poisson,
+        loss=poisson,
         optimizer="sgd",
         weight_decay=1e-4,
         batch_size=64,
@@ -167,7 +146,7 @@ CLEAN = by_name(
     Workload(
         name="flights",
         build=functools.partial(models.mlp, 138, 64, 1, activation=nn.ReLU),
-        draw=functools.partial(data.draw_rows, data.flights),
+        draw=functools.partial(shipped.draw_rows, data.flights),
         validation=lambda: data.flights()[1],
         loss=log_loss,
         optimizer="sgd",
@@ -247,7 +226,7 @@ CLEAN = by_name(
     Workload(
         name="faces",
         build=functools.partial(models.mlp, 625, 32, 1, activation=nn.ReLU),
-        draw=functools.partial(data.draw_rows, data.faces),
+        draw=functools.partial(shipped.draw_rows, data.faces),
         validation=lambda: data.faces()[1],
         loss=log_loss,
         optimizer="sgd",

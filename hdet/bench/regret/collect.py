@@ -57,7 +57,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m hdet.bench.regret.collect", description=__doc__)
     add = parser.add_argument
     known = [name for name, workload in WORKLOADS.items() if not workload.packages]
-    add("--workloads", nargs="+", choices=WORKLOADS, default=known, help="default: all but the clean ones")
+    add("--workloads", nargs="+", choices=WORKLOADS, default=known, help="default: all that need no package")
     add("--multiples", nargs="+", type=float, default=SWEEP, metavar="X", help="of the tuned max_lr")
     add("--seeds", type=int, default=1, metavar="N", help="how many; default: 1")
     add("--workers", type=int, default=cpus(), metavar="N", help="processes; default: one per CPU")

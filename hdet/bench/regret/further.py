@@ -4,19 +4,13 @@ from __future__ import annotations
 
 import functools
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.nn import functional as F
 
 from hdet.bench.regret import data, models
-from hdet.bench.regret.workload import Workload, by_name, squared_error
+from hdet.bench.regret.workload import Workload, by_name, contrast, squared_error
 from hdet.train.config import ModelConfig
 from hdet.train.models import GPT, loss_of
-
-
-def _contrast(similarities: Tensor, _: Tensor) -> Tensor:
-    """Each image's own copy is the right one."""
-    return F.cross_entropy(similarities, torch.arange(len(similarities)))
 
 
 def _superresolution() -> nn.Sequential:
@@ -77,7 +71,7 @@ FURTHER = by_name(
         build=models.Contrast,
         draw=data.draw_shifted_digits,
         validation=lambda: data.digits()[1],
-        loss=_contrast,
+        loss=contrast,
         optimizer="adamw",
         batch_size=64,
         steps=700,

@@ -8,6 +8,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from hdet.train.config import ModelConfig
+from hdet.train.models import GPT
+
 
 class Transformer(nn.Module):
     """Pre-norm transformer over ``(batch, length, width)``."""
@@ -161,11 +164,11 @@ class Residual(nn.Module):
 
 
 class Factors(nn.Module):
-    """Ratings by 400 users of 300 items: products of their embeddings, and a bias."""
+    """Ratings by users of items: products of their embeddings, and a bias."""
 
-    def __init__(self, width: int = 12) -> None:
+    def __init__(self, users: int = 400, items: int = 300, width: int = 12) -> None:
         super().__init__()
-        self.users, self.items = nn.Embedding(400, width), nn.Embedding(300, width)
+        self.users, self.items = nn.Embedding(users, width), nn.Embedding(items, width)
         self.bias = nn.Parameter(torch.zeros(()))
         nn.init.normal_(self.users.weight, std=0.1)
         nn.init.normal_(self.items.weight, std=0.1)
@@ -190,6 +193,39 @@ class Contrast(nn.Module):
         return first @ second.T * 5
 
 
+class PictureDenoiser(nn.Module):
+    """Coloured pictures ``(batch, 3, height, width)`` without their noise, which is what the net predicts."""
+
+    def __init__(self, width: int = 24) -> None:
+        super().__init__()
+        layers: list[nn.Module] = []
+        for inputs, outputs in ((3, width), (width, width), (width, 3)):
+            layers += [nn.Conv2d(inputs, outputs, 3, padding=1), nn.ReLU()]
+        self.net = nn.Sequential(*layers[:-1])
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x - self.net(x)
+
+
+class TwoViews(nn.Module):
+    """Similarities ``(batch, batch)`` of the first of ``(batch, 2, 12, 12)`` pictures to the second."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = nn.Sequential(
+            nn.Conv2d(1, 16, 3, stride=2, padding=1),
+            nn.ReLU(),
+            nn.Conv2d(16, 32, 3, stride=2, padding=1),
+            nn.ReLU(),
+            nn.Flatten(),
+            nn.Linear(288, 24),
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        first, second = (F.normalize(self.net(x[:, n : n + 1]), dim=-1) for n in range(2))
+        return first @ second.T * 8
+
+
 def mlp(*sizes: int, activation: type[nn.Module], dropout: float = 0.0) -> nn.Sequential:
     """Linear layers with the activation, and dropout if asked for, between them."""
     layers: list[nn.Module] = [nn.Linear(sizes[0], sizes[1])]
@@ -210,3 +246,17 @@ def conv(*, batch_norm: bool = False) -> nn.Sequential:
             layers.append(nn.BatchNorm2d(outputs))
         layers.append(nn.ReLU())
     return nn.Sequential(*layers, nn.Flatten(), nn.Linear(96, 10))
+
+
+def gpt(layers: int, width: int, context: int, *, tokens: int = 128, tied: bool = False) -> GPT:
+    """With four heads."""
+    return GPT(ModelConfig(n_layer=layers, n_head=4, n_embd=width, block_size=context, tie_weights=tied), tokens)
+
+
+def gpt_of_matrices(layers: int, width: int, context: int) -> GPT:
+    """Of 128 tokens, without biases, and with norms that are not trained: Muon takes matrices only."""
+    config = ModelConfig(n_layer=layers, n_head=4, n_embd=width, block_size=context, bias=False, tie_weights=False)
+    model = GPT(config, 128)
+    for parameter in model.parameters():
+        parameter.requires_grad_(parameter.dim() == 2)
+    return model

@@ -31,10 +31,10 @@ from tqdm import tqdm
 
 from hdet.bench.regret import peers
 from hdet.bench.regret.clean import CLEAN
-from hdet.bench.regret.clean_data import missing
 from hdet.bench.regret.contenders import CONTENDERS, ORACLE, REPEATS
 from hdet.bench.regret.outcome import Outcome
 from hdet.bench.regret.runs import Result, Run, Store, execute_all, version_of
+from hdet.bench.regret.shipped import missing
 from hdet.bench.regret.tune import CACHE, Sweep
 from hdet.bench.regret.watched import rounds_of
 from hdet.bench.regret.workloads import SCHEDULES, STARTS, Workload, workload_of

@@ -19,8 +19,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from hdet.bench.regret.clean import CLEAN
-from hdet.bench.regret.clean_data import missing
 from hdet.bench.regret.runs import Run, execute
+from hdet.bench.regret.shipped import missing
+from hdet.bench.regret.unseen import UNSEEN
 from hdet.bench.regret.workloads import WORKLOADS, workload_of
 
 CACHE = Path("bench/regret/tuning.jsonl")
@@ -101,9 +102,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m hdet.bench.regret.tune", description=__doc__)
     add = parser.add_argument
-    add(
-        "--workloads", nargs="+", choices=WORKLOADS, default=list(CLEAN), metavar="NAME", help="default: the clean ones"
-    )
+    known = list(CLEAN | UNSEEN)
+    add("--workloads", nargs="+", choices=WORKLOADS, default=known, metavar="NAME", help="default: clean, unseen")
     add("--seeds", type=int, default=2, metavar="N", help="how many; default: 2")
     add("--cache", type=Path, default=CACHE, metavar="FILE", help=f"default: {CACHE}")
     return parser

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -64,6 +65,17 @@ def squared_error(outputs: Tensor, targets: Tensor) -> Tensor:
 def log_loss(outputs: Tensor, targets: Tensor) -> Tensor:
     """Of logits ``(batch, 1)`` and answers 0 and 1."""
     return F.binary_cross_entropy_with_logits(outputs.squeeze(-1), targets)
+
+
+def poisson(outputs: Tensor, targets: Tensor) -> Tensor:
+    """Negative log-likelihood of counts, from logarithms ``(batch, 1)`` of their means."""
+    rates = outputs.squeeze(-1)
+    return (rates.exp() - targets * rates + torch.lgamma(targets + 1)).mean()
+
+
+def contrast(similarities: Tensor, _: Tensor) -> Tensor:
+    """Of similarities ``(batch, batch)``: each example's own counterpart is the right one."""
+    return F.cross_entropy(similarities, torch.arange(len(similarities)))
 
 
 def by_name(*workloads: Workload) -> dict[str, Workload]:

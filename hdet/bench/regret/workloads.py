@@ -13,11 +13,24 @@ from hdet.bench.regret import data, models
 from hdet.bench.regret.clean import CLEAN
 from hdet.bench.regret.data import Batch
 from hdet.bench.regret.further import FURTHER
+from hdet.bench.regret.unseen import UNSEEN
 from hdet.bench.regret.workload import SCHEDULES, STARTS, Workload, by_name, log_loss, squared_error
 from hdet.train.config import ModelConfig
 from hdet.train.models import GPT, loss_of
 
-__all__ = ["CLEAN", "FIRST", "FURTHER", "LONGER", "MORE", "SCHEDULES", "STARTS", "WORKLOADS", "Workload", "workload_of"]
+__all__ = [
+    "CLEAN",
+    "FIRST",
+    "FURTHER",
+    "LONGER",
+    "MORE",
+    "SCHEDULES",
+    "STARTS",
+    "UNSEEN",
+    "WORKLOADS",
+    "Workload",
+    "workload_of",
+]
 
 
 @functools.cache
@@ -298,7 +311,7 @@ LONGER = by_name(
 )
 """``gpt`` with two and five times its steps. At 3,000 half the learning rate is 0.7% worse."""
 
-WORKLOADS = FIRST | MORE | FURTHER | LONGER | CLEAN
+WORKLOADS = FIRST | MORE | FURTHER | LONGER | CLEAN | UNSEEN
 
 
 def workload_of(name: str) -> Workload:

@@ -1,4 +1,6 @@
-"""``python -m hdet.bench.regret.protocol``: the runs of the clean test (:mod:`hdet.bench.regret.clean`), in order.
+"""``python -m hdet.bench.regret.protocol``: the runs of a clean test, in order.
+
+Its workloads are those that nothing of the controller was chosen on (:mod:`hdet.bench.regret.unseen`), or others.
 
 ===========  =======================================================================================================
 stage        runs
@@ -29,33 +31,36 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from hdet.bench.regret import peers
-from hdet.bench.regret.clean import CLEAN
+from hdet.bench.regret import models, peers
 from hdet.bench.regret.contenders import CONTENDERS, ORACLE, REPEATS
 from hdet.bench.regret.outcome import Outcome
 from hdet.bench.regret.runs import Result, Run, Store, execute_all, version_of
 from hdet.bench.regret.shipped import missing
 from hdet.bench.regret.tune import CACHE, Sweep
 from hdet.bench.regret.watched import rounds_of
-from hdet.bench.regret.workloads import SCHEDULES, STARTS, Workload, workload_of
+from hdet.bench.regret.workloads import SCHEDULES, STARTS, WORKLOADS, Workload, workload_of
 from hdet.monitor.tables import markdown
 from hdet.steer.posterior import target
+from hdet.train.models import GPT
 
 _OURS = "posterior"
 _LONG = 3000
 """Steps from which on a workload has two seeds instead of three."""
-_OTHER_SCHEDULES = ("visits", "diamonds", "colours", "textures", "cup", "bible_adafactor")
+_OTHER_SCHEDULES = (
+    *("visits", "diamonds", "colours", "textures", "cup", "bible_adafactor"),
+    *("films", "home_runs", "deaths", "nitrogen", "stereo", "word_pairs"),
+)
 _STAGES = ("near", "far", "peers", "seeds", "null", "schedules", "watched", "longer")
 
 
 def is_language_model(workload: Workload) -> bool:
-    """Of the clean workloads: whether its data are text."""
-    return bool({"bible", "gensim"} & set(workload.packages))
+    """Whether its model predicts the next token."""
+    return isinstance(workload.build(), (GPT, models.CharRNN))
 
 
 def stage(name: str, workloads: Iterable[str]) -> list[Run]:
     """The runs of a stage on these workloads."""
-    own = [CLEAN[workload] for workload in workloads]
+    own = [workload_of(workload) for workload in workloads]
     both = (ORACLE, _OURS)
     if name == "near":
         return [_run(w.name, who, start, 0) for w in own for start in (1.0, 0.1) for who in both]
@@ -82,7 +87,7 @@ def stage(name: str, workloads: Iterable[str]) -> list[Run]:
 
 def _peers_for(workload: Workload) -> list[str]:
     """What is compared on it. A tuned max_lr says nothing to an optimizer that is of another kind."""
-    found = ["movement", "prodigy", "d_adaptation", "population", "published"]
+    found = ["movement", "prodigy", "mechanic", "dog", "d_adaptation", "autolrs", "population", "published"]
     if workload.optimizer in ("sgd", "adamw"):
         found.append("schedule_free")
     if workload.optimizer == "adamw":
@@ -120,8 +125,8 @@ def law_table(store: Store) -> str:
     """A line for each workload that was watched at its tuned max_lr, in Markdown."""
     rows = []
     for run, outcome in store.outcomes.items():
-        if run.workload in CLEAN and run == _run(run.workload, "watched", 1.0, 0):
-            ratio = law(CLEAN[run.workload], outcome)
+        if run.workload in WORKLOADS and run == _run(run.workload, "watched", 1.0, 0):
+            ratio = law(WORKLOADS[run.workload], outcome)
             rows.append((run.workload, f"{ratio:.2f}", f"{math.log(ratio):+.2f}"))
     return markdown([("workload", "m / m*", "log"), *rows], padded=False)
 
@@ -130,7 +135,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Make the runs that are not there yet; returns the exit status."""
     options = _parser().parse_args(argv)
     for name in options.workloads:
-        if reason := missing(CLEAN[name].packages):
+        if reason := missing(WORKLOADS[name].packages):
             print(f"{name}: {reason}", file=sys.stderr)
             return 1
     options.output.mkdir(parents=True, exist_ok=True)
@@ -163,7 +168,8 @@ def _parser() -> argparse.ArgumentParser:
     )
     add = parser.add_argument
     add("--stages", nargs="+", choices=_STAGES, default=list(_STAGES), help="default: all, in this order")
-    add("--workloads", nargs="+", choices=CLEAN, default=list(CLEAN), metavar="NAME", help="default: all clean ones")
+    unseen = [name for name, workload in WORKLOADS.items() if workload.say == "none"]
+    add("--workloads", nargs="+", choices=WORKLOADS, default=unseen, metavar="NAME", help="default: the unseen ones")
     add("--workers", type=int, default=1, metavar="N", help="processes; default: 1")
     add("--tuning", type=Path, default=CACHE, metavar="FILE", help=f"runs of the sweep; default: {CACHE}")
     add("--output", type=Path, default=Path("bench/regret"), metavar="DIR", help="default: bench/regret")

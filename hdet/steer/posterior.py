@@ -30,17 +30,18 @@ After ``until`` of the run movement says less about the learning rate than about
 stays.
 
 **Losses.** From the paired probe: ``A``, lasting progress per hundredth of the run, and ``E``, what the iterates' noise
-costs (:func:`hdet.observe.slopes.slopes_of`). A loss that falls like ``1 / t`` has ``100 p (1 - p) A`` still to fall at
-the share ``p`` of the run; at the schedule's peak the noise would cost about ``E / h``. In a round::
+costs (:func:`hdet.observe.slopes.slopes_of`). A loss that falls like ``1 / t`` is by ``100 p A`` above
+where it will end, at the share ``p`` of the run; at the schedule's peak the noise would cost about ``E / h``. In a
+round::
 
-    q = (B - k N) / (|B| + k |N|)  in [-1, 1],     B = 100 p (1 - p) A,     N = (1 + 2.5 final) E / h
+    q = (B - k N) / (|B| + k |N|)  in [-1, 1],     B = 100 p A,     N = (1 + 2.5 final) E / h
 
-Where the learning rate is right, ``q`` is about 0.6 from a tenth of the run on, and it falls by about 0.5 where the
-rate is e times higher. So a probe at gain ``g`` says that the right log gain is ``log g + (q - 0.6) / 0.5``, and ``e``
+Where the learning rate is right, ``q`` is about 0.7 from a tenth of the run on, and it falls by about 0.5 where the
+rate is e times higher. So a probe at gain ``g`` says that the right log gain is ``log g + (q - 0.7) / 0.5``, and ``e``
 averages what the last probes say; ``heard``, from 0 on and below 1, is how much of a whole average it is::
 
     heard' = memory heard + 1 - memory
-    e      <- (memory heard e + (1 - memory) (log g + (q - 0.6) / 0.5)) / heard'
+    e      <- (memory heard e + (1 - memory) (log g + (q - 0.7) / 0.5)) / heard'
 
 There is a probe every four hundredths of the run, or every round where rounds are longer. Before a tenth of the run
 they say next to nothing, and there are none.
@@ -246,7 +247,7 @@ class Posterior:
         slopes = slopes_of(seen.probe, seen.multipliers, seen.lag)
         if slopes is None:
             return None
-        left = seen.progress * (1 - seen.progress) * slopes.debiased / seen.share
+        left = seen.progress * slopes.debiased / seen.share
         cost = self.noise_weight * slopes.noise * (1 + _REMAINS * seen.final) / max(seen.height, LOWEST)
         size = abs(left) + abs(cost)
         return (left - cost) / size if size > 0 else 0.0
@@ -296,7 +297,7 @@ _MEMORY = 5.0
 """``tau``: steps within which a walk with momentum 0.9 forgets its direction."""
 _POWER = 0.7
 """Of the learning rate, with which movement goes: 0.6 to 0.9 in the mean over workloads, by the time in the run."""
-USUAL = 0.6
+USUAL = 0.7
 """``q`` at the right learning rate."""
 FALL = 0.5
 """By how much ``q`` falls where the learning rate is e times higher."""

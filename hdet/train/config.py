@@ -176,7 +176,7 @@ class HdetConfig(Shared):
     """Whether a controller moves the learning rate."""
     probe: bool | Literal["held_out"] = False
     """Whether the paired probe gives the controller ``posterior`` evidence beside how far the weights move:
-    about 14 times in a run every replica evaluates one more training batch, with five forward passes. ``held_out``:
+    about 12 times in a run every replica evaluates one more training batch, with five forward passes. ``held_out``:
     batches of ``task.probe_fraction``."""
     controller: Literal["posterior", "published"] = "posterior"
     """What moves the learning rate. ``posterior``: by how far the weights move, and with a probe by its losses too; not

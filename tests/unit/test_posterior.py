@@ -238,7 +238,7 @@ def test_movement_and_unanimous_probes_meet_where_their_errors_put_them(
         movement = belief.gain**0.7 * target(1.0, 0.01, 0.5)
         belief, q = controller.update(belief, _seen(movement, probe=_probe(progress, noise)))
         assert q == pytest.approx(sign, abs=1e-6)
-    more = (sign - 0.6) / 0.5
+    more = (sign - 0.7) / 0.5
     assert math.log(belief.gain) == pytest.approx(more * 0.4**2 / 0.8**2, abs=1e-6)
     assert belief.centre == pytest.approx(0, abs=1e-6)
     assert belief.evidence == pytest.approx(math.log(belief.gain) + more, abs=1e-6)
@@ -249,9 +249,9 @@ def test_a_probe_compares_what_is_still_to_come_with_what_the_noise_costs_at_the
     for height, final in ((1.0, 0.0), (0.5, 0.0), (0.5, 1.0)):
         seen = _seen(progress=0.2, share=0.02, height=height, final=final, probe=_probe(0.01, 0.3))
         belief, q = controller.update(Belief(2.0), seen)
-        left, cost = 0.2 * 0.8 * 0.01 / 0.02, 0.25 * 0.3 * (1 + 2.5 * final) / height
+        left, cost = 0.2 * 0.01 / 0.02, 0.25 * 0.3 * (1 + 2.5 * final) / height
         assert q == pytest.approx((left - cost) / (left + cost))
-        assert belief.evidence == pytest.approx(math.log(2.0) + (q - 0.6) / 0.5)
+        assert belief.evidence == pytest.approx(math.log(2.0) + (q - 0.7) / 0.5)
 
 
 def test_the_first_tenth_of_a_run_is_not_listened_to() -> None:
@@ -262,12 +262,12 @@ def test_the_first_tenth_of_a_run_is_not_listened_to() -> None:
 def test_probes_are_averaged_and_one_alone_is_trusted_in_part() -> None:
     controller = Posterior(memory=0.75)
     belief, _ = controller.update(Belief(), _seen(probe=_probe(1.0, 0.0)))
-    assert (belief.evidence, belief.heard) == pytest.approx((0.8, 0.25))
+    assert (belief.evidence, belief.heard) == pytest.approx((0.6, 0.25))
     here = math.log(belief.gain)
     belief, _ = controller.update(belief, _seen(probe=_probe(-1.0, 0.0)))
     weights = 0.75 * 0.25, 0.25
     assert belief.heard == pytest.approx(sum(weights))
-    assert belief.evidence == pytest.approx((weights[0] * 0.8 + weights[1] * (here - 3.2)) / sum(weights))
+    assert belief.evidence == pytest.approx((weights[0] * 0.6 + weights[1] * (here - 3.4)) / sum(weights))
 
 
 def test_evidence_does_not_depend_on_the_unit_of_the_loss() -> None:

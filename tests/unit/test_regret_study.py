@@ -163,7 +163,7 @@ def test_probes_are_weighed_as_slopes_are():
     assert large[:40].max() < -0.99
     at_one = int(np.abs(GRID).argmin())
     wanted = 0.5 + 0.2 * math.sin(3 * 19)
-    left = 0.2 * 0.8 * (1 + wanted) / 0.01  # of the twentieth round, at gain 1
+    left = 0.2 * (1 + wanted) / 0.01  # of the twentieth round, at gain 1
     cost = 5 * (1 - wanted) / heights()[19]
     assert work.balance(2.0)[19, at_one] == pytest.approx((left - 2 * cost) / (left + 2 * cost), abs=0.02)
 

@@ -38,12 +38,10 @@ from hdet.monitor.tables import markdown
 SPACE: dict[str, tuple[float, ...]] = {
     "memory": (0.5, 0.6, 0.7, 0.8),
     "until": (0.3, 0.4, 0.5),
-    "noise_weight": (0.2, 0.3, 0.5, 1.0),
-    "movement_error": (0.45, 0.55, 0.65, 0.8),
+    "noise_weight": (0.15, 0.2, 0.3, 0.5, 1.0),
+    "movement_error": (0.35, 0.45, 0.55, 0.65, 0.8),
     "evidence_error": (0.4, 0.5, 0.65, 0.8, 1.0, math.inf),
-    "prior": (0.3, 0.5),
-    "usual": (0.45, 0.6, 0.7),
-    "fall": (0.4, 0.5, 0.6),
+    "prior": (0.3, 0.5, 0.7),
 }
 """Values that are tried: every combination is a candidate."""
 SEED = 0

@@ -90,7 +90,7 @@ class Response:
         rows = []
         for debiased, noise in zip(self.debiased, self.noise, strict=True):
             progress, height = self.progress[: noise.shape[-1]], self.height[: noise.shape[-1]]
-            left = progress * (1 - progress) * debiased / self.progress[0]
+            left = progress * debiased / self.progress[0]
             cost = noise_weight * noise / np.maximum(height, LOWEST)
             size = np.abs(left) + np.abs(cost)
             q = np.divide(left - cost, size, out=np.zeros_like(size), where=size > 0)

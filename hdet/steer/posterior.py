@@ -121,7 +121,7 @@ class Posterior:
     movement_error: float = 0.45
     """> 0: standard deviation of ``c`` from the right log gain, late in a run."""
     evidence_error: float = 0.5
-    """> 0: that of ``e``; infinite for no probe."""
+    """> 0: that of ``e``."""
     bounds: tuple[float, float] = (1e-4, 1e4)
     """Smallest and largest gain, ``0 < low <= 1 <= high``."""
     rest_below: float = 0.7
@@ -132,7 +132,7 @@ class Posterior:
         check_field(self, "until", check_number, "in [0, 1]", lambda x: 0 <= x <= 1)
         check_field(self, "noise_weight", check_number, "finite and > 0", lambda x: x > 0)
         check_field(self, "movement_error", check_number, "finite and > 0", lambda x: x > 0)
-        check_field(self, "evidence_error", check_number, "> 0, or inf", lambda x: x > 0, finite=False)
+        check_field(self, "evidence_error", check_number, "finite and > 0", lambda x: x > 0)
         check_field(self, "rest_below", check_number, "in [0, 1]", lambda x: 0 <= x <= 1)
         check_field(self, "bounds", check_bounds)
 
@@ -169,7 +169,7 @@ class Posterior:
         """Whether the losses of a round that ends at ``progress`` may still move the gain."""
         check_number("progress", progress, "a share of the run, or NaN", finite=False)
         check_number("until", until, "a share of the run")
-        return self.evidence_error < math.inf and progress <= until
+        return progress <= until
 
     def update(self, belief: Belief, observation: Observation) -> tuple[Belief, float | None]:
         """One round: ``(belief, observation) -> (next belief, q)``.

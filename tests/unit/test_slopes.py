@@ -75,7 +75,7 @@ def test_several_learning_rates_share_what_one_probe_says():
     odd = [-lag * sum(p * z for p, z in zip(progress, column, strict=True)) for column in columns]
     there = (level + noise,) * 4
     probe = ProbeLosses(there, there, tuple(level + x for x in odd), tuple(level - x for x in odd), there)
-    told = controllers.update(0, RoundObservation((), (0.1, 0.1), 0.3, 0.01, 1.0, 0.55, 0.0, lag, probe))
+    told = controllers.update(0, RoundObservation((), (0.1, 0.1), 0.3, 0.3, 1.0, 0.55, 0.0, lag, probe))
     assert told.slopes == pytest.approx((0.0, 0.2, 0.2), abs=1e-9)
     cost = controller.noise_weight * noise / 2  # half of the noise each
     assert told.hypergradient == pytest.approx([(p - cost) / (abs(p) + cost) for p in progress])

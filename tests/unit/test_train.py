@@ -336,7 +336,7 @@ def nothing_to_probe(model, batch):
 @pytest.mark.parametrize(
     "arguments",
     [
-        ["--hdet.posterior.evidence_error=inf"],
+        ["--hdet.posterior.evidence_error=0.9"],
         ["--hdet.controller=published", "--hdet.published.momentum=0.5"],
         ["--hdet.probe=true", "--hdet.posterior.memory=0.1", "--hdet.rollback=cpu"],
     ],

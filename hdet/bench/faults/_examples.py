@@ -348,7 +348,7 @@ for _kind in (hdet.controller.Published, hdet.controller.Posterior):
     _plain(_name, _kind)
     _plain(f"{_name}.wants_probe", _kind().wants_probe, progress=0.1, until=1.0)
     _plain(f"{_name}.begin", _kind().begin, gain=2.0)
-    _plain(f"{_name}.restored", _kind().restored, controller=[2.0, 0.5, 3, 0.5][: len(_kind().begin(1.0))])
+    _plain(f"{_name}.restored", _kind().restored, controller=[2.0, 0.5, 3, 0.5, 0.5][: len(_kind().begin(1.0))])
     _plain(f"{_name}.rests_after", _kind().rests_after, course=Course(2, 100))
 _plain("controller.Published.cut", hdet.controller.Published().cut, state=_STATE, factor=3.0)
 _plain("controller.Posterior.cut", hdet.controller.Posterior().cut, belief=_BELIEF, factor=3.0)

@@ -25,7 +25,7 @@ from hdet.bench.regret.workloads import WORKLOADS
 from hdet.monitor.tables import markdown
 from hdet.steer.posterior import Posterior
 
-CONSTANTS = ("memory", "until", "evidence", "noise_weight", "error")
+CONSTANTS = ("memory", "until", "noise_weight", "movement_error", "evidence_error")
 """The controller's."""
 
 
@@ -46,8 +46,8 @@ def _times(name: str, factor: float) -> Setting:
 DEFAULT = Setting()
 ABLATIONS: dict[str, Setting] = {
     "default": DEFAULT,
-    "prior only": replace(_with(evidence=0.0), probe=False),
-    "evidence only": _with(until=0.0),
+    "movement only": replace(DEFAULT, probe=False),
+    "evidence only": _with(movement_error=1e3),
     "no noise": _with(noise_weight=1e-6),
     "no rollback": replace(DEFAULT, rollback=False),
     "no height": replace(DEFAULT, flat=True),

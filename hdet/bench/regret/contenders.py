@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -15,7 +14,6 @@ from hdet.bench.regret.simulation import Setting, simulate
 from hdet.bench.regret.watched import watch
 from hdet.bench.regret.workloads import Workload
 from hdet.schedules.found import Recorder
-from hdet.steer.posterior import Posterior
 from hdet.steer.published import Published
 
 ORACLE = "one_cycle"
@@ -89,7 +87,6 @@ _OURS = (
         "movement",
         "auto_lr=True without a probe, from the start given: by how far the weights move alone.",
         ours=True,
-        controller=Posterior(evidence_error=math.inf),
         probe=False,
     ),
     Contender(

@@ -144,7 +144,7 @@ class _Rank(threading.Thread):
         scheduler = hdet.OneCycleLR(
             optimizer,
             0.01,
-            25 * _EVERY,  # a round is long enough that each may end with a probe
+            15 * _EVERY,  # rounds are so long that each ends with a probe from the second on
             cycle_momentum=False,
             model=self._model,
             spread=self._spread,

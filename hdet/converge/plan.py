@@ -42,7 +42,8 @@ class Plan:
 
 def signature_of(kinds: Sequence[tuple[Tensor, bool]]) -> Signature:
     """It changes when a tensor is replaced, its memory moves, or it is frozen or unfrozen."""
-    return ([id(t) for t, _ in kinds], [t.data_ptr() for t, _ in kinds], [trained for _, trained in kinds])
+    tensors, trained = zip(*kinds, strict=True) if kinds else ((), ())
+    return list(map(id, tensors)), [t.data_ptr() for t in tensors], list(trained)
 
 
 def make_plan(

@@ -38,7 +38,10 @@ class Weights:
 
     def tensors(self) -> Iterable[tuple[Tensor, bool]]:
         """Every tensor and whether it is trained, in the same order on every rank. A tied tensor may come twice."""
-        return [(local(t), t.requires_grad) for t in self._whole_tensors()]
+        whole = self._whole_tensors()
+        if _PLAIN.issuperset(map(type, whole)):  # told at once: it is asked for at every converge
+            return [(t, t.requires_grad) for t in whole]
+        return [(local(t), t.requires_grad) for t in whole]
 
     def shapes(self) -> Iterable[tuple[int, ...]]:
         """The shapes of the whole tensors, in the order of :meth:`tensors`, where it holds shards of them."""
@@ -101,10 +104,13 @@ def is_instance(value: object, module: str, name: str) -> bool:
     return kind is not None and isinstance(value, kind)
 
 
+_PLAIN = frozenset({Parameter, Tensor})
+"""What no DTensor is an exact instance of."""
+
+
 def is_dtensor(tensor: Tensor) -> bool:
     """Whether it is a DTensor."""
-    kind = type(tensor)
-    return kind is not Parameter and kind is not Tensor and is_instance(tensor, "torch.distributed.tensor", "DTensor")
+    return type(tensor) not in _PLAIN and is_instance(tensor, "torch.distributed.tensor", "DTensor")
 
 
 def local(tensor: Any) -> Tensor:

@@ -2,7 +2,7 @@
 
 Left, six rounds of four replicas, as the library assigns multipliers. In the middle the common learning rate of the
 benchmark's workload ``mixture``, simulated, from three values of max_lr. Right, the results of
-docs/research/2026-11-28-posterior.md: change them here when they change there.
+docs/research/2026-11-28-evidence.md: change them here when they change there.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ from hdet.explore.spread import assignment
 
 SPREAD, ROUNDS, EVERY, STEPS = 0.2, 6, 10, 200
 STARTS = (0.1, 1.0, 8.0)
-RESULTS = {  # max_lr over the best: (excess, standard error) in %, of docs/research/2026-11-28-clean-test.md:
+RESULTS = {  # max_lr over the best: (excess, standard error) in %, of docs/research/2026-11-28-evidence.md:
     # hdet on all workloads, hdet on language models, OneCycle on all
-    1 / 100: ((11.0, 6.8), (-1.5, 3.1), (43.5, 7.1)),
-    1 / 10: ((8.0, 4.1), (0.5, 1.5), (25.6, 6.1)),
-    1 / 3: ((7.6, 4.5), (-1.2, 2.0), (6.9, 2.8)),
-    1: ((7.7, 4.8), (-0.2, 0.9), (0, 0)),
-    3: ((6.9, 3.7), (1.9, 0.6), (12.7, 5.3)),
-    8: ((10.2, 5.2), (-1.0, 3.0), (28.3, 7.2)),
+    1 / 100: ((1.5, 0.8), (0.8, 0.4), (50.3, 4.4)),
+    1 / 10: ((0.3, 0.5), (0.1, 0.6), (18.1, 4.2)),
+    1 / 3: ((1.2, 0.6), (0.5, 0.7), (5.0, 1.3)),
+    1: ((0.4, 0.2), (0.3, 0.3), (0, 0)),
+    3: ((1.0, 0.7), (1.3, 0.8), (7.1, 4.2)),
+    8: ((0.2, 0.8), (-0.2, 0.5), (18.8, 6.3)),
 }
 
 

@@ -117,7 +117,7 @@ class Posterior:
     until: float = 0.4
     """In [0, 1]: share of the run after which movement is no longer followed."""
     noise_weight: float = 0.3
-    """``k`` > 0: how much what the noise costs weighs against what the loss has still to fall."""
+    """``k`` > 0: how much what the noise costs weighs against how far the loss is above its end."""
     movement_error: float = 0.45
     """> 0: standard deviation of ``c`` from the right log gain, late in a run."""
     evidence_error: float = 0.5

@@ -473,7 +473,7 @@ def optimizer_state(rank, world):
     return results
 
 
-def probing(model, rank, spread=0.3, **settings):
+def probing(model, rank, spread=0.3, max_lr=0.02, **settings):
     optimizer = adam(model.parameters())
     reports = []
 
@@ -482,7 +482,7 @@ def probing(model, rank, spread=0.3, **settings):
             yield batch(rank, 500 + scheduler.ensemble.round)
 
     scheduler = hdet.OneCycleLR(
-        optimizer, 0.02, total_steps=40, cycle_momentum=False, model=model, spread=spread, converge_every=2,
+        optimizer, max_lr, total_steps=40, cycle_momentum=False, model=model, spread=spread, converge_every=2,
         auto_lr=True, probe=hdet.Probe(loss_fn=loss_of, batches=batches()),
         replicas=MESH["replicate"], monitor=reports.append,
         **settings,
@@ -495,7 +495,8 @@ def probe(rank, world):
     results = {}
     for gradients in ("shared", "local"):
         model = shard(net())
-        optimizer, scheduler, reports = probing(model, rank, gradients=gradients)
+        bounded = hdet.controller.Posterior(bounds=(0.8, 2.0))  # the weights move enough for a blow-up
+        optimizer, scheduler, reports = probing(model, rank, max_lr=0.04, gradients=gradients, controller=bounded)
         train(model, optimizer, scheduler, rank, 17)
         good = scheduler.ensemble.gains
         train(model, optimizer, scheduler, rank, 18, first=17)

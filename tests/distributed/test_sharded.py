@@ -144,7 +144,8 @@ def test_a_probe_of_sharded_replicas_sees_what_one_of_whole_models_sees(results)
     for result in results("probe_against_whole_models"):
         (slopes, distance, losses), (reference, reference_distance, reference_losses) = result["hsdp"], result["ddp"]
         assert len(slopes) == len(reference) == 6
-        for ours, theirs in zip(slopes, reference, strict=True):
+        assert all(math.isnan(x) for x in (*slopes[0], *reference[0]))  # there is no probe before a tenth of the run
+        for ours, theirs in zip(slopes[1:], reference[1:], strict=True):
             assert ours == pytest.approx(theirs, rel=2e-2, abs=2e-5)
         for ours, theirs in zip(distance + losses, reference_distance + reference_losses, strict=True):
             assert ours == pytest.approx(theirs, rel=1e-3)

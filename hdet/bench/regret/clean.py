@@ -1,4 +1,5 @@
-"""Workloads that nothing of the controller was chosen on: a clean test of it.
+"""The workloads of the first clean test. Nothing of the controller had been chosen on them then; since, it is fitted on
+all but the one that is learned by heart. Those that have no say are in :mod:`hdet.bench.regret.unseen`.
 
 Models, data, optimizers and budgets were written down before a run of the controller on any of them. Then
 ``python -m hdet.bench.regret.tune`` found the learning rates, with OneCycle alone. Their data come from packages of the

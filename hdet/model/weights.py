@@ -38,10 +38,8 @@ class Weights:
 
     def tensors(self) -> Iterable[tuple[Tensor, bool]]:
         """Every tensor and whether it is trained, in the same order on every rank. A tied tensor may come twice."""
-        whole = self._whole_tensors()
-        if _PLAIN.issuperset(map(type, whole)):  # told at once: it is asked for at every converge
-            return [(t, t.requires_grad) for t in whole]
-        return [(local(t), t.requires_grad) for t in whole]
+        # Asked for at every converge: a plain tensor is told without a call.
+        return [(t if type(t) in _PLAIN else local(t), t.requires_grad) for t in self._whole_tensors()]
 
     def shapes(self) -> Iterable[tuple[int, ...]]:
         """The shapes of the whole tensors, in the order of :meth:`tensors`, where it holds shards of them."""

@@ -15,6 +15,12 @@ from hdet.steer.recovery import GAIN_DIVISOR, Recovery, check_recovery
 from hdet.steer.report import ControllerReport
 
 
+def is_probed(controller: Controller, course: Course, steps: int) -> bool:
+    """Whether the round that ends after ``steps`` steps is one of those that a controller of one learning rate has
+    probed, if nothing else is."""
+    return not course.progress(steps) < controller.probe_from and course.passes(controller.probe_every, steps)
+
+
 class SteerPhase:
     """Controllers and recovery over a run.
 
@@ -72,19 +78,9 @@ class SteerPhase:
 
     def is_probed(self, steps: int) -> bool:
         """Whether the round that ends after ``steps`` steps is to end with a probe, as long as :meth:`listens`."""
-        is_early = self._is_alone and self._course.progress(steps) < self._controller.probe_from
-        return self._course.passes(self._probe_every, steps) and not is_early
-
-    @property
-    def _probe_every(self) -> float:
-        """As a share of the run; a round if that is longer. Where several factors share a probe, it takes all rounds to
-        tell them apart."""
-        return self._controller.probe_every if self._is_alone else 0.0
-
-    @property
-    def _is_alone(self) -> bool:
-        """Whether the probe is for one learning rate, and nothing else moves."""
-        return len(self._controllers.gains) == 1 and not any(h.move for h in self._hyperparameters)
+        # Where several factors share a probe, it takes all rounds to tell them apart.
+        is_alone = len(self._controllers.gains) == 1 and not any(h.move for h in self._hyperparameters)
+        return not is_alone or is_probed(self._controller, self._course, steps)
 
     def directions(self, round: int) -> tuple[tuple[float, ...], ...]:
         """How far the probe takes each replica; see :meth:`Controllers.probe_directions`."""

@@ -247,10 +247,10 @@ class Posterior:
         slopes = slopes_of(seen.probe, seen.multipliers, seen.lag)
         if slopes is None:
             return None
-        left = seen.progress * slopes.debiased / seen.share
+        above = seen.progress * slopes.debiased / seen.share
         cost = self.noise_weight * slopes.noise * (1 + _REMAINS * seen.final) / max(seen.height, LOWEST)
-        size = abs(left) + abs(cost)
-        return (left - cost) / size if size > 0 else 0.0
+        size = abs(above) + abs(cost)
+        return (above - cost) / size if size > 0 else 0.0
 
 
 def _checked(name: str, values: Sequence[Any]) -> Belief:

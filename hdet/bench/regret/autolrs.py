@@ -38,7 +38,7 @@ def autolrs(workload: Workload, max_lr: float, seed: int) -> float:
     generator = peers.batches(seed)
     left, stage = workload.steps, _FIRST
     while left > 0:
-        trial = max(2, stage // _TRIALS)
+        trial = stage // _TRIALS
         steps = left - _TRIALS * trial if left < 2 * (stage + _TRIALS * trial) else stage
         if steps < 1:  # too little is left for a stage: with the last learning rate to the end
             _steps(workload, model, optimizer, generator, left)

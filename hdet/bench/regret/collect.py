@@ -14,8 +14,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from hdet.bench.processes import cpus
-from hdet.bench.regret.runs import SWEEP, Run, Store, execute_all, version_of
+from hdet.bench.regret.runs import SWEEP, Run, Store, add_options, execute_all, version_of
 from hdet.bench.regret.workloads import WORKLOADS, workload_of
 
 CACHE = Path("bench/regret/constant.jsonl")
@@ -59,9 +58,7 @@ def _parser() -> argparse.ArgumentParser:
     known = [name for name, workload in WORKLOADS.items() if not workload.packages]
     add("--workloads", nargs="+", choices=WORKLOADS, default=known, help="default: all that need no package")
     add("--multiples", nargs="+", type=float, default=SWEEP, metavar="X", help="of the tuned max_lr")
-    add("--seeds", type=int, default=1, metavar="N", help="how many; default: 1")
-    add("--workers", type=int, default=cpus(), metavar="N", help="processes; default: one per CPU")
-    add("--cache", type=Path, default=CACHE, metavar="FILE", help=f"default: {CACHE}")
+    add_options(parser, CACHE)
     return parser
 
 

@@ -36,8 +36,8 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from hdet.bench.processes import cpus
 from hdet.bench.regret import peers
+from hdet.bench.regret.runs import add_options
 from hdet.bench.regret.simulation import Setting, simulate
 from hdet.bench.regret.summary import mean_and_error
 from hdet.bench.regret.workload import Workload
@@ -262,9 +262,7 @@ def _parser() -> argparse.ArgumentParser:
         metavar="X",
         help="of the tuned max_lr; 1 is always there",
     )
-    add("--seeds", type=int, default=1, metavar="N", help="how many; default: 1")
-    add("--workers", type=int, default=cpus(), metavar="N", help="processes; default: one per CPU")
-    add("--cache", type=Path, default=CACHE, metavar="FILE", help=f"default: {CACHE}")
+    add_options(parser, CACHE)
     return parser
 
 

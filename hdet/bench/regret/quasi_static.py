@@ -90,10 +90,10 @@ class Response:
         rows = []
         for debiased, noise in zip(self.debiased, self.noise, strict=True):
             progress, height = self.progress[: noise.shape[-1]], self.height[: noise.shape[-1]]
-            left = progress * debiased / self.progress[0]
+            above = progress * debiased / self.progress[0]
             cost = noise_weight * noise / np.maximum(height, LOWEST)
-            size = np.abs(left) + np.abs(cost)
-            q = np.divide(left - cost, size, out=np.zeros_like(size), where=size > 0)
+            size = np.abs(above) + np.abs(cost)
+            q = np.divide(above - cost, size, out=np.zeros_like(size), where=size > 0)
             rows.append(np.nan_to_num(q).mean(0))
         return _over_grid(self.gains, np.array(rows))
 

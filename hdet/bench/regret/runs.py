@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import math
 import signal
@@ -16,6 +17,7 @@ from typing import Any, NamedTuple
 import torch
 
 from hdet.bench.measure import Unavailable
+from hdet.bench.processes import cpus
 from hdet.bench.regret.contenders import CONTENDERS, ORACLE
 from hdet.bench.regret.outcome import Outcome
 from hdet.bench.regret.workloads import STARTS, workload_of
@@ -76,6 +78,13 @@ def plan(
             version = version_of(name)
             found |= {Run(workload, name, start, seed, steps, version): None for start in own for seed in range(seeds)}
     return sorted(found, key=lambda run: run.seed)  # whatever ends it early, all have as many seeds, nearly
+
+
+def add_options(parser: argparse.ArgumentParser, cache: Path) -> None:
+    """``--seeds``, ``--workers`` and ``--cache``, of a command that makes runs once and keeps them."""
+    parser.add_argument("--seeds", type=int, default=1, metavar="N", help="how many; default: 1")
+    parser.add_argument("--workers", type=int, default=cpus(), metavar="N", help="processes; default: one per CPU")
+    parser.add_argument("--cache", type=Path, default=cache, metavar="FILE", help=f"default: {cache}")
 
 
 # ------------------------------------------------------------------------------------------------------------ to run

@@ -40,6 +40,7 @@ from hdet.schedules.found import Recorder
 from hdet.steer.controllers import Controller
 from hdet.steer.lr_finder import find_lr, head_start
 from hdet.steer.observation import Observation
+from hdet.steer.phase import is_probed
 from hdet.steer.posterior import Posterior
 from hdet.steer.published import Published
 from hdet.steer.recovery import GAIN_DIVISOR, Recovery
@@ -211,8 +212,7 @@ class _Replicas:
         probe = None
         if self._setting.probe and not isinstance(controller, Published):
             self._slow.unpack(0, self._bucket, mean, 1)
-            listens = controller.wants_probe(progress, self._until) and progress >= controller.probe_from
-            if listens and self._course.passes(controller.probe_every, step):
+            if controller.wants_probe(progress, self._until) and is_probed(controller, self._course, step):
                 batch = self._workload.draw(
                     self._workload.batch_size // self._setting.probe_share, self._probe_generator
                 )

@@ -5,6 +5,7 @@
 #pragma once
 
 #include <algorithm>
+#include <initializer_list>
 #include <optional>
 #include <stdexcept>
 #include <string>
@@ -69,8 +70,8 @@ class Tensors {
   std::vector<AtenTensorHandle> handles_;
 };
 
-// The pieces of a call that only reads: they need not be on a wire, nor disjoint.
-inline std::vector<Piece> table_of(const Tensors& pieces, int32_t device_type) {
+// The pieces of a call without a wire. They may share memory.
+inline std::vector<Piece> table_of(const Tensors& pieces, int32_t device_type, const char* what = "pieces") {
   std::vector<Piece> table;
   table.reserve(pieces.size());
   int64_t end = 0;
@@ -86,7 +87,7 @@ inline std::vector<Piece> table_of(const Tensors& pieces, int32_t device_type) {
     TORCH_ERROR_CODE_CHECK(aoti_torch_is_contiguous(pieces[i], &contiguous));
     TORCH_ERROR_CODE_CHECK(aoti_torch_get_numel(pieces[i], &numel));
     TORCH_ERROR_CODE_CHECK(aoti_torch_get_data_ptr(pieces[i], &data));
-    const auto name = [i] { return "pieces[" + std::to_string(i) + "]"; };
+    const auto name = [what, i] { return what + ("[" + std::to_string(i) + "]"); };
     if (i == 0) device_index = index;
     if (type != device_type || index != device_index) reject(name(), "must be on the op's device");
     if (!contiguous) reject(name(), "must be contiguous");
@@ -96,6 +97,27 @@ inline std::vector<Piece> table_of(const Tensors& pieces, int32_t device_type) {
     end += numel;
   }
   return table;
+}
+
+using Numbers = std::vector<double>;
+
+// The learning rates of a call without a wire, each in memory of its own, and as many factors of each kind.
+inline std::vector<Rate> rates_of(const Tensors& lrs, int32_t device_type,
+                                  std::initializer_list<const Numbers*> factors) {
+  for (const Numbers* numbers : factors)
+    if (numbers->size() != lrs.size()) reject("schedule, gain and multiplier", "must hold one number for each of lrs");
+  std::vector<Rate> rates;
+  std::vector<void*> memory;
+  for (const Piece& piece : table_of(lrs, device_type, "lrs")) {
+    if (piece.end - piece.begin != 1) reject("lrs", "must have one element each");
+    if (piece.dtype != kFloat32 && piece.dtype != kFloat64) reject("lrs", "must be float32 or float64");
+    rates.push_back({piece.data, piece.dtype});
+    memory.push_back(piece.data);
+  }
+  if (rates.size() != lrs.size()) reject("lrs", "must have one element each");
+  std::sort(memory.begin(), memory.end());
+  if (std::adjacent_find(memory.begin(), memory.end()) != memory.end()) reject("lrs", "must not share memory");
+  return rates;
 }
 
 // Collects the arguments of one call: checks each alone, remembers its memory, and then checks that none overlap.

@@ -39,8 +39,11 @@ inline void visit(Dtype dtype, void* data, Visitor&& visitor) {
   }
 }
 
-HDET_INLINE void write_rate(Rate rate, Factors factors, int64_t group) {
-  const double lr = factors.schedule[group] * factors.gain[group] * factors.multiplier[group];
+HDET_INLINE double rate_of(Factors factors, int64_t group) {
+  return factors.schedule[group] * factors.gain[group] * factors.multiplier[group];
+}
+
+HDET_INLINE void write_rate(Rate rate, double lr) {
   if (rate.dtype == kFloat64) *static_cast<double*>(rate.lr) = lr;
   else *static_cast<float*>(rate.lr) = static_cast<float>(lr);
 }

@@ -1,4 +1,5 @@
-// hdet::pack, hdet::unpack and hdet::all_finite for CUDA tensors: checks, scratch memory and the current stream for the kernels.
+// hdet::pack, hdet::unpack, hdet::all_finite and hdet::scale_rates for CUDA tensors: checks, scratch memory and the
+// current stream for the kernels.
 
 #include <torch/csrc/stable/accelerator.h>
 
@@ -74,6 +75,17 @@ Tensor all_finite(StableListHandle piece_list, double limit) {
   return finite;
 }
 
+void scale_rates(StableListHandle lr_list, const Numbers& schedule, const Numbers& gain, const Numbers& multiplier) {
+  const Tensors lrs(lr_list);
+  const std::vector<Rate> rates = rates_of(lrs, aoti_torch_device_type_cuda(), {&schedule, &gain, &multiplier});
+  if (rates.empty()) return;
+  int32_t device;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(lrs[0], &device));
+  const torch::stable::accelerator::DeviceGuard guard(device);
+  check(hdet_cuda_scale_rates(rates.data(), static_cast<int64_t>(rates.size()),
+                              {schedule.data(), gain.data(), multiplier.data()}, current_stream(device)));
+}
+
 }  // namespace
 }  // namespace hdet
 
@@ -81,4 +93,5 @@ STABLE_TORCH_LIBRARY_IMPL(hdet, CUDA, m) {
   m.impl("pack", TORCH_BOX(&hdet::pack));
   m.impl("unpack", TORCH_BOX(&hdet::unpack));
   m.impl("all_finite", TORCH_BOX(&hdet::all_finite));
+  m.impl("scale_rates", TORCH_BOX(&hdet::scale_rates));
 }

@@ -40,11 +40,18 @@ struct Slice {
 static_assert(sizeof(Slice<kMany>) <= 32000, "a kernel takes at most 32764 bytes of arguments");
 static_assert(kMany > kBlock, "a block of the wire must fit into one launch");
 
+// Learning rates to write by factors on the device, and by values.
 struct Rates {
   Factors factors;
   int64_t first;
   int count;
   Rate rate[kRates];
+};
+
+struct ScaledRates {
+  int count;
+  Rate rate[kRates];
+  double value[kRates];
 };
 
 // ------------------------------------------------------------------------------------------------- on the device
@@ -270,7 +277,8 @@ __global__ void __launch_bounds__(kThreads)
 }
 
 __device__ void write_rates(const Rates& rates) {
-  if (threadIdx.x < static_cast<unsigned>(rates.count)) write_rate(rates.rate[threadIdx.x], rates.factors, rates.first + threadIdx.x);
+  if (threadIdx.x < static_cast<unsigned>(rates.count))
+    write_rate(rates.rate[threadIdx.x], rate_of(rates.factors, rates.first + threadIdx.x));
 }
 
 // The last launch of an unpack: sums the blocks in kLanes lanes, and writes the learning rates.
@@ -290,6 +298,10 @@ __global__ void __launch_bounds__(kLanes) finish_kernel(const double* __restrict
 }
 
 __global__ void rates_kernel(const __grid_constant__ Rates rates) { write_rates(rates); }
+
+__global__ void scaled_rates_kernel(const __grid_constant__ ScaledRates rates) {
+  if (threadIdx.x < static_cast<unsigned>(rates.count)) write_rate(rates.rate[threadIdx.x], rates.value[threadIdx.x]);
+}
 
 // --------------------------------------------------------------------------------------------------- on the host
 
@@ -388,6 +400,18 @@ extern "C" int hdet_cuda_all_finite(const Piece* table, int64_t pieces, int64_t 
   for_slices(table, pieces, numel, [&](const auto& slice, uint32_t blocks) {
     HDET_LAUNCH(all_finite_kernel, blocks, kThreads, stream, slice, Limits(limit), finite);
   });
+  return cudaGetLastError();
+}
+
+extern "C" int hdet_cuda_scale_rates(const Rate* rates, int64_t groups, Factors factors, void* stream) {
+  for (int64_t first = 0; first < groups; first += kRates) {
+    ScaledRates some{static_cast<int>(std::min<int64_t>(kRates, groups - first)), {}, {}};
+    for (int i = 0; i < some.count; ++i) {
+      some.rate[i] = rates[first + i];
+      some.value[i] = rate_of(factors, first + i);
+    }
+    HDET_LAUNCH(scaled_rates_kernel, 1, kRates, stream, some);
+  }
   return cudaGetLastError();
 }
 

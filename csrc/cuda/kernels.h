@@ -21,5 +21,8 @@ int hdet_cuda_unpack(const hdet::Piece* table, int64_t pieces, int64_t numel, co
 int hdet_cuda_all_finite(const hdet::Piece* table, int64_t pieces, int64_t numel, double limit, bool* finite,
                          void* stream);
 
+// rates and factors: on the host.
+int hdet_cuda_scale_rates(const hdet::Rate* rates, int64_t groups, hdet::Factors factors, void* stream);
+
 const char* hdet_cuda_error(int error);
 }

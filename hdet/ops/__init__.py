@@ -1,9 +1,10 @@
 r"""Ops: many tensors into one flat tensor (a **wire**) and back, each in one pass over memory.
 
 In: parameters, or the sum of the replicas' wires. Out: the wire, or the mean written into the parameters, with the
-counts and distances that a converge needs. The ops are registered as ``torch.ops.hdet.pack``, ``unpack`` and
-``all_finite``: they trace under ``torch.compile(fullgraph=True)``, and a CUDA graph can capture them. :func:`backend`
-says whether they run compiled (``csrc/``) or as plain torch (``_reference.py``); both give the same bits.
+counts and distances that a converge needs. Beside them, the learning rates of all parameter groups. The ops are
+registered as ``torch.ops.hdet.pack``, ``unpack``, ``all_finite`` and ``scale_rates``: they trace under
+``torch.compile(fullgraph=True)``, and a CUDA graph can capture them. :func:`backend` says whether they run compiled
+(``csrc/``) or as plain torch (``_reference.py``); both give the same bits.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from hdet.errors import check_instance, check_number
 from hdet.ops import _native, _reference, _unchecked
 from hdet.ops._native import Backend
 
-__all__ = ["Backend", "all_finite", "backend", "pack", "unpack"]
+__all__ = ["Backend", "all_finite", "backend", "pack", "scale_rates", "unpack"]
 
 
 def backend() -> Backend:
@@ -160,6 +161,39 @@ def all_finite(pieces: Sequence[Tensor], *, limit: float = math.inf) -> Tensor:
         return _unchecked.all_finite(pieces, limit)
     except Exception as error:
         _explain(error, _reference.check_all_finite, pieces)
+        raise
+
+
+def scale_rates(
+    lrs: Sequence[Tensor], schedule: Sequence[float], gain: Sequence[float], multiplier: Sequence[float]
+) -> None:
+    """Write the learning rates of all parameter groups, in place, in one launch for every 64 of them::
+
+        lr_g = round(schedule_g * gain_g * multiplier_g)
+
+    As :func:`unpack` does it in the launch that writes the mean. The product is taken in fp64.
+
+    Args:
+        lrs: one tensor of one element, fp32 or fp64, for each parameter group, all on one device. Overwritten.
+        schedule, gain, multiplier: a number for each of ``lrs``. A CUDA graph keeps those of its capture.
+
+    Raises:
+        TypeError: for a wrong dtype, or what is no number.
+        ValueError: for none, lists of another length, or tensors that are on another device or share memory.
+
+    Examples:
+        >>> lrs = [torch.tensor(0.0), torch.tensor(0.0, dtype=torch.float64)]
+        >>> scale_rates(lrs, schedule=[0.5, 0.5], gain=[2.0, 2.0], multiplier=[0.75, 1.25])
+        >>> lrs
+        [tensor(0.7500), tensor(1.2500, dtype=torch.float64)]
+    """
+    _check_list("lrs", lrs)
+    _check_views(written=True, lrs=lrs)
+    _reference.check_factors(len(lrs), schedule=schedule, gain=gain, multiplier=multiplier)
+    try:
+        _unchecked.scale_rates(lrs, schedule, gain, multiplier)
+    except Exception as error:
+        _explain(error, _reference.check_scale_rates, lrs, schedule, gain, multiplier)
         raise
 
 

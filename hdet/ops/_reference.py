@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from hdet.errors import check_instance, shown
+from hdet.errors import check_instance, check_list, check_number, shown
 
 BLOCK, ROWS = 2048, 4
 """A block is this many consecutive wire positions, in this many rows. See :func:`hdet.ops.unpack`."""
@@ -83,6 +83,15 @@ def all_finite(pieces: Sequence[Tensor], limit: float) -> Tensor:
     return torch.stack(found).all() if found else pieces[0].new_ones((), dtype=torch.bool)
 
 
+def scale_rates(
+    lrs: Sequence[Tensor], schedule: Sequence[float], gain: Sequence[float], multiplier: Sequence[float]
+) -> None:
+    """See :func:`hdet.ops.scale_rates`."""
+    check_scale_rates(lrs, schedule, gain, multiplier)
+    for lr, a, b, c in zip(lrs, schedule, gain, multiplier, strict=True):
+        lr.copy_(torch.tensor(a * b * c, dtype=torch.float64))  # fill_() refuses what is infinite in fp32
+
+
 def _floor(limit: float, like: Tensor) -> Tensor:
     """The largest finite value of a tensor's dtype that is not above ``limit``, >= 0; on its device."""
     largest = torch.tensor(min(limit, torch.finfo(like.dtype).max), dtype=like.dtype)
@@ -147,12 +156,7 @@ def check_unpack(
 ) -> None:
     """The same for :func:`unpack`."""
     named = _check_layout(wire, pieces, {"anchor": anchor, "slow": slow})
-    _check_tensors("lrs", lrs)
-    for g, lr in enumerate(lrs):
-        _check_tensor(name := f"lrs[{g}]", lr, wire, (torch.float32, torch.float64))
-        if lr.numel() != 1:
-            raise ValueError(f"{name} has shape {tuple(lr.shape)}. Must have one element.")
-        named[name] = lr
+    named |= _check_rates(lrs, wire, "the wire")
     factors: dict[str, Tensor] = {}
     for name, factor in (("schedule", schedule), ("gain", gain), ("multiplier", multiplier)):
         if factor is None:
@@ -174,6 +178,42 @@ def check_all_finite(pieces: Sequence[Tensor]) -> None:
         raise ValueError("pieces is empty. Must have at least one tensor, on whose device the result is.")
     for i, piece in enumerate(pieces):
         _check_tensor(f"pieces[{i}]", piece, pieces[0], _DTYPES, beside="the first piece")
+
+
+def check_scale_rates(
+    lrs: Sequence[Tensor],
+    schedule: Sequence[float],
+    gain: Sequence[float],
+    multiplier: Sequence[float],
+    *,
+    memory: bool = True,
+) -> None:
+    """The same for :func:`scale_rates`."""
+    _check_tensors("lrs", lrs)
+    if not lrs:
+        raise ValueError("lrs is empty. Must have at least one tensor.")
+    named = _check_rates(lrs, lrs[0], "the first one")
+    check_factors(len(lrs), schedule=schedule, gain=gain, multiplier=multiplier)
+    if memory:
+        _check_disjoint(named, {})
+
+
+def check_factors(count: int, **factors: Sequence[float]) -> None:
+    """Raise TypeError or ValueError unless each is a list of that many numbers. The dispatcher takes flags, too."""
+    for name, factor in factors.items():
+        numbers = check_list(name, factor, f"a list of {count} numbers, one for each lr", length=count)
+        for i, number in enumerate(numbers):
+            check_number(f"{name}[{i}]", number, "as a float holds it", finite=False)
+
+
+def _check_rates(lrs: Sequence[Tensor], like: Tensor, beside: str) -> dict[str, Tensor]:
+    """The learning rates by name, each of one element."""
+    _check_tensors("lrs", lrs)
+    for g, lr in enumerate(lrs):
+        _check_tensor(name := f"lrs[{g}]", lr, like, (torch.float32, torch.float64), beside=beside)
+        if lr.numel() != 1:
+            raise ValueError(f"{name} has shape {tuple(lr.shape)}. Must have one element.")
+    return {f"lrs[{g}]": lr for g, lr in enumerate(lrs)}
 
 
 def _check_tensors(name: str, value: object) -> None:

@@ -18,6 +18,7 @@ SCHEMAS = (
     "unpack(Tensor wire, Tensor(a!)[] pieces, float divisor, Tensor(b!)? anchor, Tensor(c!)? slow, float slow_decay, "
     "Tensor(d!)[] lrs, Tensor? schedule, Tensor? gain, Tensor? multiplier) -> Tensor",
     "all_finite(Tensor[] pieces, float limit) -> Tensor",
+    "scale_rates(Tensor(a!)[] lrs, float[] schedule, float[] gain, float[] multiplier) -> ()",
 )
 LIBRARY = torch.library.Library("hdet", "DEF")
 """Keeps the registrations alive."""
@@ -27,6 +28,7 @@ for schema in SCHEMAS:
 LIBRARY.impl("pack", _reference.pack, "CompositeExplicitAutograd")
 LIBRARY.impl("unpack", _reference.unpack, "CompositeExplicitAutograd")
 LIBRARY.impl("all_finite", _reference.all_finite, "CompositeExplicitAutograd")
+LIBRARY.impl("scale_rates", _reference.scale_rates, "CompositeExplicitAutograd")
 
 
 @torch.library.register_fake("hdet::pack", lib=LIBRARY)
@@ -56,3 +58,8 @@ def _(
 def _(pieces: Sequence[Tensor], limit: float) -> Tensor:
     _reference.check_all_finite(pieces)
     return pieces[0].new_empty((), dtype=torch.bool)
+
+
+@torch.library.register_fake("hdet::scale_rates", lib=LIBRARY)
+def _(lrs: Sequence[Tensor], schedule: Sequence[float], gain: Sequence[float], multiplier: Sequence[float]) -> None:
+    _reference.check_scale_rates(lrs, schedule, gain, multiplier, memory=False)

@@ -44,6 +44,15 @@ def unpack(
     return squared_distance
 
 
+def scale_rates(
+    lrs: Sequence[Tensor], schedule: Sequence[float], gain: Sequence[float], multiplier: Sequence[float]
+) -> None:
+    """See :func:`hdet.ops.scale_rates`."""
+    with torch.no_grad():
+        torch.ops.hdet.scale_rates(lrs, schedule, gain, multiplier)
+    torch.autograd.graph.increment_version(lrs)
+
+
 def all_finite(pieces: Sequence[Tensor], limit: float = math.inf) -> Tensor:
     """See :func:`hdet.ops.all_finite`."""
     with torch.no_grad():

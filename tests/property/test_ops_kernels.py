@@ -171,6 +171,19 @@ def test_unpack_gives_the_references_bits(kernels, data):
         assert all(guards_hold(t) for t in [*pieces, anchor, slow] if t is not None and t.numel())
 
 
+@settings(max_examples=30, deadline=None)
+@given(data=st.data())
+def test_scale_rates_gives_the_references_bits(kernels, data):
+    groups = data.draw(st.sampled_from([1, 3, 64, 150]))
+    numbers = st.lists(st.floats(1e-40, 1e30), min_size=groups, max_size=groups)
+    factors = [data.draw(numbers) for _ in range(3)]
+    lrs = [torch.zeros((), dtype=torch.float64 if g % 2 else torch.float32) for g in range(groups)]
+    written = [lr.to(kernels.device) for lr in lrs]
+    kernels.scale_rates(written, *factors)
+    _reference.scale_rates(lrs, *factors)
+    assert all(same_bits(a.cpu(), b) for a, b in zip(written, lrs, strict=True))
+
+
 @settings(max_examples=60, deadline=None)
 @given(data=st.data())
 def test_all_finite_looks_at_every_element_and_at_no_other(kernels, data):

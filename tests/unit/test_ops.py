@@ -60,6 +60,39 @@ def test_unpack_is_the_equations():
     assert lrs[1].item() == 0.2 * 2.0 * 0.9
 
 
+def test_scale_rates_is_the_equation():
+    lrs = [torch.zeros(()), torch.zeros(1, dtype=FP64)]
+    versions = [lr._version for lr in lrs]
+    assert ops.scale_rates(lrs, **FACTORS) is None
+    assert lrs[0] == torch.tensor(0.1 * 0.5 * 1.1)
+    assert lrs[1].item() == 0.2 * 2.0 * 0.9
+    assert all(lr._version > version for lr, version in zip(lrs, versions, strict=True))
+
+
+RATE_ERRORS = {
+    "none": (ValueError, "lrs is empty", {"lrs": [], "schedule": [], "gain": [], "multiplier": []}),
+    "no list": (TypeError, "Invalid lrs=tensor", {"lrs": torch.zeros(2)}),
+    "dtype": (TypeError, r"lrs\[1\] has dtype torch.float16", {"lrs": [torch.zeros(()), torch.zeros(()).half()]}),
+    "shape": (ValueError, r"lrs\[0\] has shape \(2,\)", {"lrs": [torch.zeros(2), torch.zeros(())]}),
+    "device": (ValueError, r"lrs\[1\] is on meta", {"lrs": [torch.zeros(()), torch.zeros((), device="meta")]}),
+    "memory": (ValueError, r"lrs\[0\] and lrs\[1\] share memory", {"lrs": [(twice := torch.zeros(())), twice]}),
+    "too few": (ValueError, r"gain=\[1.0\]. It has 1 items. Must be a list of 2", {"gain": [1.0]}),
+    "no number": (TypeError, r"multiplier\[1\]=None", {"multiplier": [1.0, None]}),
+}
+
+
+@pytest.mark.parametrize(("error", "message", "arguments"), RATE_ERRORS.values(), ids=RATE_ERRORS)
+def test_what_is_wrong_with_rates_is_named_and_nothing_written(error, message, arguments):
+    lrs = [torch.zeros(()), torch.zeros(())]
+    given = {"lrs": lrs, **FACTORS, **arguments}
+    with pytest.raises(error, match=message):
+        ops.scale_rates(**given)
+    if error is ValueError and given["lrs"]:
+        with pytest.raises((RuntimeError, TypeError, ValueError)):  # the kernel itself refuses, too
+            torch.ops.hdet.scale_rates(*given.values())
+    assert lrs == [0.0, 0.0]
+
+
 FACTORS = {"schedule": [0.1, 0.2], "gain": [0.5, 2.0], "multiplier": [1.1, 0.9]}
 
 
@@ -282,6 +315,7 @@ def test_opcheck():
     torch.library.opcheck(torch.ops.hdet.pack.default, (wire.bfloat16(), pieces, 1.0, None, 1.0))
     torch.library.opcheck(torch.ops.hdet.unpack.default, arguments)
     torch.library.opcheck(torch.ops.hdet.unpack.default, (wire, pieces, 1.0, None, None, 0.8, [], None, None, None))
+    torch.library.opcheck(torch.ops.hdet.scale_rates.default, ([torch.zeros(())], [0.1], [2.0], [1.1]))
     doubles = [piece.double() for piece in pieces]
     torch.library.opcheck(torch.ops.hdet.pack.default, (wire.double(), doubles, 1.0, anchor.double(), math.inf))
 
@@ -294,6 +328,7 @@ def test_compile_fullgraph(backend):
         nonfinite = ops.pack(wire, pieces, anchor=anchor)
         total = wire * 3
         squared_distance = ops.unpack(total, pieces, divisor=3, anchor=anchor, slow=slow, lrs=lrs, **named(factors))
+        ops.scale_rates(lrs[:1], [0.5], [1.5], [0.25])
         return nonfinite + 1, squared_distance.sqrt(), pieces[0] * 2
 
     runs = []

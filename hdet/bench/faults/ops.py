@@ -22,6 +22,7 @@ from hdet.bench.faults.sections import Outcome, cases
 from hdet.ops import _reference
 
 FULL = 5000
+_FACTORS = ("schedule", "gain", "multiplier")
 _CLEAN = (TypeError, ValueError)
 _DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 _OTHER_DTYPES = (torch.int64, torch.int8, torch.bool, torch.complex64, torch.uint8, torch.float8_e4m3fn)
@@ -57,7 +58,13 @@ def _good(chance: random.Random) -> tuple[str, dict[str, Any]]:
     pieces = [_tensor(chance, n, chance.choice(kinds)) for n in sizes]
     total, accumulator = sum(sizes), _reference.accumulator(wire_dtype)
     anchor = _tensor(chance, total, accumulator) if chance.random() < 0.4 else None
-    name = chance.choice(("pack", "unpack", "all_finite"))
+    name = chance.choice(("pack", "unpack", "all_finite", "scale_rates"))
+    if name == "scale_rates":
+        count = chance.randint(1, 3)
+        return name, {
+            "lrs": _rates(chance, count),
+            **{key: [chance.random() for _ in range(count)] for key in _FACTORS},
+        }
     if name == "all_finite":
         return name, {"pieces": [_tensor(chance, n, chance.choice(_DTYPES)) for n in sizes]}
     arguments: dict[str, Any] = {"wire": _tensor(chance, total, wire_dtype), "pieces": pieces, "anchor": anchor}
@@ -67,9 +74,13 @@ def _good(chance: random.Random) -> tuple[str, dict[str, Any]]:
     arguments["slow"] = _tensor(chance, total, accumulator) if chance.random() < 0.4 else None
     if chance.random() < 0.4:
         count = chance.randint(1, 3)
-        arguments["lrs"] = [torch.zeros((), dtype=chance.choice((torch.float32, torch.float64))) for _ in range(count)]
-        arguments |= {key: torch.rand(count, dtype=torch.float64) for key in ("schedule", "gain", "multiplier")}
+        arguments["lrs"] = _rates(chance, count)
+        arguments |= {key: torch.rand(count, dtype=torch.float64) for key in _FACTORS}
     return name, arguments
+
+
+def _rates(chance: random.Random, count: int) -> list[Tensor]:
+    return [torch.zeros((), dtype=chance.choice((torch.float32, torch.float64))) for _ in range(count)]
 
 
 def _spoil_tensor(chance: random.Random, tensor: Tensor, others: list[Tensor]) -> Any:
@@ -159,13 +170,16 @@ def _copied(arguments: dict[str, Any]) -> dict[str, Any]:
     return {k: type(v)(map(copy, v)) if isinstance(v, (list, tuple)) else copy(v) for k, v in arguments.items()}
 
 
-def _by_reference(name: str, arguments: dict[str, Any]) -> Tensor:
+def _by_reference(name: str, arguments: dict[str, Any]) -> Tensor | None:
     given = dict(arguments)
     if name == "all_finite":
         return _reference.all_finite(given["pieces"], math.inf)
     if name == "pack":
         return _reference.pack(given["wire"], given["pieces"], given["scale"], given["anchor"], math.inf)
-    rest = [given.get(key) for key in ("schedule", "gain", "multiplier")]
+    if name == "scale_rates":
+        _reference.scale_rates(**given)
+        return None
+    rest = [given.get(key) for key in _FACTORS]
     lrs = given.get("lrs", ())
     return _reference.unpack(
         given["wire"],

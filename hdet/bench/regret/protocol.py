@@ -12,6 +12,7 @@ seeds        OneCycle and the controller from the tuned max_lr, seeds 1 and 2
 null         OneCycle with a thousandth more and less, on the workloads that are no language models, seeds 0 to 2
 schedules    under a cosine, warm-up-stable-decay and a constant: OneCycle's counterpart from a quarter, a half, once
              and twice the tuned max_lr, and the controller from it, seed 0
+precision    the same as ``schedules`` in bfloat16, by autocast and with weights and optimizer state in it
 watched      how far each round moves the weights at the tuned max_lr, and what a probe says there, seed 0
 longer       the same as ``seeds``, on gpt_3000
 ===========  =======================================================================================================
@@ -36,9 +37,10 @@ from hdet.bench.regret.contenders import CONTENDERS, ORACLE, REPEATS
 from hdet.bench.regret.outcome import Outcome
 from hdet.bench.regret.runs import Result, Run, Store, execute_all, version_of
 from hdet.bench.regret.shipped import missing
+from hdet.bench.regret.summary import excess, mean_and_error
 from hdet.bench.regret.tune import CACHE, Sweep
 from hdet.bench.regret.watched import rounds_of
-from hdet.bench.regret.workloads import SCHEDULES, STARTS, WORKLOADS, Workload, workload_of
+from hdet.bench.regret.workloads import PRECISIONS, SCHEDULES, STARTS, WORKLOADS, Workload, workload_of
 from hdet.monitor.tables import markdown
 from hdet.steer.posterior import target
 from hdet.train.models import GPT
@@ -50,7 +52,10 @@ _OTHER_SCHEDULES = (
     *("visits", "diamonds", "colours", "textures", "cup", "bible_adafactor"),
     *("films", "home_runs", "deaths", "nitrogen", "stereo", "word_pairs"),
 )
-_STAGES = ("near", "far", "peers", "seeds", "null", "schedules", "watched", "longer")
+_IN_BFLOAT16 = ("films", "home_runs", "nitrogen", "stereo", "deaths", "masses_gpt", "source_muon", "commentary_gru")
+_NEARBY = (0.25, 0.5, 1.0, 2.0)
+"""Starts of the sweep of a variation."""
+_STAGES = ("near", "far", "peers", "seeds", "null", "schedules", "precision", "watched", "longer")
 
 
 def is_language_model(workload: Workload) -> bool:
@@ -76,13 +81,19 @@ def stage(name: str, workloads: Iterable[str]) -> list[Run]:
         repeats = [f"repeat_{times:g}" for times in REPEATS[:2]]
         return [_run(w.name, who, 1.0, n) for w in own if not is_language_model(w) for n in range(3) for who in repeats]
     if name == "schedules":
-        cases = [f"{w.name}/{kind}" for w in own if w.name in _OTHER_SCHEDULES for kind in SCHEDULES[1:]]
-        return [
-            _run(case, who, start, 0)
-            for case in cases
-            for who, start in ((_OURS, 1.0), *((ORACLE, start) for start in (0.25, 0.5, 1.0, 2.0)))
-        ]
+        return _varied((w.name for w in own if w.name in _OTHER_SCHEDULES), SCHEDULES[1:])
+    if name == "precision":
+        return _varied((w.name for w in own if w.name in _IN_BFLOAT16), PRECISIONS)
     return [_run("gpt_3000", who, 1.0, seed) for seed in range(1, 3) for who in both]
+
+
+def _varied(workloads: Iterable[str], variations: Sequence[str]) -> list[Run]:
+    return [
+        _run(f"{workload}/{variation}", who, start, 0)
+        for workload in workloads
+        for variation in variations
+        for who, start in ((_OURS, 1.0), *((ORACLE, start) for start in _NEARBY))
+    ]
 
 
 def _peers_for(workload: Workload) -> list[str]:
@@ -131,6 +142,25 @@ def law_table(store: Store) -> str:
     return markdown([("workload", "m / m*", "log"), *rows], padded=False)
 
 
+def variations_table(store: Store) -> str:
+    """The controller from the tuned max_lr under each variation, over the best of the sweep there and over OneCycle's
+    counterpart from the same max_lr, in percent: mean over workloads ± standard error, in Markdown."""
+    rows = []
+    for variation in (*SCHEDULES[1:], *PRECISIONS):
+        over_best, over_same = [], []
+        for run, outcome in store.outcomes.items():
+            if run == _run(run.workload, _OURS, 1.0, 0) and run.workload.endswith(f"/{variation}"):
+                swept = {start: store.outcomes.get(_run(run.workload, ORACLE, start, 0)) for start in _NEARBY}
+                losses = {start: found.loss for start, found in swept.items() if found}
+                if len(losses) == len(_NEARBY):
+                    best = min((loss for loss in losses.values() if math.isfinite(loss)), default=math.nan)
+                    over_best.append(excess(outcome.loss, best))
+                    over_same.append(excess(outcome.loss, losses[1.0]))
+        if len(over_best) > 1:
+            rows.append((variation, mean_and_error(over_best), mean_and_error(over_same), str(len(over_best))))
+    return markdown([("", "over the best of four", "from the same rate", "workloads"), *rows], padded=False)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Make the runs that are not there yet; returns the exit status."""
     options = _parser().parse_args(argv)
@@ -155,6 +185,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             bar.update()
     if "watched" in options.stages:
         print(law_table(store))
+    if not {"schedules", "precision"}.isdisjoint(options.stages):
+        print(variations_table(store))
     if failed:
         print(f"{failed} runs failed: see {options.output / 'runs.jsonl'}", file=sys.stderr)
     return 1 if failed else 0

@@ -88,7 +88,7 @@ def _cell(
     mean = statistics.fmean(own[seed] for seed in seeds)
     tuned = _reference(losses, workload, 1.0, seeds, without=name if start == 1 else "")
     same = _reference(losses, workload, start, seeds, without=name)
-    return None if math.isnan(tuned) else Cell(_excess(mean, tuned), _excess(mean, same), len(seeds))
+    return None if math.isnan(tuned) else Cell(excess(mean, tuned), excess(mean, same), len(seeds))
 
 
 def _reference(losses: Losses, workload: str, start: float, seeds: Sequence[int], *, without: str) -> float:
@@ -98,7 +98,7 @@ def _reference(losses: Losses, workload: str, start: float, seeds: Sequence[int]
     return statistics.fmean(map(statistics.fmean, by_seed)) if all(by_seed) else math.nan
 
 
-def _excess(loss: float, reference: float) -> float:
+def excess(loss: float, reference: float) -> float:
     """Of a loss over another, within the cap of 0; either may be infinite. NaN if there is no other."""
     if math.isnan(reference):
         return math.nan

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils._pytree import tree_map_only
 
 from hdet.bench.regret.data import Batch, Draw
 
@@ -18,6 +19,10 @@ STARTS = (0.01, 0.1, 1 / 3, 1.0, 3.0, 8.0)
 SCHEDULES = ("one_cycle", "cosine", "constant", "wsd")
 """torch's OneCycleLR; or, after a warm-up of 5%, half a ``cosine``, a ``constant``, or ``wsd``: a linear decay over the
 last fifth."""
+
+PRECISIONS = ("autocast", "bf16")
+"""Beside float32: ``autocast`` computes in bfloat16 and keeps the parameters in float32; ``bf16`` keeps them, their
+gradients and the optimizer's state in bfloat16, too."""
 
 Say = Literal["constants", "form", "none"]
 """``constants``: :mod:`hdet.bench.regret.fit` fits the controller's constants on it. ``form``: its runs were looked at
@@ -76,6 +81,26 @@ def poisson(outputs: Tensor, targets: Tensor) -> Tensor:
 def contrast(similarities: Tensor, _: Tensor) -> Tensor:
     """Of similarities ``(batch, batch)``: each example's own counterpart is the right one."""
     return F.cross_entropy(similarities, torch.arange(len(similarities)))
+
+
+def in_precision(workload: Workload, precision: str) -> Workload:
+    """The workload in one of :data:`PRECISIONS`. Losses are computed in float32."""
+    return replace(workload, build=lambda: _Lower(workload.build(), precision == "bf16"))
+
+
+class _Lower(nn.Module):
+    def __init__(self, model: nn.Module, has_low_weights: bool) -> None:
+        super().__init__()
+        self._inner = model.to(torch.bfloat16) if has_low_weights else model
+        self._has_low_weights = has_low_weights
+
+    def forward(self, inputs: Tensor) -> Any:
+        if self._has_low_weights:
+            found = self._inner(inputs.to(torch.bfloat16) if inputs.is_floating_point() else inputs)
+        else:
+            with torch.autocast("cpu", torch.bfloat16):
+                found = self._inner(inputs)
+        return tree_map_only(Tensor, lambda x: x.float() if x.is_floating_point() else x, found)
 
 
 def by_name(*workloads: Workload) -> dict[str, Workload]:

@@ -14,7 +14,16 @@ from hdet.bench.regret.clean import CLEAN
 from hdet.bench.regret.data import Batch
 from hdet.bench.regret.further import FURTHER
 from hdet.bench.regret.unseen import UNSEEN
-from hdet.bench.regret.workload import SCHEDULES, STARTS, Workload, by_name, log_loss, squared_error
+from hdet.bench.regret.workload import (
+    PRECISIONS,
+    SCHEDULES,
+    STARTS,
+    Workload,
+    by_name,
+    in_precision,
+    log_loss,
+    squared_error,
+)
 from hdet.train.config import ModelConfig
 from hdet.train.models import GPT, loss_of
 
@@ -24,6 +33,7 @@ __all__ = [
     "FURTHER",
     "LONGER",
     "MORE",
+    "PRECISIONS",
     "SCHEDULES",
     "STARTS",
     "UNSEEN",
@@ -315,6 +325,10 @@ WORKLOADS = FIRST | MORE | FURTHER | LONGER | CLEAN | UNSEEN
 
 
 def workload_of(name: str) -> Workload:
-    """A workload by its name; ``name/schedule`` for one with another schedule than OneCycle's."""
-    plain, _, schedule = name.partition("/")
-    return replace(WORKLOADS[plain], name=name, schedule=schedule) if schedule else WORKLOADS[plain]
+    """A workload by its name; ``name/cosine`` for one with another schedule than OneCycle's, of :data:`SCHEDULES`, and
+    ``name/bf16`` for one in another precision than float32, of :data:`PRECISIONS`."""
+    plain, *variations = name.split("/")
+    found = WORKLOADS[plain]
+    for variation in variations:
+        found = in_precision(found, variation) if variation in PRECISIONS else replace(found, schedule=variation)
+    return replace(found, name=name)

@@ -11,11 +11,11 @@ from typing_extensions import Self, Unpack
 
 from hdet.ensemble import Ensemble
 from hdet.errors import check_batches, check_mapping, check_number, check_whole
-from hdet.explore import ParamGroupField, copied, hand_over, keep_fan_out
+from hdet.explore import ParamGroupField, copied, hand_over, keep_fan_out, like
 from hdet.model import check_unsharded
 from hdet.monitor import Report
 from hdet.observe import Loss, check_loss
-from hdet.schedules.advance import advance, is_plain
+from hdet.schedules.advance import advance, is_plain, upcoming
 from hdet.schedules.forecast import forecast
 from hdet.schedules.saved import check_scheduler_state
 from hdet.settings import Resolved, Settings, resolve
@@ -175,12 +175,14 @@ class OneCycleLR(lr_scheduler.OneCycleLR):
             self._check_open()
             _step_schedule(self, epoch)
         else:
-            ensemble.end_step(loss, batch)
+            ahead = upcoming(self) if epoch is None and self._is_plain else None
+            rates = None if ahead is None else ahead[0]
+            ensemble.end_step(loss, batch, rates)
             if epoch is None and self._is_plain:
-                advance(self)
+                advance(self, ahead)
             else:
                 _step_schedule(self, epoch)
-            ensemble.fan_out()
+            ensemble.fan_out(rates)
 
     def each(self, micro_batches: Iterable[Any]) -> Iterator[Any]:
         """The micro-batches of a step, one for each virtual replica; see :meth:`hdet.Ensemble.each`."""
@@ -226,6 +228,8 @@ class OneCycleLR(lr_scheduler.OneCycleLR):
         state.pop("_ensemble", None)
         state.pop("_is_closed", None)
         if self._ensemble is not None:
+            pairs = zip(self.optimizer.param_groups, self._ensemble.get_base_lr(), strict=True)
+            state["_last_lr"] = [like(group["lr"], lr) for group, lr in pairs]
             state["hdet"] = self._ensemble.own_state()
         return state
 

@@ -18,7 +18,8 @@ _STEPS = 10**9
 
 
 def measure(*, repeat: int, seconds: float) -> Iterator[Comparison]:
-    """Host time of one call, for 1, 8 and 64 parameter groups, with a tensor and with a float as the loss."""
+    """Host time of one call, for 1, 8 and 64 parameter groups; also with a float as the loss, and with learning rates
+    that are tensors."""
     for groups in (1, 8, 64):
         model = nn.ModuleList(nn.Linear(4, 4) for _ in range(groups))
         loss = torch.tensor(0.5)
@@ -28,6 +29,8 @@ def measure(*, repeat: int, seconds: float) -> Iterator[Comparison]:
             "torch": theirs.step,
             "hdet_float_loss": partial(ours.step, 0.5),
             "hdet_spread_0": off.step,
+            "hdet_tensor_lr": partial(_scheduler(model, 1 / 9, tensors=True).step, loss),
+            "torch_tensor_lr": _scheduler(model, None, tensors=True).step,
         }
         turns = {name: repeated(call, at_least=1e-2) for name, call in calls.items()}
         result = Comparison("step", f"{groups} parameter group{'s' * (groups > 1)}", {"groups": groups})
@@ -35,9 +38,11 @@ def measure(*, repeat: int, seconds: float) -> Iterator[Comparison]:
         yield result
 
 
-def _scheduler(model: nn.ModuleList, spread: float | None) -> Any:
+def _scheduler(model: nn.ModuleList, spread: float | None, *, tensors: bool = False) -> Any:
     """hdet's with a spread, or torch's for ``None``."""
-    optimizer = SGD([{"params": list(layer.parameters())} for layer in model], lr=0.1, momentum=0.9)
+    rates = [torch.tensor(0.1) if tensors else 0.1 for _ in model]
+    groups = [{"params": list(layer.parameters()), "lr": lr} for layer, lr in zip(model, rates, strict=True)]
+    optimizer = SGD(groups, momentum=0.9)
     scheduler: OneCycleLR
     if spread is None:
         scheduler = OneCycleLR(optimizer, 0.1, total_steps=_STEPS)

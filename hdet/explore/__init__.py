@@ -14,7 +14,7 @@ from hdet.explore.kinds import ParamGroupField, module_attribute, param_group, s
 from hdet.explore.noisy_start import warm_noisy_start
 from hdet.explore.phase import ExplorePhase
 from hdet.explore.prior import Prior
-from hdet.explore.rates import copied
+from hdet.explore.rates import copied, like
 from hdet.explore.virtual import VirtualReplicas
 
 __all__ = [
@@ -31,6 +31,7 @@ __all__ = [
     "copied",
     "hand_over",
     "keep_fan_out",
+    "like",
     "module_attribute",
     "param_group",
     "scalar",

@@ -15,7 +15,7 @@ from hdet.errors import check_number, shown
 from hdet.explore.by_hand import ByHand, read_by_hand
 from hdet.explore.hyperparameters import Hyperparameter
 from hdet.explore.kinds import ParamGroupField
-from hdet.explore.rates import copied, put, share_memory, version_of
+from hdet.explore.rates import Write, copied, like, put, share_memory, version_of
 from hdet.model.step_hook import BeforeStep
 from hdet.transaction import AllOrNothing, attributes_of
 
@@ -51,13 +51,14 @@ class FanOut:
             self.base: list[float | Tensor] = [check_lr(i, group) for i, group in enumerate(optimizer.param_groups)]
             """The schedule's learning rates, before gain and multiplier."""
         count = len(self.base)
-        self._gains, self._scales = [1.0] * count, [1.0] * count
+        self._gains, self._multipliers, self._scales = [1.0] * count, [1.0] * count, [1.0] * count
         self._differs = [False] * count  # between replicas
         self._settings: list[tuple[float, float]] = [(0.0, 0.0)] * len(self._hyperparameters)
         self.written: list[Any] = list(self.base)
         """What stands in the optimizer, if nobody else has written it."""
         self._versions = [version_of(lr) for lr in self.base]
         self._owners: tuple[list[Any], list[int]] = ([], [])  # learning rates, and by group the first with its memory
+        self._ahead: Write | None = None  # what the launch that wrote the mean has written already
         self.has_tensors = any(isinstance(lr, Tensor) for lr in self.base)
         """Whether a learning rate is a tensor, which can be written in place."""
         self._is_parked = False  # base learning rates stand in the optimizer, not this replica's
@@ -92,13 +93,17 @@ class FanOut:
             settings: by hyperparameter, (position of its centre, level of this replica).
             differs: by parameter group, whether replicas of other processes have other multipliers.
         """
-        self._gains = list(gains)
+        self._gains, self._multipliers = list(gains), list(multipliers)
         self._scales = [gain * rho for gain, rho in zip(gains, multipliers, strict=True)]
         self._settings, self._differs = list(settings), list(differs) or [False] * len(self._gains)
         self._write_hyperparameters()
 
-    def apply(self) -> None:
-        """Read the base learning rates that the schedule has written, and write this replica's."""
+    def apply(self, rates: Sequence[float] | None = None) -> None:
+        """Read the base learning rates that the schedule has written, and write this replica's.
+
+        Args:
+            rates: the base learning rates, by parameter group, where those that are tensors have not been written.
+        """
         base, scales, written = self.base, self._scales, self.written
         tensors: dict[int, Tensor] = {}
         for i, group in enumerate(self._optimizer.param_groups):
@@ -109,20 +114,60 @@ class FanOut:
                 base[i] = lr
                 written[i] = group["lr"] = lr * scales[i]
         if tensors:
-            self._apply_to_tensors(tensors)
+            self._apply_to_tensors(tensors, rates)
 
-    def _apply_to_tensors(self, tensors: Mapping[int, Tensor]) -> None:
+    def _apply_to_tensors(self, tensors: Mapping[int, Tensor], rates: Sequence[float] | None) -> None:
         # In place: compiled optimizers and CUDA graphs keep the tensor. Groups may share it: torch's optimizers take
-        # one tensor for all groups. It is then multiplied once. All in two launches.
+        # one tensor for all groups. It is then multiplied once.
         owners = {i: self._owner(i, lr) for i, lr in tensors.items()}
-        own = [i for i, owner in owners.items() if owner == i]
-        lrs = [tensors[i] for i in own]
-        copies = dict(zip(own, torch._foreach_mul(lrs, 1.0), strict=True))
-        torch._foreach_mul_(lrs, [self._scales[i] for i in own])
+        base: Mapping[int, float | Tensor]
+        if rates is None:
+            lrs = {owner: tensors[owner] for owner in owners.values()}
+            base = dict(zip(lrs, torch._foreach_mul([*lrs.values()], 1.0), strict=True))
+            torch._foreach_mul_([*lrs.values()], [self._scales[i] for i in lrs])
+        else:
+            base = self._last_of(owners, rates)
+            write = self._write(tensors, base, self._gains, self._multipliers)
+            if not write.is_same(self._ahead):
+                write.now()
+        self._ahead = None
         for i, lr in tensors.items():
-            self.base[i] = copies[owners[i]]
+            self.base[i] = base[owners[i]]
             self.written[i], self._versions[i] = lr, lr._version
         self.has_tensors = True
+
+    @staticmethod
+    def _last_of(owners: Mapping[int, int], rates: Sequence[float]) -> dict[int, float]:
+        """The rate of each tensor, by the first group that has it: that of the last one, as in torch."""
+        return {owner: rates[i] for i, owner in owners.items()}
+
+    @staticmethod
+    def _write(
+        tensors: Mapping[int, Tensor], base: Mapping[int, Any], gains: Sequence[float], multipliers: Sequence[float]
+    ) -> Write:
+        return Write(
+            [tensors[i] for i in base], [*base.values()], [gains[i] for i in base], [multipliers[i] for i in base]
+        )
+
+    def ahead(self, rates: Sequence[float], gains: Sequence[float], multipliers: Sequence[float]) -> Write | None:
+        """What :meth:`apply` will write into learning rates that are tensors, if these hold then, for a launch that
+        comes sooner; ``None`` where there is nothing that an op can write. :meth:`was_written` is to be called next.
+
+        Args:
+            rates: by parameter group, the base learning rates.
+            gains: by parameter group.
+            multipliers: by parameter group, this replica's.
+        """
+        tensors = {i: lr for i, g in enumerate(self._optimizer.param_groups) if isinstance(lr := g["lr"], Tensor)}
+        owners = {i: self._owner(i, lr) for i, lr in tensors.items()}
+        write = self._write(tensors, self._last_of(owners, rates), gains, multipliers)
+        return write if tensors and write.is_for_ops else None
+
+    def was_written(self, ahead: Write) -> None:
+        """Whatever was written into the learning rates since :meth:`ahead` is that."""
+        versions = [version_of(lr) for lr in self.written]
+        if versions != self._versions:
+            self._ahead, self._versions = ahead, versions
 
     def _owner(self, i: int, lr: Tensor) -> int:
         """The first parameter group whose learning rate has the memory of ``lr``, which is that of group ``i``."""
@@ -272,7 +317,8 @@ class FanOut:
         if self._is_parked and self.is_current:
             pairs = zip(self.base, self._scales, groups, strict=True)
             return [
-                base * scale if self._is_own(i) else copied(group["lr"]) for i, (base, scale, group) in enumerate(pairs)
+                like(group["lr"], base * scale) if self._is_own(i) else copied(group["lr"])
+                for i, (base, scale, group) in enumerate(pairs)
             ]
         return [copied(group["lr"]) for group in groups]
 
@@ -287,7 +333,7 @@ class FanOut:
         self.check_groups()
         live = self._optimizer.param_groups
         for i, (group, base) in enumerate(zip(state_dict["param_groups"], self.base, strict=True)):
-            lr = copied(base) if self._is_own(i) else copied(live[i]["lr"])
+            lr = like(live[i]["lr"], base) if self._is_own(i) else copied(live[i]["lr"])
             if isinstance(group.get("initial_lr"), Tensor) and share_memory(group["initial_lr"], live[i]["lr"]):
                 group["initial_lr"] = copied(lr)
             group["lr"] = lr

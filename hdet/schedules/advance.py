@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from typing import Any
 
-import torch
 from torch import Tensor
 from torch.optim import lr_scheduler
 
@@ -14,36 +13,33 @@ _OWN = ("get_lr", "_update_lr", "_anneal_func", "_annealing_cos", "_annealing_li
 _step = lr_scheduler.OneCycleLR.step  # looked up once, since it is called in steps
 
 
+Upcoming = tuple[list[Any], list[Any]]
+"""By parameter group, the learning rates and the momenta of a step; no momenta where they are not cycled."""
+
+
 def is_plain(kind: type) -> bool:
     """Whether schedulers of this ``kind`` compute learning rates as torch's OneCycleLR does."""
     return all(getattr(kind, name, None) is getattr(lr_scheduler.OneCycleLR, name, None) for name in _OWN)
 
 
-def advance(scheduler: lr_scheduler.OneCycleLR) -> None:
-    """Do what ``torch.optim.lr_scheduler.OneCycleLR.step`` does, with the same result to the bit.
+def upcoming(scheduler: lr_scheduler.OneCycleLR) -> Upcoming | None:
+    """The next step, to the bit as ``torch.optim.lr_scheduler.OneCycleLR.step`` takes it; ``None`` where torch itself
+    must: its first step may warn, and one beyond the last fails.
 
     The position ``p`` in the schedule's phase, and the weight of the phase's ends, are those of all groups::
 
         lr = end + (start - end) / 2 * (1 + cos(pi p)),    or    start + (end - start) p    for "linear"
-
-    Raises:
-        ValueError: beyond the last step.
     """
     step = scheduler.last_epoch + 1
-    groups = scheduler.optimizer.param_groups
-    # The first step may warn, and one beyond the last fails: both as in torch. Tensors are written in place.
     if scheduler._step_count <= 1 or step > scheduler.total_steps:
-        _step(scheduler)
-        return
-    phases = scheduler._schedule_phases
+        return None
+    groups, phases = scheduler.optimizer.param_groups, scheduler._schedule_phases
     last, i, begin = len(phases) - 1, 0, 0.0
     while i < last and step > phases[i]["end_step"]:
         begin = phases[i]["end_step"]
         i += 1
     phase = phases[i]
     start, end = phase["start_lr"], phase["end_lr"]
-    scheduler._step_count += 1
-    scheduler.last_epoch = step
     p = (step - begin) / (phase["end_step"] - begin)
     is_cos = scheduler._anneal_func_type == "cos"
     if is_cos:
@@ -51,31 +47,35 @@ def advance(scheduler: lr_scheduler.OneCycleLR) -> None:
         rates = [(e := group[end]) + (group[start] - e) / 2.0 * weight for group in groups]
     else:
         rates = [(group[end] - (s := group[start])) * p + s for group in groups]
-    if scheduler.cycle_momentum:
-        start, end = phase["start_momentum"], phase["end_momentum"]
-        for group in groups:
-            s, e = group[start], group[end]
-            momentum = e + (s - e) / 2.0 * weight if is_cos else (e - s) * p + s
-            if scheduler.use_beta1:
-                group["betas"] = (momentum, *group["betas"][1:])
-            else:
-                group["momentum"] = momentum
-    tensors = {}
-    for i, group in enumerate(groups):
+    if not scheduler.cycle_momentum:
+        return rates, []
+    start, end = phase["start_momentum"], phase["end_momentum"]
+    if is_cos:
+        return rates, [(e := group[end]) + (group[start] - e) / 2.0 * weight for group in groups]
+    return rates, [(group[end] - (s := group[start])) * p + s for group in groups]
+
+
+def advance(scheduler: lr_scheduler.OneCycleLR, ahead: Upcoming | None) -> None:
+    """Take the step, but for learning rates that are tensors: if the :func:`upcoming` step is given, these are left to
+    be written with all the others.
+
+    Raises:
+        ValueError: beyond the last step.
+    """
+    if ahead is None:
+        _step(scheduler)
+        return
+    rates, momenta = ahead
+    scheduler._step_count += 1
+    scheduler.last_epoch += 1
+    scheduler._last_lr = rates
+    for i, group in enumerate(scheduler.optimizer.param_groups):
         lr = group["lr"]
-        if type(lr) is not float and isinstance(lr, Tensor):
-            tensors[i] = lr
-        else:
+        if type(lr) is float or not isinstance(lr, Tensor):
             group["lr"] = rates[i]
-    scheduler._last_lr = _written(tensors, rates) if tensors else rates
-
-
-def _written(tensors: dict[int, Tensor], rates: list[Any]) -> list[Any]:
-    """The rates, which have been written into the learning rates that are tensors, by group: in place, in two launches
-    for all of them. Of groups that share a tensor the last one's stays, as in torch."""
-    last = {lr.data_ptr(): i for i, lr in tensors.items()}
-    lrs = [tensors[i] for i in last.values()]
-    torch._foreach_zero_(lrs)
-    torch._foreach_add_(lrs, [float(rates[i]) for i in last.values()])
-    copies = dict(zip(tensors, torch._foreach_mul(list(tensors.values()), 1.0), strict=True))
-    return [copies.get(i, rate) for i, rate in enumerate(rates)]
+        if not momenta:
+            continue
+        if scheduler.use_beta1:
+            group["betas"] = (momenta[i], *group["betas"][1:])
+        else:
+            group["momentum"] = momenta[i]

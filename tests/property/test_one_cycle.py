@@ -229,33 +229,83 @@ def test_a_subclass_computes_its_own_rates():
 
 
 class Calls(TorchDispatchMode):
-    """Counts what is run on tensors: on a GPU each is a launch, and reading a number waits for the device."""
+    """What is run on tensors: on a GPU each is a launch, and reading a number waits for the device."""
 
     def __init__(self):
         super().__init__()
-        self.launches, self.reads = 0, 0
+        self.made = []
 
     def __torch_dispatch__(self, function, types, arguments=(), keywords=None):
-        self.reads += function is torch.ops.aten._local_scalar_dense.default
-        self.launches += 1
+        self.made.append((function, arguments))
         return function(*arguments, **(keywords or {}))
 
 
+def with_tensor_rates(groups, *, shared=False, dtype=torch.float32, **settings):
+    model = torch.nn.ModuleList(torch.nn.Linear(2, 2) for _ in range(groups))
+    rate = torch.tensor(0.1, dtype=dtype)
+    optimizer = torch.optim.SGD(
+        [{"params": list(m.parameters()), "lr": rate if shared else rate.clone()} for m in model], momentum=0.9
+    )
+    scheduler = hdet.OneCycleLR(optimizer, 0.1, total_steps=100, model=model, **settings)
+    return optimizer, scheduler
+
+
 @pytest.mark.parametrize("shared", [False, True])
-def test_tensor_rates_take_as_many_launches_with_many_groups_and_wait_for_nothing(shared):
-    launches = []
-    for groups in (1, 16):
-        model = torch.nn.ModuleList(torch.nn.Linear(2, 2) for _ in range(groups))
-        rate = torch.tensor(0.1)
-        optimizer = torch.optim.SGD(
-            [{"params": list(m.parameters()), "lr": rate if shared else rate.clone()} for m in model], momentum=0.9
-        )
-        scheduler = hdet.OneCycleLR(optimizer, 0.1, total_steps=100, model=model, spread=0.1, converge_every=50)
-        optimizer.step()
+@pytest.mark.parametrize("groups", [1, 16])
+def test_all_rates_that_are_tensors_are_written_by_one_launch_and_nothing_is_waited_for(groups, shared):
+    optimizer, scheduler = with_tensor_rates(groups, shared=shared, spread=0.1, converge_every=50)
+    optimizer.step()
+    scheduler.step(0.5)
+    optimizer.step()
+    with Calls() as calls:
         scheduler.step(0.5)
+    assert [function for function, _ in calls.made] == [torch.ops.hdet.scale_rates.default]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("shared", [False, True])
+def test_rates_that_are_tensors_are_torchs(dtype, shared):
+    optimizer, scheduler = with_tensor_rates(
+        3, shared=shared, dtype=dtype, virtual_replicas=2, spread=0.1, converge_every=7
+    )
+    theirs = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=torch.tensor(0.1, dtype=dtype), momentum=0.9)
+    expected = TorchOneCycleLR(theirs, 0.1, total_steps=100)
+    for _ in range(40):
+        advance(theirs, expected)
+        advance(optimizer, scheduler)
+        rates = [group["lr"] for group in optimizer.param_groups]
+        assert [lr.dtype for lr in rates] == [dtype] * 3
+        assert rates == [theirs.param_groups[0]["lr"]] * 3
+        assert plain(scheduler.state_dict()["_last_lr"]) == plain([theirs.param_groups[0]["lr"]] * 3)
+
+
+def test_the_launch_that_writes_the_mean_writes_the_next_rates():
+    """Unless the gain moves afterwards: then they are written once more."""
+    optimizer, scheduler = with_tensor_rates(3, virtual_replicas=2, spread=0.1, converge_every=5)
+    for step in range(1, 21):
+        optimizer.step()
         with Calls() as calls:
-            optimizer.step()
             scheduler.step(0.5)
-        launches.append(calls.launches)
-        assert calls.reads == 0
-    assert launches[0] == launches[1] > 0
+        written = [arguments[6] for function, arguments in calls.made if function is torch.ops.hdet.unpack.default]
+        alone = sum(function is torch.ops.hdet.scale_rates.default for function, _ in calls.made)
+        if step % 5:
+            assert (written, alone) == ([], step > 1)  # torch takes the first step
+        else:
+            assert [len(lrs) for lrs in written] == [3]
+            assert alone == 0
+        assert scheduler.ensemble.get_last_lr() == [group["lr"] for group in optimizer.param_groups]
+
+
+def test_rates_that_were_written_with_the_mean_follow_the_gain_that_moves_then():
+    optimizer, scheduler = with_tensor_rates(2, virtual_replicas=2, spread=0.1, converge_every=2, auto_lr=True)
+    gains = set()
+    for step in range(1, 31):
+        for group in optimizer.param_groups:
+            for p in group["params"]:
+                p.grad = torch.ones_like(p)
+        optimizer.step()
+        scheduler.step(1 / step)
+        (gain, _), (base, _) = scheduler.ensemble.gains, scheduler.ensemble.get_base_lr()
+        gains.add(gain)
+        assert optimizer.param_groups[0]["lr"].item() == pytest.approx(float(base) * gain, rel=1e-6)
+    assert len(gains) > 3

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -88,8 +89,13 @@ def scale_rates(
 ) -> None:
     """See :func:`hdet.ops.scale_rates`."""
     check_scale_rates(lrs, schedule, gain, multiplier)
-    for lr, a, b, c in zip(lrs, schedule, gain, multiplier, strict=True):
-        lr.copy_(torch.tensor(a * b * c, dtype=torch.float64))  # fill_() refuses what is infinite in fp32
+    values = np.array([a * b * c for a, b, c in zip(schedule, gain, multiplier, strict=True)])
+    with np.errstate(over="ignore"):  # torch refuses what is infinite in fp32 only
+        singles = values.astype(np.float32).tolist()
+    pairs = zip(lrs, values.tolist(), singles, strict=True)
+    rounded = [single if lr.dtype == torch.float32 else value for lr, value, single in pairs]
+    torch._foreach_zero_(list(lrs))  # two launches on a GPU, neither of which waits for it
+    torch._foreach_add_(list(lrs), rounded)
 
 
 def _floor(limit: float, like: Tensor) -> Tensor:

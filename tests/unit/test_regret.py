@@ -17,7 +17,7 @@ from hdet.bench.regret.contenders import CONTENDERS, Contender
 from hdet.bench.regret.outcome import Outcome
 from hdet.bench.regret.runs import SWEEP, Result, Run, Store, execute, execute_all, plan
 from hdet.bench.regret.simulation import Setting, simulate
-from hdet.bench.regret.workloads import FIRST, FURTHER, MORE, SCHEDULES, STARTS, WORKLOADS, workload_of
+from hdet.bench.regret.workloads import FIRST, FURTHER, MORE, PRECISIONS, SCHEDULES, STARTS, WORKLOADS, workload_of
 from hdet.schedules.found import Recorder
 from hdet.steer.posterior import Posterior
 
@@ -141,6 +141,23 @@ def test_every_schedule_warms_up_to_max_lr_and_ends_as_it_says(schedule):
     assert max(rates) == pytest.approx(0.1, rel=1e-3)
     assert rates[60] == pytest.approx(0.1, rel=1e-3) or schedule in ("one_cycle", "cosine")
     assert rates[-1] == pytest.approx(0.1) if schedule == "constant" else rates[-1] < 0.01
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("name", ["regression", "masked_lm"])
+def test_a_workload_in_bfloat16_rounds_what_it_computes_and_trains(name, precision):
+    workload, plain = (dataclasses.replace(workload_of(n), steps=4) for n in (f"{name}/{precision}", name))
+    model = peers.build(workload, 0)
+    assert {p.dtype for p in model.parameters()} == {torch.bfloat16 if precision == "bf16" else torch.float32}
+    losses = [peers.evaluate(one, peers.build(one, 0), one.validation()) for one in (workload, plain)]
+    assert losses[0] == pytest.approx(losses[1], rel=0.05)
+    assert losses[0] != losses[1]
+    assert math.isfinite(simulate(workload, workload.tuned, 0, Setting()).loss)
+
+
+def test_a_workload_with_another_schedule_precision_and_batch_size():
+    workload = workload_of("regression/cosine/bf16/batch_8")
+    assert (workload.name, workload.schedule, workload.batch_size) == ("regression/cosine/bf16/batch_8", "cosine", 8)
 
 
 def test_a_peak_between_the_steps_of_the_forecast_is_a_height_of_1():

@@ -18,7 +18,8 @@ from hdet.bench.regret import clean_data, models, peers, protocol, shipped, tune
 from hdet.bench.regret.__main__ import main, parser, plan_of
 from hdet.bench.regret.clean import CLEAN
 from hdet.bench.regret.collect import _parser as collect_parser
-from hdet.bench.regret.runs import Store, execute
+from hdet.bench.regret.outcome import Outcome
+from hdet.bench.regret.runs import Result, Store, execute
 from hdet.bench.regret.shipped import missing
 from hdet.bench.regret.unseen import UNSEEN
 from hdet.bench.regret.workloads import STARTS, WORKLOADS
@@ -205,6 +206,18 @@ def test_the_stages_have_every_start_and_seed():
     assert "schedule_free" not in peers_of["colours"]
     assert all("prodigy" in found for found in peers_of.values())
     assert {run.workload for run in protocol.stage("longer", CLEAN)} == {"gpt_3000"}
+
+
+def test_variations_are_held_against_the_best_of_their_sweep_and_the_same_rate(tmp_path):
+    store = Store(tmp_path / "runs.jsonl")
+    for name in ("schedules", "precision", "batches"):
+        for run in protocol.stage(name, ["films", "deaths"]):
+            worse = 1.02 if run.contender == "posterior" else 1 + abs(math.log(run.start * 2)) / 10
+            store.add(Result(run, Outcome(worse, 0.0)))
+    table = protocol.variations_table(store)
+    same = 100 * (1.02 / (1 + math.log(2) / 10) - 1)
+    for variation in ("cosine", "wsd", "constant", "autocast", "bf16", "batch_8", "batch_1024"):
+        assert f"| {variation} | +2.00 ± 0.00 | {same:+.2f} ± 0.00 | 2 |" in table
 
 
 def test_the_protocol_takes_over_what_the_sweep_has_run(tmp_path, monkeypatch):

@@ -13,6 +13,8 @@ null         OneCycle with a thousandth more and less, on the workloads that are
 schedules    under a cosine, warm-up-stable-decay and a constant: OneCycle's counterpart from a quarter, a half, once
              and twice the tuned max_lr, and the controller from it, seed 0
 precision    the same as ``schedules`` in bfloat16, by autocast and with weights and optimizer state in it
+batches      the same with batches of 8 and of 1,024, OneCycle from 1/16 to 16 times the max_lr, which was tuned for
+             another size, and the controller from it
 watched      how far each round moves the weights at the tuned max_lr, and what a probe says there, seed 0
 longer       the same as ``seeds``, on gpt_3000
 ===========  =======================================================================================================
@@ -53,9 +55,12 @@ _OTHER_SCHEDULES = (
     *("films", "home_runs", "deaths", "nitrogen", "stereo", "word_pairs"),
 )
 _IN_BFLOAT16 = ("films", "home_runs", "nitrogen", "stereo", "deaths", "masses_gpt", "source_muon", "commentary_gru")
+_BATCHED = ("films", "home_runs", "deaths", "nitrogen", "word_pairs")
+_BATCHES = ("batch_8", "batch_1024")
 _NEARBY = (0.25, 0.5, 1.0, 2.0)
+_FAR_AND_NEAR = (1 / 16, 1 / 8, *_NEARBY, 4.0, 8.0, 16.0)
 """Starts of the sweep of a variation."""
-_STAGES = ("near", "far", "peers", "seeds", "null", "schedules", "precision", "watched", "longer")
+_STAGES = ("near", "far", "peers", "seeds", "null", "schedules", "precision", "batches", "watched", "longer")
 
 
 def is_language_model(workload: Workload) -> bool:
@@ -84,15 +89,17 @@ def stage(name: str, workloads: Iterable[str]) -> list[Run]:
         return _varied((w.name for w in own if w.name in _OTHER_SCHEDULES), SCHEDULES[1:])
     if name == "precision":
         return _varied((w.name for w in own if w.name in _IN_BFLOAT16), PRECISIONS)
+    if name == "batches":
+        return _varied((w.name for w in own if w.name in _BATCHED), _BATCHES, _FAR_AND_NEAR)
     return [_run("gpt_3000", who, 1.0, seed) for seed in range(1, 3) for who in both]
 
 
-def _varied(workloads: Iterable[str], variations: Sequence[str]) -> list[Run]:
+def _varied(workloads: Iterable[str], variations: Sequence[str], sweep: Sequence[float] = _NEARBY) -> list[Run]:
     return [
         _run(f"{workload}/{variation}", who, start, 0)
         for workload in workloads
         for variation in variations
-        for who, start in ((_OURS, 1.0), *((ORACLE, start) for start in _NEARBY))
+        for who, start in ((_OURS, 1.0), *((ORACLE, start) for start in sweep))
     ]
 
 
@@ -146,19 +153,20 @@ def variations_table(store: Store) -> str:
     """The controller from the tuned max_lr under each variation, over the best of the sweep there and over OneCycle's
     counterpart from the same max_lr, in percent: mean over workloads ± standard error, in Markdown."""
     rows = []
-    for variation in (*SCHEDULES[1:], *PRECISIONS):
+    for variation in (*SCHEDULES[1:], *PRECISIONS, *_BATCHES):
+        sweep = _FAR_AND_NEAR if variation in _BATCHES else _NEARBY
         over_best, over_same = [], []
         for run, outcome in store.outcomes.items():
             if run == _run(run.workload, _OURS, 1.0, 0) and run.workload.endswith(f"/{variation}"):
-                swept = {start: store.outcomes.get(_run(run.workload, ORACLE, start, 0)) for start in _NEARBY}
+                swept = {start: store.outcomes.get(_run(run.workload, ORACLE, start, 0)) for start in sweep}
                 losses = {start: found.loss for start, found in swept.items() if found}
-                if len(losses) == len(_NEARBY):
+                if len(losses) == len(sweep):
                     best = min((loss for loss in losses.values() if math.isfinite(loss)), default=math.nan)
                     over_best.append(excess(outcome.loss, best))
                     over_same.append(excess(outcome.loss, losses[1.0]))
         if len(over_best) > 1:
             rows.append((variation, mean_and_error(over_best), mean_and_error(over_same), str(len(over_best))))
-    return markdown([("", "over the best of four", "from the same rate", "workloads"), *rows], padded=False)
+    return markdown([("", "over the best of the sweep", "from the same rate", "workloads"), *rows], padded=False)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -185,7 +193,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             bar.update()
     if "watched" in options.stages:
         print(law_table(store))
-    if not {"schedules", "precision"}.isdisjoint(options.stages):
+    if not {"schedules", "precision", "batches"}.isdisjoint(options.stages):
         print(variations_table(store))
     if failed:
         print(f"{failed} runs failed: see {options.output / 'runs.jsonl'}", file=sys.stderr)

@@ -325,10 +325,16 @@ WORKLOADS = FIRST | MORE | FURTHER | LONGER | CLEAN | UNSEEN
 
 
 def workload_of(name: str) -> Workload:
-    """A workload by its name; ``name/cosine`` for one with another schedule than OneCycle's, of :data:`SCHEDULES`, and
-    ``name/bf16`` for one in another precision than float32, of :data:`PRECISIONS`."""
+    """A workload by its name; ``name/cosine`` for one with another schedule than OneCycle's, of :data:`SCHEDULES`,
+    ``name/bf16`` for one in another precision than float32, of :data:`PRECISIONS`, and ``name/batch_8`` for one with
+    batches of that size."""
     plain, *variations = name.split("/")
     found = WORKLOADS[plain]
     for variation in variations:
-        found = in_precision(found, variation) if variation in PRECISIONS else replace(found, schedule=variation)
+        if variation in PRECISIONS:
+            found = in_precision(found, variation)
+        elif variation in SCHEDULES:
+            found = replace(found, schedule=variation)
+        else:
+            found = replace(found, batch_size=int(variation.removeprefix("batch_")))
     return replace(found, name=name)

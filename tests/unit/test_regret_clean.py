@@ -15,6 +15,7 @@ import torch
 
 from hdet.bench.measure import Unavailable
 from hdet.bench.regret import clean_data, models, peers, protocol, shipped, tune, unseen_data
+from hdet.bench.regret import runs as regret_runs
 from hdet.bench.regret.__main__ import main, parser, plan_of
 from hdet.bench.regret.clean import CLEAN
 from hdet.bench.regret.collect import _parser as collect_parser
@@ -233,7 +234,7 @@ def test_the_protocol_takes_over_what_the_sweep_has_run(tmp_path, monkeypatch):
         made.extend(runs)
         return map(execute, runs)
 
-    monkeypatch.setattr(protocol, "execute_all", make)
+    monkeypatch.setattr(regret_runs, "execute_all", make)
     assert protocol.main([*options, "--tuning", str(tmp_path / "tuning.jsonl")]) == 0
     assert {(run.contender, run.start) for run in made} == {("one_cycle", 0.1), ("posterior", 1.0), ("posterior", 0.1)}
     found = Store(tmp_path / "runs.jsonl").outcomes

@@ -7,7 +7,9 @@ import math
 import numpy as np
 import pytest
 
-from hdet.bench.regret import forks, peers
+from hdet.bench.regret import forked, forks, peers, runs
+from hdet.bench.regret.outcome import Outcome
+from hdet.bench.regret.runs import Result
 from hdet.bench.regret.workloads import WORKLOADS
 
 SHORT = dataclasses.replace(WORKLOADS["dropout"], steps=60)
@@ -15,7 +17,7 @@ SHORT = dataclasses.replace(WORKLOADS["dropout"], steps=60)
 
 def test_a_run_that_is_kept_is_the_plain_run_and_a_move_at_its_start_another_rate():
     """Dropout draws from torch's global generator, which each fork must find as it was."""
-    run = forks._Run(SHORT, SHORT.tuned, 3)
+    run = forked.PlainRun(SHORT, SHORT.tuned, 3)
     halved = run.copy().finish(0.5)
     run.train_until(20)
     told = run.copy().finish(2.0)
@@ -25,14 +27,14 @@ def test_a_run_that_is_kept_is_the_plain_run_and_a_move_at_its_start_another_rat
 
 
 def test_a_run_that_diverges_is_a_loss_that_is_not_known():
-    assert math.isnan(forks._Run(SHORT, 1e30, 0).finish(1.0))
-    found = forks.fork(SHORT, 1e30, 0)
-    assert found["kept"] is None
-    json.dumps(found, allow_nan=False)
+    assert math.isnan(forked.PlainRun(SHORT, 1e30, 0).finish(1.0))
+    found = forked.fork(SHORT, 1e30, 0)
+    assert math.isnan(found.loss)
+    json.dumps(found.details, allow_nan=False)
 
 
 def test_beside_each_fork_stands_what_the_controller_believes():
-    found = forks.fork(SHORT, 0.25, 0)
+    found = forked.fork(SHORT, SHORT.tuned / 4, 0).details
     early, late = found["0.05"], found["0.3"]
     assert early["evidence"] is None
     assert late["movement"] > 1.5  # the weights move too little
@@ -46,7 +48,7 @@ def made_up(workload, start, best, kept=None):
     loss = {move: 1 + 0.1 * (off - move) ** 2 for move in (-math.log(2), 0.0, math.log(2), off)}
     at = {"halved": loss[-math.log(2)], "doubled": loss[math.log(2)], "told": loss[off]}
     at |= {"movement": math.exp(off), "evidence": None, "estimate": math.exp(off), "trust": 0.0}
-    times = {f"{time:g}": at for time in forks.TIMES}
+    times = {f"{time:g}": at for time in forked.TIMES}
     return {"workload": workload, "start": start, "seed": 0, "steps": 1, "kept": kept or loss[0.0]} | times
 
 
@@ -65,7 +67,7 @@ def test_the_rule_for_a_workload_is_fitted_on_the_others():
     """One of them has it the other way round, and learns from the rest."""
     runs = [made_up(name, start, 1.0) for name in "abcd" for start in (1 / 3, 1.0, 3.0)]
     for run in runs[-3:]:
-        for time in forks.TIMES:
+        for time in forked.TIMES:
             run[f"{time:g}"] = run[f"{time:g}"] | {"movement": 1 / run[f"{time:g}"]["movement"]}
     tuned = {(name, 0): 1.0 for name in "abcd"}
     rules = forks.fit_rules(runs, "0.1", tuned)
@@ -73,7 +75,7 @@ def test_the_rule_for_a_workload_is_fitted_on_the_others():
     assert rules["a"][1] < rules["d"][1] / 2
     shown = forks.report(runs)
     rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in shown.splitlines() if line.startswith("| x")]
-    assert len(rows) == 3 * len(forks.TIMES)
+    assert len(rows) == 3 * len(forked.TIMES)
     for start, _, kept, best, own, _, told, workloads in rows:
         assert workloads == "4"
         assert float(told.split()[0]) == pytest.approx(0, abs=1e-9)
@@ -83,27 +85,31 @@ def test_the_rule_for_a_workload_is_fitted_on_the_others():
 
 def test_the_command_makes_what_is_not_there_and_keeps_it(tmp_path, capsys, monkeypatch):
     monkeypatch.setitem(WORKLOADS, "dropout", SHORT)
-    monkeypatch.setattr(forks, "_job", lambda job: made_up(job[0], job[1], 1.0) | {"seed": job[2], "steps": 60})
+    made = []
 
-    class Here:
-        def __init__(self, *_):
-            pass
+    def execute(run):
+        made.append(run)
+        forks_of = made_up(run.workload, run.start, 1.0)
+        return Result(
+            run, Outcome(forks_of["kept"], 0.0, 1.0, {f"{time:g}": forks_of[f"{time:g}"] for time in forked.TIMES})
+        )
 
-        def __enter__(self):
-            return self
-
-        def __exit__(self, *_):
-            pass
-
-        map = staticmethod(map)
-
-    monkeypatch.setattr(forks, "ProcessPoolExecutor", Here)
-    command = ["--workloads", "dropout", "--starts", "3", "--cache", str(tmp_path / "a" / "forks.jsonl")]
+    monkeypatch.setattr(runs, "execute", execute)
+    command = [
+        "--workers",
+        "1",
+        "--workloads",
+        "dropout",
+        "--starts",
+        "3",
+        "--cache",
+        str(tmp_path / "a" / "forks.jsonl"),
+    ]
     assert forks.main(command) == 0
     first = capsys.readouterr().out
     lines = (tmp_path / "a" / "forks.jsonl").read_text().splitlines()
     assert [json.loads(line)["start"] for line in lines] == [1.0, 3.0]
-    monkeypatch.setattr(forks, "_job", None)
     assert forks.main(command) == 0
+    assert len(made) == 2
     assert capsys.readouterr().out == first
-    assert np.count_nonzero(["| x3 |" in line for line in first.splitlines()]) == len(forks.TIMES)
+    assert np.count_nonzero(["| x3 |" in line for line in first.splitlines()]) == len(forked.TIMES)

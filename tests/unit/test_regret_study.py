@@ -63,7 +63,7 @@ def test_collect_makes_each_run_once(tmp_path, monkeypatch, capsys):
     cache = tmp_path / "new" / "constant.jsonl"
     arguments = ["--workloads", "short", "--multiples", "0.5", "1", "--workers", "1", "--cache", str(cache)]
     assert collect.main(arguments) == 0
-    assert "2 of 2 runs, 2 of them new" in capsys.readouterr().out
+    assert "constant.jsonl: 2 of 2 runs" in capsys.readouterr().out
     kept = Store(cache).outcomes
     assert {(run.contender, run.start, run.seed, run.steps) for run in kept} == {
         ("watched", 0.5, 0, 40),
@@ -382,7 +382,7 @@ def test_a_summary_from_end_to_end(tmp_path, capsys):
 
 
 def test_references_run_when_asked_for_only():
-    assert {name for name, who in CONTENDERS.items() if who.reference} == {*summary.REPEATED[1:], "watched"}
+    assert {name for name, who in CONTENDERS.items() if who.reference} == {*summary.REPEATED[1:], "watched", "forked"}
     repeat = CONTENDERS["repeat_1.001"].run(SHORT, 0.05, 0)
     assert repeat.loss == peers.one_cycle(SHORT, 0.05 * 1.001, 0)
     assert json.dumps(repeat.details) == "{}"

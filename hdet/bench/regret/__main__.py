@@ -7,16 +7,13 @@ import json
 import math
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
-
-from tqdm import tqdm
 
 from hdet.bench.processes import cpus
 from hdet.bench.regret import plot, table
 from hdet.bench.regret.contenders import CONTENDERS
-from hdet.bench.regret.runs import Result, Run, Store, as_json, execute_all, plan
+from hdet.bench.regret.runs import Result, Run, Store, as_json, make, plan
 from hdet.bench.regret.shipped import missing
 from hdet.bench.regret.workloads import CLEAN, FIRST, FURTHER, LONGER, MORE, SCHEDULES, STARTS, UNSEEN, WORKLOADS
 from hdet.bench.report import machine
@@ -26,15 +23,6 @@ _PROGRAM = "python -m hdet.bench.regret"
 _QUICK_WORKLOADS = ("digits_mlp", "digits_conv")
 _GROUPS = {"first": FIRST, "more": MORE, "further": FURTHER, "longer": LONGER, "clean": CLEAN, "unseen": UNSEEN}
 _INTERRUPTED = 130
-
-
-@dataclass(frozen=True)
-class _Misses:
-    """Runs without an outcome."""
-
-    failed: list[Result]
-    unavailable: dict[str, str]
-    """Why, by contender."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -48,9 +36,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     planned = plan_of(options)
     options.output.mkdir(parents=True, exist_ok=True)
     store = Store(options.output / "runs.jsonl")
-    todo = [] if options.report else [run for run in planned if run not in store.outcomes]
     try:
-        misses = _make(todo, store, options.workers, finished=len(planned) - len(todo))
+        misses = make([] if options.report else planned, store, options.workers)
     except KeyboardInterrupt:
         done = sum(run in store.outcomes for run in planned)
         print(f"{_PROGRAM}: interrupted with {done} of {len(planned)} runs; the same command goes on.", file=sys.stderr)
@@ -78,37 +65,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ModuleNotFoundError:
         print("\nno plot: matplotlib is not installed")
     print(f"all runs: {options.output / 'regret.json'}")
-    return _report(misses, options.output)
-
-
-def _make(todo: Sequence[Run], store: Store, workers: int, *, finished: int) -> _Misses:
-    """Make runs, and keep each in the store when it ends."""
-    misses = _Misses([], {})
-    total = finished + len(todo)
-    with tqdm(total=total, initial=finished, desc="hdet.bench.regret", unit="run", file=sys.stderr) as bar:
-        for result in execute_all(todo, workers):
-            if result.unavailable:
-                misses.unavailable[result.run.contender] = result.unavailable
-            else:
-                store.add(result)
-            if result.error:
-                misses.failed.append(result)
-            bar.update()
-    return misses
-
-
-def _report(misses: _Misses, output: Path) -> int:
-    """Say which runs are missing; returns the exit status."""
-    for name, reason in misses.unavailable.items():
-        print(f"skipped: {name}: {reason}", file=sys.stderr)
-    for run, _, error, _ in misses.failed:
-        start = "" if run.start is None else f" x{run.start:.3g}"
-        print(
-            f"failed: {run.workload} {run.contender}{start} seed {run.seed}: {error.splitlines()[-1]}", file=sys.stderr
-        )
-    if misses.failed:
-        print(f"{_PROGRAM}: error: {len(misses.failed)} runs failed; see {output / 'runs.jsonl'}", file=sys.stderr)
-    return 1 if misses.failed else 0
+    return misses.told(options.output / "runs.jsonl")
 
 
 def parser() -> argparse.ArgumentParser:

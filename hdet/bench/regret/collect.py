@@ -9,13 +9,11 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
-from tqdm import tqdm
-
-from hdet.bench.regret.runs import SWEEP, Run, Store, add_options, execute_all, version_of
-from hdet.bench.regret.workloads import WORKLOADS, workload_of
+from hdet.bench.regret.runs import SWEEP, Store, add_options, make, of_contender
+from hdet.bench.regret.workloads import WORKLOADS
 
 CACHE = Path("bench/regret/constant.jsonl")
 """Where the runs are kept by default."""
@@ -23,33 +21,15 @@ CONTENDER = "watched"
 """Whose runs they are."""
 
 
-def runs_for(workloads: Iterable[str], multiples: Iterable[float], seeds: int) -> list[Run]:
-    """The runs of some workloads, seed by seed: whatever ends them early, all have as many, nearly."""
-    return [
-        Run(name, CONTENDER, multiple, seed, workload_of(name).steps, version_of(CONTENDER))
-        for seed in range(seeds)
-        for name in workloads
-        for multiple in multiples
-    ]
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """Make the runs that are not there yet; returns the exit status."""
     options = _parser().parse_args(argv)
     options.cache.parent.mkdir(parents=True, exist_ok=True)
     store = Store(options.cache)
-    planned = runs_for(options.workloads, options.multiples, options.seeds)
-    todo = [run for run in planned if run not in store.outcomes]
-    failed = 0
-    with tqdm(total=len(planned), initial=len(planned) - len(todo), unit="run", file=sys.stderr) as bar:
-        for result in execute_all(todo, options.workers):
-            store.add(result)
-            failed += bool(result.error)
-            bar.update()
-    print(f"{options.cache}: {len(planned) - failed} of {len(planned)} runs, {len(todo) - failed} of them new")
-    if failed:
-        print(f"{failed} runs failed: see {options.cache}", file=sys.stderr)
-    return 1 if failed else 0
+    planned = of_contender(CONTENDER, options.workloads, options.multiples, options.seeds)
+    misses = make(planned, store, options.workers)
+    print(f"{options.cache}: {sum(run in store.outcomes for run in planned)} of {len(planned)} runs")
+    return misses.told(options.cache)
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -9,6 +9,7 @@ from typing import Any
 
 from hdet.bench.regret import peers
 from hdet.bench.regret.autolrs import autolrs
+from hdet.bench.regret.forked import fork
 from hdet.bench.regret.outcome import Outcome
 from hdet.bench.regret.simulation import Setting, simulate
 from hdet.bench.regret.watched import watch
@@ -137,6 +138,12 @@ _REFERENCES = (
         run=watch,
         reference=True,
         describe="OneCycle with a probe that moves nothing; keeps what each round shows.",
+    ),
+    Contender(
+        name="forked",
+        run=fork,
+        reference=True,
+        describe="OneCycle, and its end with half, twice and the tuned learning rate from several times on.",
     ),
 )
 

@@ -20,37 +20,25 @@ Between halved, kept and doubled, log losses are interpolated.
 from __future__ import annotations
 
 import argparse
-import copy
-import json
 import math
 import sys
 from collections.abc import Iterable, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass, field
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
-from torch import nn
-from tqdm import tqdm
 
-from hdet.bench.regret import peers
-from hdet.bench.regret.runs import add_options
-from hdet.bench.regret.simulation import Setting, simulate
+from hdet.bench.regret.forked import TIMES, known
+from hdet.bench.regret.outcome import Outcome
+from hdet.bench.regret.runs import Run, Store, add_options, make, of_contender
 from hdet.bench.regret.summary import mean_and_error
-from hdet.bench.regret.workload import Workload
-from hdet.bench.regret.workloads import WORKLOADS, workload_of
+from hdet.bench.regret.workloads import WORKLOADS
 from hdet.monitor.tables import markdown
-from hdet.steer.observation import Observation
-from hdet.steer.posterior import Belief, Posterior
-from hdet.steer.report import UNKNOWN_JUDGEMENT
 
 CACHE = Path("bench/regret/forks.jsonl")
 """Where the data set is kept by default."""
-TIMES = (0.05, 0.1, 0.2, 0.3)
-"""Shares of the run after which it is forked."""
+CONTENDER = "forked"
+"""Whose runs they are."""
 START_POINTS = (0.1, 1 / 3, 1.0, 3.0, 8.0)
 """In units of the tuned max_lr."""
 HALF = math.log(2)
@@ -58,92 +46,8 @@ _CAP = 0.6
 """Largest excess of a run, also of one that diverged."""
 
 Forks = dict[str, Any]
-"""A run: what identifies it, ``kept``, and by time ``halved``, ``doubled``, ``told``, ``movement``, ``evidence``,
-``estimate``, ``trust``. A loss that is not finite, and what is not known, is null."""
-
-
-# ---------------------------------------------------------------------------------------------------------------- runs
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Shadow(Posterior):
-    """Believes as the default does, and moves nothing."""
-
-    seen: list[tuple[Belief, Observation]] = field(default_factory=list)
-
-    def update(self, belief: Belief, observation: Observation) -> tuple[Belief, float | None]:
-        belief, q = super().update(belief, observation)
-        self.seen.append((belief._replace(gain=1.0), observation))
-        return self.seen[-1][0], q
-
-
-def fork(workload: Workload, start: float, seed: int) -> Forks:
-    """Make a run and its forks, on one thread."""
-    shadow = _Shadow()
-    simulate(workload, start * workload.tuned, seed, Setting(controller=shadow, rollback=False))
-    run = _Run(workload, start * workload.tuned, seed)
-    found: Forks = {"workload": workload.name, "start": start, "seed": seed, "steps": workload.steps}
-    for time in TIMES:
-        run.train_until(round(time * workload.steps))
-        seen = [pair for pair in shadow.seen if pair[1].progress <= time + 1e-9]
-        judged = shadow.judge(*seen[-1]) if seen else UNKNOWN_JUDGEMENT
-        ends = {"halved": 0.5, "doubled": 2.0, "told": 1 / start}
-        found[f"{time:g}"] = {name: _known(run.copy().finish(factor)) for name, factor in ends.items()} | {
-            "movement": _known(judged.centre),
-            "evidence": _known(judged.evidence),
-            "estimate": _known(judged.estimate),
-            "trust": _known(judged.trust),
-        }
-    return found | {"kept": _known(run.finish(1.0))}
-
-
-class _Run:
-    """A plain run that can be copied at any step."""
-
-    def __init__(self, workload: Workload, max_lr: float, seed: int) -> None:
-        self._workload, self._max_lr = workload, max_lr
-        self._model: nn.Module = peers.build(workload, seed)
-        self._optimizer = peers.optimizer_of(workload, self._model, max_lr)
-        self._batches, self._random = peers.batches(seed), torch.get_rng_state()
-        self._shape = peers.shape_of(workload)
-        self._step, self._is_finite = 0, True
-
-    def copy(self) -> _Run:
-        """One that goes on from the same state with the same batches."""
-        other = copy.copy(self)
-        other._model, other._optimizer = copy.deepcopy((self._model, self._optimizer))
-        other._batches = torch.Generator()
-        other._batches.set_state(self._batches.get_state())
-        return other
-
-    def train_until(self, step: int, factor: float = 1.0) -> None:
-        """Train with ``factor`` times the learning rate."""
-        torch.set_rng_state(self._random)
-        while self._step < step and self._is_finite:
-            for group in self._optimizer.param_groups:
-                group["lr"] = self._max_lr * self._shape[self._step] * factor
-            batch = self._workload.draw(self._workload.batch_size, self._batches)
-            self._is_finite = math.isfinite(peers.backward(self._workload, self._model, batch))
-            if self._is_finite:
-                self._optimizer.step()
-            self._step += 1
-        self._random = torch.get_rng_state()
-
-    def finish(self, factor: float) -> float:
-        """The validation loss at the end of the run; NaN if it diverged."""
-        self.train_until(self._workload.steps, factor)
-        if not self._is_finite:
-            return math.nan
-        return peers.evaluate(self._workload, self._model, self._workload.validation())
-
-
-def _known(value: float | None) -> float | None:
-    return value if value is not None and math.isfinite(value) else None
-
-
-def _job(job: tuple[str, float, int]) -> Forks:
-    torch.set_num_threads(1)
-    return fork(workload_of(job[0]), *job[1:])
+"""A run: what identifies it, ``kept``, and by time what :func:`hdet.bench.regret.forked.fork` found. A loss that is not
+finite, and what is not known, is ``None``."""
 
 
 # --------------------------------------------------------------------------------------------------------------- table
@@ -226,25 +130,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Make the runs that are not there yet and print the table; returns the exit status."""
     options = _parser().parse_args(argv)
     options.cache.parent.mkdir(parents=True, exist_ok=True)
-    lines = options.cache.read_text(encoding="utf-8").splitlines() if options.cache.exists() else []
-    runs: dict[tuple[str, float, int], Forks] = {}
-    for run in map(json.loads, lines):
-        if run["steps"] == workload_of(run["workload"]).steps:
-            runs[run["workload"], run["start"], run["seed"]] = run
-    starts = sorted({1.0, *options.starts})
-    jobs = [(name, start, seed) for seed in range(options.seeds) for name in options.workloads for start in starts]
-    todo = [job for job in jobs if job not in runs]
-    with (
-        ProcessPoolExecutor(options.workers, get_context("spawn")) as pool,
-        options.cache.open("a", encoding="utf-8") as file,
-    ):
-        for run in tqdm(pool.map(_job, todo), total=len(todo), unit="run", file=sys.stderr):
-            runs[run["workload"], run["start"], run["seed"]] = run
-            file.write(json.dumps(run, allow_nan=False) + "\n")
-            file.flush()
+    store = Store(options.cache)
+    planned = of_contender(CONTENDER, options.workloads, sorted({1.0, *options.starts}), options.seeds)
+    misses = make(planned, store, options.workers)
     print("In percent over the tuned run, mean over workloads ± standard error.\n")
-    print(report([runs[job] for job in jobs]))
-    return 0
+    print(report([forks_of(run, store.outcomes[run]) for run in planned if run in store.outcomes]))
+    return misses.told(options.cache)
+
+
+def forks_of(run: Run, outcome: Outcome) -> Forks:
+    """A run and its forks, as the table takes them."""
+    found: Forks = {"workload": run.workload, "start": run.start, "seed": run.seed, "kept": known(outcome.loss)}
+    return found | outcome.details
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -32,12 +32,10 @@ import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from tqdm import tqdm
-
 from hdet.bench.regret import models, peers
 from hdet.bench.regret.contenders import CONTENDERS, ORACLE, REPEATS
 from hdet.bench.regret.outcome import Outcome
-from hdet.bench.regret.runs import Result, Run, Store, execute_all, version_of
+from hdet.bench.regret.runs import Result, Run, Store, make, version_of
 from hdet.bench.regret.shipped import missing
 from hdet.bench.regret.summary import excess, mean_and_error
 from hdet.bench.regret.tune import CACHE, Sweep
@@ -181,23 +179,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     planned = [run for name in options.stages for run in stage(name, options.workloads)]
     if options.tuning.exists():
         _take_over(planned, store, Sweep(options.tuning))
-    todo = [run for run in planned if run not in store.outcomes]
-    failed = 0
-    with tqdm(total=len(planned), initial=len(planned) - len(todo), unit="run", file=sys.stderr) as bar:
-        for result in execute_all(todo, options.workers):
-            if result.unavailable:
-                print(f"skipped: {result.run.workload} {result.run.contender}: {result.unavailable}", file=sys.stderr)
-            else:
-                store.add(result)
-            failed += bool(result.error)
-            bar.update()
+    misses = make(planned, store, options.workers)
     if "watched" in options.stages:
         print(law_table(store))
     if not {"schedules", "precision", "batches"}.isdisjoint(options.stages):
         print(variations_table(store))
-    if failed:
-        print(f"{failed} runs failed: see {options.output / 'runs.jsonl'}", file=sys.stderr)
-    return 1 if failed else 0
+    return misses.told(options.output / "runs.jsonl")
 
 
 def _parser() -> argparse.ArgumentParser:

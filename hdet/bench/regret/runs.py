@@ -6,15 +6,17 @@ import argparse
 import json
 import math
 import signal
+import sys
 import traceback
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from tqdm import tqdm
 
 from hdet.bench.measure import Unavailable
 from hdet.bench.processes import cpus
@@ -78,6 +80,16 @@ def plan(
             version = version_of(name)
             found |= {Run(workload, name, start, seed, steps, version): None for start in own for seed in range(seeds)}
     return sorted(found, key=lambda run: run.seed)  # whatever ends it early, all have as many seeds, nearly
+
+
+def of_contender(contender: str, workloads: Iterable[str], starts: Sequence[float], seeds: int) -> list[Run]:
+    """The runs of one contender, seed by seed: whatever ends them early, all have as many, nearly."""
+    return [
+        Run(name, contender, start, seed, workload_of(name).steps, version_of(contender))
+        for seed in range(seeds)
+        for name in workloads
+        for start in starts
+    ]
 
 
 def add_options(parser: argparse.ArgumentParser, cache: Path) -> None:
@@ -189,3 +201,44 @@ def _plain(value: Any) -> Any:
     if isinstance(value, (list, tuple)):
         return [_plain(inner) for inner in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+@dataclass(frozen=True)
+class Misses:
+    """Runs without an outcome."""
+
+    failed: list[Result]
+    unavailable: dict[str, str]
+    """Why, by contender."""
+
+    def told(self, path: Path) -> int:
+        """Say which they are, on stderr; returns the exit status.
+
+        Args:
+            path: where their errors are written down.
+        """
+        for name, reason in self.unavailable.items():
+            print(f"skipped: {name}: {reason}", file=sys.stderr)
+        for run, _, error, _ in self.failed:
+            start = "" if run.start is None else f" x{run.start:.3g}"
+            last = error.splitlines()[-1]
+            print(f"failed: {run.workload} {run.contender}{start} seed {run.seed}: {last}", file=sys.stderr)
+        if self.failed:
+            print(f"error: {len(self.failed)} runs failed; see {path}", file=sys.stderr)
+        return 1 if self.failed else 0
+
+
+def make(planned: Sequence[Run], store: Store, workers: int) -> Misses:
+    """Make the runs that are not in the store, and keep each there when it ends."""
+    todo = [run for run in planned if run not in store.outcomes]
+    misses = Misses([], {})
+    with tqdm(total=len(planned), initial=len(planned) - len(todo), unit="run", file=sys.stderr) as bar:
+        for result in execute_all(todo, workers):
+            if result.unavailable:
+                misses.unavailable[result.run.contender] = result.unavailable
+            else:
+                store.add(result)
+            if result.error:
+                misses.failed.append(result)
+            bar.update()
+    return misses

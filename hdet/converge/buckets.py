@@ -60,7 +60,7 @@ class Bucket:
         """The same, and how many elements of the wire are not finite or beyond the limit, as a 0-dim int64 tensor."""
         if memory is None:
             memory = torch.empty(self.numel, dtype=self.dtype, device=self.device)
-        wire = memory.narrow(0, 0, self.numel)
+        wire = memory if memory.numel() == self.numel else memory.narrow(0, 0, self.numel)
         if self.dtype.is_floating_point:
             return wire, ops.pack(wire, self._staged(), scale, anchor, limit)
         torch._foreach_copy_(self._slots(wire), self.pieces)

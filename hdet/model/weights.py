@@ -137,10 +137,13 @@ def groups_of(tensors: Iterable[Tensor], optimizer: Optimizer) -> list[int]:
 def reshard(models: Iterable[nn.Module]) -> None:
     """Free the gathered parameters of FSDP2 modules. After a forward pass without a backward pass a root module keeps
     them: its parameters would not be the shards, and would not follow a change of these."""
+    kind: Any = getattr(sys.modules.get("torch.distributed.fsdp"), "FSDPModule", None)
+    if kind is None or not kind.__subclasses__():  # fully_shard() derives one: without it there is nothing to look for
+        return
     for model in models:
         for module in model.modules():
-            if is_instance(module, "torch.distributed.fsdp", "FSDPModule"):
-                module.reshard()  # type: ignore[operator]
+            if isinstance(module, kind):
+                module.reshard()
 
 
 def is_sharded(models: Iterable[nn.Module]) -> bool:

@@ -100,11 +100,12 @@ class LoadWatch:
         """By device, some elements of every tensor."""
         by_device: dict[torch.device, list[Tensor]] = {}
         for tensor in self._tensors():
-            flat = tensor.detach().flatten()
-            part = flat[:: max(1, flat.numel() // _ELEMENTS)][:_ELEMENTS]
+            part = tensor.flatten()
+            if part.numel() > _ELEMENTS:
+                part = part[:: part.numel() // _ELEMENTS][:_ELEMENTS]
             part = torch.view_as_real(part).flatten() if part.is_complex() else part
             by_device.setdefault(tensor.device, []).append(part.float() if part.element_size() < 4 else part)
-        return [torch.cat([part.double() for part in parts]) for parts in by_device.values()]
+        return [torch.cat(parts).double() for parts in by_device.values()]
 
 
 class _Sign:

@@ -58,12 +58,12 @@ class Snapshot:
         self._state = {p: {k: self._copy_of(p, k, v) for k, v in s.items()} for p, s in self._optimizer.state.items()}
         pairs = zip(self._optimizer.param_groups, group_state(self._optimizer), strict=True)
         self._groups = [{key: copy.deepcopy(group[key]) for key in keys} for group, keys in pairs]
-        early = self._early if self._versions == self._trained_versions() else []
-        found = {id(t): copied for t, copied in zip(self._tensors(), self._copies, strict=True)}
-        for module, key, buffer in early:
-            copied = found.get(id(module._buffers.get(key)))  # type: ignore[assignment]
-            if copied is not None and copied.shape == buffer.shape:
-                copied.copy_(local(buffer))
+        if self._early and self._versions == self._trained_versions():
+            found = {id(t): copied for t, copied in zip(self._tensors(), self._copies, strict=True)}
+            for module, key, buffer in self._early:
+                copied = found.get(id(module._buffers.get(key)))  # type: ignore[assignment]
+                if copied is not None and copied.shape == buffer.shape:
+                    copied.copy_(local(buffer))
         self._early, self._versions = [], []
 
     def is_finite(self) -> bool:

@@ -110,9 +110,11 @@ def _norms(tensors: Sequence[Tensor]) -> Tensor:
     """[tensor] norm, fp64; tensors of one device and dtype."""
     parts = [t.reshape(-1).split(_TOGETHER) if t.numel() > _TOGETHER else (t,) for t in tensors]
     flat = [part for of_one in parts for part in of_one]
-    norms = iter(torch._foreach_norm(flat, 2, dtype=torch.promote_types(flat[0].dtype, torch.float32)))
-    found = [[next(norms).double() for _ in of_one] for of_one in parts]
-    return torch.stack([of_one[0] if len(of_one) == 1 else torch.stack(of_one).norm() for of_one in found])
+    norms = torch.stack(torch._foreach_norm(flat, 2, dtype=torch.promote_types(flat[0].dtype, torch.float32))).double()
+    if len(flat) == len(parts):
+        return norms
+    by_tensor = norms.split([len(of_one) for of_one in parts])
+    return torch.stack([of_one[0] if len(of_one) == 1 else of_one.clone().norm() for of_one in by_tensor])
 
 
 def movement(squares: Sequence[Sequence[float]], own: Sequence[float]) -> float:

@@ -145,7 +145,8 @@ class Bucket:
     def _slots(self, wire: Tensor) -> list[Tensor]:
         """The wire cut into views of the pieces' shapes."""
         slots = wire.split([piece.numel() for piece in self.pieces])
-        return [slot.view(piece.shape) for slot, piece in zip(slots, self.pieces, strict=True)]
+        pairs = zip(slots, self.pieces, strict=True)
+        return [slot if piece.dim() == 1 else slot.view(piece.shape) for slot, piece in pairs]
 
 
 def fill_buckets(
@@ -170,7 +171,7 @@ def fill_buckets(
         for view in _views(tensor):
             start, length = 0, view.numel()
             while start < length:
-                bucket = filling.setdefault(kind, Bucket(*kind))
+                bucket = filling.get(kind) or filling.setdefault(kind, Bucket(*kind))
                 take = min(length - start, capacity - bucket.numel) if view.dim() == 1 else length
                 bucket.pieces.append(view.narrow(0, start, take) if take < length else view)
                 bucket.numel += take
@@ -199,7 +200,7 @@ def _views(tensor: Tensor) -> list[Tensor]:
             tensor = tensor.narrow(dim, 0, 1)
     if tensor.numel() == 0:
         return []
-    if _is_dense(tensor):  # any order of dimensions, channels_last too
+    if tensor.is_contiguous() or _is_dense(tensor):  # any order of dimensions, channels_last too
         return [tensor.as_strided((tensor.numel(),), (1,))]
     return [tensor]
 

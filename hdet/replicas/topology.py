@@ -7,6 +7,7 @@ import numbers
 import time
 from collections.abc import Callable, Sequence
 from datetime import timedelta
+from functools import cached_property
 from typing import Any, TypeVar
 
 import torch
@@ -130,7 +131,7 @@ class Replicas:
     def device_for(self, tensor: Tensor) -> torch.device:
         """The device on which ``tensor``'s bucket must be to be sent: its own if the backend supports it, else one that
         the backend supports."""
-        if not self._is_active or tensor.device.type in self._device_types():
+        if not self._is_active or tensor.device.type in self._device_types:
             return tensor.device
         return self._device()
 
@@ -301,6 +302,7 @@ class Replicas:
             self._group = _group_of(self.peers)
         return self._group
 
+    @cached_property
     def _device_types(self) -> list[str]:
         # e.g. {"cpu": "gloo", "cuda": "nccl"}; "cpu:gloo,cuda:nccl" configures both.
         config = str(dist.get_backend_config(self._all_ranks_group()))
@@ -308,7 +310,7 @@ class Replicas:
 
     def _device(self) -> torch.device:
         """The device of small messages: the CPU if the backend supports it, which saves a device synchronisation."""
-        types = self._device_types()
+        types = self._device_types
         if "cpu" in types:
             return torch.device("cpu")
         return torch.device(types[0], torch.accelerator.current_device_index())

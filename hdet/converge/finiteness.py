@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.parameter import is_lazy
 
-from hdet.converge.state_entries import Value, is_plain
+from hdet.converge.state_entries import is_plain
 from hdet.model.fingerprint import SMALL
 from hdet.model.finite import all_finite, is_float, wide
 from hdet.model.weights import local
@@ -102,24 +103,23 @@ class StateDesign:
         self._is_torch = is_torch
         self._infinite: dict[object, bool] = {}
 
-    def allows(self, values: Sequence[Value]) -> bool:
-        """Whether all values are as finite as they must be."""
+    def allows(self, values: Sequence[tuple[object, Any]]) -> bool:
+        """Whether all values, each with the keys that lead to it, are as finite as they must be."""
         if not self._is_torch:
             self._look(values)
-        floats = [v for v in values if not self._infinite.get(v.entry.path)]
-        tensors = [local(v.current) for v in floats if isinstance(v.current, Tensor)]
-        if any(not math.isfinite(v.current) for v in floats if isinstance(v.current, float)):
+        floats = [x for path, x in values if not self._infinite.get(path)]
+        tensors = [local(x) for x in floats if isinstance(x, Tensor)]
+        if any(isinstance(x, float) and not math.isfinite(x) for x in floats):
             return False
         if not all_finite(t for t in tensors if t.numel() and is_plain(t)):
             return False
-        infinite = [v.current for v in values if self._infinite.get(v.entry.path)]
-        return not any(_has_nan(x) for x in infinite)
+        return not any(_has_nan(x) for path, x in values if self._infinite.get(path))
 
-    def _look(self, values: Sequence[Value]) -> None:
+    def _look(self, values: Sequence[tuple[object, Any]]) -> None:
         new: dict[object, bool] = {}
-        for v in values:
-            if v.entry.path not in self._infinite:
-                new[v.entry.path] = new.get(v.entry.path, True) and _is_infinite(v.current)
+        for path, x in values:
+            if path not in self._infinite:
+                new[path] = new.get(path, True) and _is_infinite(x)
         self._infinite |= new
 
 

@@ -116,7 +116,7 @@ class OptimizerState:
         self._warn_of_quantised()
         layout = digest([value.entry for value in values])
         reads_all, bits = averages or verifies or self._watches, -1
-        finite = self._design.allows(values) if reads_all else self._is_finite()
+        finite = self._design.allows(self._sync.leaves()) if reads_all else self._is_finite()
         finite = finite and all(math.isfinite(float(value.current)) for value in self._sync.group_values())
         if verifies:
             bits = digest([layout, *(fingerprint_of(value.current) for value in values)])
@@ -128,9 +128,9 @@ class OptimizerState:
         if self._is_idle and not self._watches:
             return True
         if self._watches:
-            return self._design.allows(list(self._sync.values()))
+            return self._design.allows(self._sync.leaves())
         self._part = (self._part + 1) % PARTS
-        return self._design.allows(list(self._sync.values(part=self._part, parts=PARTS)))
+        return self._design.allows(self._sync.leaves(self._part, PARTS))
 
     @torch.no_grad()
     def converge(

@@ -64,8 +64,8 @@ def values_of(index: int, parameter: Tensor, state: Any) -> list[Value]:
     ``None``, flags, names and foreign objects are passed over. If any value is quantised all of them count as such:
     codes averaged without their scales, or scales without their codes, would mean nothing.
     """
-    values = list(_walk(index, (), state, tuple(local(parameter).shape), parameter.device))
-    if any(value.entry.kind == "quantised" for value in values):
+    values = list(raw_values_of(index, parameter, state))
+    if "quantised" in [value.entry.kind for value in values]:
         return [Value(v.entry._replace(kind="quantised", is_weight=False), v.container) for v in values]
     return values
 
@@ -85,27 +85,32 @@ def values_in_group(index: int, group: dict[str, Any], keys: Iterable[str]) -> I
 
 def raw_values_of(index: int, parameter: Tensor, state: Any) -> Iterator[Value]:
     """The same, each value by its own kind whatever the others are."""
-    return _walk(index, (), state, tuple(local(parameter).shape), parameter.device)
+    whole, device = tuple(local(parameter).shape), parameter.device
+    for path, container, value in leaves(state):
+        key = path[-1]
+        if isinstance(value, Tensor):
+            shard = local(value)
+            kind, shape, on_device = _kind(shard, key), tuple(shard.shape), value.device == device
+            is_weight = key in _WEIGHTS and shape == whole and kind == "mean"
+            yield Value(Entry(index, path, kind, shape, str(shard.dtype), on_device, is_weight), container)
+        else:
+            kind = "counter" if isinstance(value, int) or key in _COUNTERS else "number"
+            yield Value(Entry(index, path, kind, (), type(value).__name__, False, False), container)
 
 
-def _walk(index: int, path: tuple[Any, ...], container: Any, shape: tuple[int, ...], device: Any) -> Iterator[Value]:
+def leaves(container: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[tuple[Any, ...], Any, Any]]:
+    """The same values in the same order, without saying what each is: its path, what holds it, and the value itself."""
     is_dict = isinstance(container, dict)
     items = sorted(container.items(), key=lambda item: str(item[0])) if is_dict else enumerate(container)
     for key, value in items:
         at = (*path, key)
         if isinstance(value, (dict, list, tuple)):
-            yield from _walk(index, at, value, shape, device)
+            yield from leaves(value, at)
         elif isinstance(value, Tensor):
-            shard = local(value)
-            if shard.dtype == torch.bool:
-                continue
-            kind = _kind(shard, key)
-            is_weight = key in _WEIGHTS and tuple(shard.shape) == shape and kind == "mean"
-            on_device = value.device == device
-            yield Value(Entry(index, at, kind, tuple(shard.shape), str(shard.dtype), on_device, is_weight), container)
+            if local(value).dtype != torch.bool:
+                yield at, container, value
         elif isinstance(value, (int, float)) and not isinstance(value, bool) and not isinstance(container, tuple):
-            kind = "counter" if isinstance(value, int) or key in _COUNTERS else "number"
-            yield Value(Entry(index, at, kind, (), type(value).__name__, False, False), container)
+            yield at, container, value
 
 
 def _kind(tensor: Tensor, key: Any) -> str:

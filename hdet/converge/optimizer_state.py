@@ -27,7 +27,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from hdet.converge.finiteness import StateDesign
-from hdet.converge.state_entries import fingerprint_of, raw_values_of
+from hdet.converge.state_entries import Value, fingerprint_of, raw_values_of
 from hdet.converge.state_sync import StateSync
 from hdet.errors import ReplicaMismatchError
 from hdet.replicas.agreement import digest
@@ -98,6 +98,8 @@ class OptimizerState:
         self._design = StateDesign(is_torch=type(optimizer).__module__.startswith("torch.optim"))
         self._may_reset = policy == "reset" and not (automatic and self._is_idle)
         self._inspections = self._part = 0
+        # What inspect() has listed, for the converge() that follows and no later one: no step lies between the two.
+        self._values: list[Value] | None = None
         self._has_weights = False
         self._has_warned = False
 
@@ -107,12 +109,13 @@ class OptimizerState:
         under ``verify`` at the converges that :data:`ALWAYS_CHECKED` and :data:`CHECKED_EVERY` name."""
         if self._is_idle:
             return NOT_INSPECTED._replace(finite=self._is_finite())
+        self._values = None
         is_checked = self._inspections < ALWAYS_CHECKED or self._inspections % CHECKED_EVERY == 0
         self._inspections += 1
         averages, verifies = self.policy == "average", self.policy == "verify" and is_checked
         if not (averages or is_checked or self._has_weights):
             return NOT_INSPECTED._replace(finite=self._is_finite())
-        values = list(self._sync.values())
+        values = self._values = list(self._sync.values())
         self._warn_of_quantised()
         layout = digest([value.entry for value in values])
         reads_all, bits = averages or verifies or self._watches, -1
@@ -154,6 +157,7 @@ class OptimizerState:
             if complete and self._may_reset:
                 self._reset()
             return tuple(excluded), 0
+        values, self._values = self._values, None
         self._has_weights = self._has_weights or any(one.has_weights for one in inspections)
         everyone = range(self._replicas.size)
         sources = [r for r in everyone if r not in excluded and inspections[r].finite]
@@ -168,12 +172,12 @@ class OptimizerState:
         layouts = [one.layout for one in inspections]
         sent = 0
         if self.policy == "average" and not is_late:
-            sent += self._sync.run(layouts, sources, lambda entry: entry.kind != "quantised", copy=False)
+            sent += self._sync.run(layouts, sources, lambda entry: entry.kind != "quantised", values, copy=False)
             self._warn_of_quantised()
         elif self._has_weights or (self._may_reset and any(True for _ in self._sync.group_values())):
             in_groups = len(self._sync.parameters()) if self._may_reset else math.inf
             sent += self._sync.run(
-                layouts, sources, lambda entry: entry.is_weight or entry.parameter >= in_groups, copy=False
+                layouts, sources, lambda entry: entry.is_weight or entry.parameter >= in_groups, values, copy=False
             )
         if complete and self._may_reset:
             self._reset()

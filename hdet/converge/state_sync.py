@@ -110,6 +110,7 @@ class StateSync:
         layouts: Sequence[int] | None,
         sources: Sequence[int],
         selected: Callable[[Entry], bool],
+        values: Iterable[Value] | None = None,
         *,
         copy: bool,
     ) -> int:
@@ -120,6 +121,7 @@ class StateSync:
             layouts: every replica's hash of its entries; ``None`` to gather them here.
             sources: replicas whose state is valid.
             selected: whether an entry is meant.
+            values: what :meth:`values` has just returned; ``None`` to ask it.
 
         Returns:
             The bytes this rank sent.
@@ -133,8 +135,9 @@ class StateSync:
         substitutes: dict[int, Any] = {}
         if len(set(layouts)) > 1:
             sources_of, substitutes = self._reconcile(sources, copy=copy)
+            values = None  # it may have made or dropped some
         by_sources: dict[tuple[int, ...], list[Value]] = {}
-        for value in self.values(substitutes):
+        for value in self.values(substitutes) if values is None else values:
             if selected(value.entry):
                 own = tuple(sources if sources_of is None else sources_of[value.entry.parameter])
                 if own:

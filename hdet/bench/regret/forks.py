@@ -140,8 +140,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def forks_of(run: Run, outcome: Outcome) -> Forks:
     """A run and its forks, as the table takes them."""
-    found: Forks = {"workload": run.workload, "start": run.start, "seed": run.seed, "kept": known(outcome.loss)}
-    return found | outcome.details
+    identity = {"workload": run.workload, "start": run.start, "seed": run.seed}
+    return {**identity, "kept": known(outcome.loss), **outcome.details}
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -475,3 +475,5 @@ _add("ops.backend", lambda folder: Call(hdet.ops.backend, {}))
 _add("ops.pack", lambda folder: Call(hdet.ops.pack, {"wire": torch.empty(4), "pieces": [torch.ones(4)]}))
 _add("ops.unpack", lambda folder: Call(hdet.ops.unpack, {"wire": torch.ones(4), "pieces": [torch.ones(4)]}))
 _add("ops.all_finite", lambda folder: Call(hdet.ops.all_finite, {"pieces": [torch.ones(4)]}))
+_RATES: dict[str, Any] = {"lrs": [torch.zeros(())], "schedule": [0.1], "gain": [2.0], "multiplier": [1.1]}
+_add("ops.scale_rates", lambda folder: Call(hdet.ops.scale_rates, _RATES | {"lrs": [torch.zeros(())]}))

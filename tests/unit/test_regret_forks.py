@@ -7,7 +7,7 @@ import math
 import numpy as np
 import pytest
 
-from hdet.bench.regret import forked, forks, peers, runs
+from hdet.bench.regret import forked, forks, peers, resumed, runs
 from hdet.bench.regret.outcome import Outcome
 from hdet.bench.regret.runs import Result
 from hdet.bench.regret.workloads import WORKLOADS
@@ -113,3 +113,14 @@ def test_the_command_makes_what_is_not_there_and_keeps_it(tmp_path, capsys, monk
     assert len(made) == 2
     assert capsys.readouterr().out == first
     assert np.count_nonzero(["| x3 |" in line for line in first.splitlines()]) == len(forked.TIMES)
+
+
+def test_a_run_goes_on_with_another_length(monkeypatch, capsys):
+    short = dataclasses.replace(WORKLOADS["regression"], steps=40)
+    straight = resumed.train(short, 0, ours=False)
+    assert straight == peers.one_cycle(short, short.tuned, 0)
+    assert resumed.train(short, 0, ours=False, stop=20) == straight  # of the same length after all
+    assert resumed.train(short, 0, ours=False, stop=10) != straight
+    monkeypatch.setitem(WORKLOADS, "regression", short)
+    assert resumed.main(["--workloads", "regression", "--seeds", "2"]) == 0
+    assert "| all | " in capsys.readouterr().out

@@ -9,6 +9,7 @@
 #include <optional>
 #include <stdexcept>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include <torch/csrc/stable/library.h>
@@ -107,16 +108,18 @@ inline std::vector<Rate> rates_of(const Tensors& lrs, int32_t device_type,
   for (const Numbers* numbers : factors)
     if (numbers->size() != lrs.size()) reject("schedule, gain and multiplier", "must hold one number for each of lrs");
   std::vector<Rate> rates;
-  std::vector<void*> memory;
+  std::vector<std::pair<uintptr_t, uintptr_t>> memory;
   for (const Piece& piece : table_of(lrs, device_type, "lrs")) {
     if (piece.end - piece.begin != 1) reject("lrs", "must have one element each");
     if (piece.dtype != kFloat32 && piece.dtype != kFloat64) reject("lrs", "must be float32 or float64");
     rates.push_back({piece.data, piece.dtype});
-    memory.push_back(piece.data);
+    const uintptr_t begin = reinterpret_cast<uintptr_t>(piece.data);
+    memory.emplace_back(begin, begin + (piece.dtype == kFloat64 ? 8 : 4));
   }
   if (rates.size() != lrs.size()) reject("lrs", "must have one element each");
   std::sort(memory.begin(), memory.end());
-  if (std::adjacent_find(memory.begin(), memory.end()) != memory.end()) reject("lrs", "must not share memory");
+  for (size_t i = 1; i < memory.size(); ++i)
+    if (memory[i].first < memory[i - 1].second) reject("lrs", "must not share memory");
   return rates;
 }
 

@@ -219,7 +219,7 @@ FIRST_FILES: list[tuple[str, str]] = [
 ROUNDS = "hdet/ensemble/rounds.py"
 WALK: list[Step] = [
     Step(
-        "hdet/lr_scheduler.py", "ensemble.end_step(loss, batch, rates)", "hands the loss on, before the schedule's own step."
+        "hdet/lr_scheduler.py", "ensemble.end_step(loss, batch)", "hands the loss on, before the schedule's own step."
     ),
     Step(ROUNDS, "checked = self._observe.check(loss)", "makes sure that it is one, before anything changes."),
     Step(

@@ -15,7 +15,7 @@ from hdet.explore import ParamGroupField, copied, hand_over, keep_fan_out, like
 from hdet.model import check_unsharded
 from hdet.monitor import Report
 from hdet.observe import Loss, check_loss
-from hdet.schedules.advance import advance, is_plain, upcoming
+from hdet.schedules.advance import advance, is_plain
 from hdet.schedules.forecast import forecast
 from hdet.schedules.saved import check_scheduler_state
 from hdet.settings import Resolved, Settings, resolve
@@ -175,13 +175,8 @@ class OneCycleLR(lr_scheduler.OneCycleLR):
             self._check_open()
             _step_schedule(self, epoch)
         else:
-            ahead = upcoming(self) if epoch is None and self._is_plain else None
-            rates = None if ahead is None else ahead[0]
-            ensemble.end_step(loss, batch, rates)
-            if epoch is None and self._is_plain:
-                advance(self, ahead)
-            else:
-                _step_schedule(self, epoch)
+            ensemble.end_step(loss, batch)
+            rates = advance(self) if epoch is None and self._is_plain else _step_schedule(self, epoch)
             ensemble.fan_out(rates)
 
     def each(self, micro_batches: Iterable[Any]) -> Iterator[Any]:
@@ -228,8 +223,8 @@ class OneCycleLR(lr_scheduler.OneCycleLR):
         state.pop("_ensemble", None)
         state.pop("_is_closed", None)
         if self._ensemble is not None:
-            pairs = zip(self.optimizer.param_groups, self._ensemble.get_base_lr(), strict=True)
-            state["_last_lr"] = [like(group["lr"], lr) for group, lr in pairs]
+            groups = self.optimizer.param_groups
+            state["_last_lr"] = [like(group["lr"], lr) for group, lr in zip(groups, self._last_lr, strict=False)]
             state["hdet"] = self._ensemble.own_state()
         return state
 

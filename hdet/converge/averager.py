@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from hdet.converge.buckets import Bucket, Rates, fill_buckets
+from hdet.converge.buckets import Bucket, fill_buckets
 from hdet.converge.comparison import compare_untrained
 from hdet.converge.delta import DeltaReference
 from hdet.converge.finiteness import Design
@@ -161,12 +161,7 @@ class Averager:
 
     @torch.no_grad()
     def average(
-        self,
-        inspections: Sequence[Inspection],
-        slow: SlowAverage | None = None,
-        *,
-        return_points: bool = False,
-        rates: Rates | None = None,
+        self, inspections: Sequence[Inspection], slow: SlowAverage | None = None, *, return_points: bool = False
     ) -> Averaged:
         """Average now. Collective: every replica must call it, with the same layout.
 
@@ -175,8 +170,6 @@ class Averager:
             slow: moved towards the mean, in the pass that writes it.
             return_points: return this replica's :class:`Point` in every bucket: memory for two copies of the
                 parameters.
-            rates: learning rates to write in the launch that writes the mean. Where there is none on their device, or
-                nothing to average, they are left as they are.
 
         Raises:
             DivergedError: on every replica, with nothing changed, if none of them is finite.
@@ -191,13 +184,11 @@ class Averager:
             self._reference.drop()  # a difference of large values may overflow, too
 
         def finish(flight: InFlight) -> None:
-            nonlocal rescaled, rates
+            nonlocal rescaled
             flight.wait()
             if flight.has_overflowed():
                 flight, rescaled = self._sum_again(flight, excluded), True
-            now = rates if rates and flight.bucket.takes(rates) else None
-            squares.append(self._write_mean(flight, slow, now))
-            rates = None if now else rates
+            squares.append(self._write_mean(flight, slow))
             if flight.snapshot is not None:
                 points.append(self._point_of(flight, excluded))
 
@@ -365,11 +356,11 @@ class Averager:
         """How many wires are summed for a mean."""
         return (self._replicas.size - len(excluded)) * (self._replicas.members if self.all_ranks else 1)
 
-    def _write_mean(self, flight: InFlight, slow: SlowAverage | None, rates: Rates | None) -> Tensor:
+    def _write_mean(self, flight: InFlight, slow: SlowAverage | None) -> Tensor:
         """Returns this replica's squared distance from the mean in the bucket, before writing."""
         if slow is None or flight.index is None:
-            return flight.bucket.unpack(flight.wire, flight.count or 1, anchor=flight.anchor, rates=rates)
-        return slow.unpack(flight.index, flight.bucket, flight.wire, flight.count, flight.anchor, rates)
+            return flight.bucket.unpack(flight.wire, flight.count or 1, anchor=flight.anchor)
+        return slow.unpack(flight.index, flight.bucket, flight.wire, flight.count, flight.anchor)
 
     def _point_of(self, flight: InFlight, excluded: tuple[int, ...]) -> Point:
         assert flight.snapshot is not None

@@ -18,9 +18,6 @@ from torch import Tensor
 from hdet.model.finite import all_finite
 from hdet.ops import _unchecked as ops
 
-Rates = tuple[list[Tensor], Tensor]
-"""Learning rates of one element each, and fp64 [schedule, gain, multiplier][rate] on their device, whose product is to
-be written into them."""
 _PACKABLE = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 
 
@@ -73,29 +70,22 @@ class Bucket:
         slow: Tensor | None = None,
         slow_decay: float = 0.0,
         anchor: Tensor | None = None,
-        rates: Rates | None = None,
     ) -> Tensor:
         """Write ``wire / divisor`` into the tensors, in place; returns ``sum((piece - wire / divisor)**2)`` over the
         pieces as they were, as a 0-dim float64 tensor (for integers, which are not divided: 0).
 
         ``slow``, flat like the wire, moves towards the mean by ``1 - slow_decay``. With an ``anchor``, which becomes
-        the mean, ``anchor + wire / divisor`` is written, and with ``rates`` their learning rates, if it
-        :meth:`takes` them; see :func:`hdet.ops.unpack`."""
+        the mean, ``anchor + wire / divisor`` is written; see :func:`hdet.ops.unpack`."""
         if not self.dtype.is_floating_point:
             torch._foreach_copy_(self.pieces, self._slots(wire))
             return torch.zeros((), dtype=torch.float64, device=self.device)
         staged = self._staged()
-        lrs, factors = rates or ((), (None, None, None))
-        squared_distance = ops.unpack(wire, staged, divisor, anchor, slow, slow_decay, lrs, *factors)
+        squared_distance = ops.unpack(wire, staged, divisor, anchor, slow, slow_decay)
         if staged is not self.pieces:
             for piece, stage in zip(self.pieces, staged, strict=True):
                 if stage is not piece:
                     piece.copy_(stage)
         return squared_distance
-
-    def takes(self, rates: Rates) -> bool:
-        """Whether :meth:`unpack` can write these learning rates: it is an op, and they are on its device."""
-        return self.dtype.is_floating_point and rates[1].device == self.device
 
     def is_finite(self, limit: float = math.inf) -> bool:
         """Whether all elements of the pieces are finite and within the limit. Integers are."""

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from hdet.converge.averager import Averager, Inspection
-from hdet.converge.buckets import Rates
 from hdet.converge.optimizer_state import OptimizerState, StateInspection
 from hdet.converge.outer import OuterMomentum
 from hdet.converge.pending import Averaged, Pending
@@ -177,13 +176,7 @@ class ConvergePhase:
         return self._averager.gather(numbers)
 
     def average(
-        self,
-        found: Sequence[Findings],
-        *,
-        complete: bool,
-        move_slow: bool = False,
-        return_points: bool = False,
-        rates: Rates | None = None,
+        self, found: Sequence[Findings], *, complete: bool, move_slow: bool = False, return_points: bool = False
     ) -> Averaged:
         """Average now. Collective.
 
@@ -192,7 +185,6 @@ class ConvergePhase:
             complete: whether this ends a round.
             move_slow: whether the slow average follows.
             return_points: whether to return where this replica stood.
-            rates: learning rates to write in the launch that writes the mean, where there is one on their device.
 
         Raises:
             DivergedError: on every replica, with nothing changed, if none of them is finite.
@@ -200,8 +192,7 @@ class ConvergePhase:
         slow = self.slow if move_slow else None
         if slow is not None and slow.follow(self.layout):
             self._say("the probe's slow average")
-        weights = [one.weights for one in found]
-        averaged = self._averager.average(weights, slow, return_points=return_points, rates=rates)
+        averaged = self._averager.average([one.weights for one in found], slow, return_points=return_points)
         states = [one.optimizer for one in found]
         excluded, sent = self._optimizer_state.converge(states, averaged.excluded, complete=complete)
         return averaged._replace(excluded=excluded, bytes=averaged.bytes + sent, nonfinite=_lost(found))

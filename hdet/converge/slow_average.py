@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor
 
-from hdet.converge.buckets import Bucket, Rates
+from hdet.converge.buckets import Bucket
 
 
 class SlowAverage:
@@ -56,22 +56,14 @@ class SlowAverage:
         self._layout = layout
         return changed
 
-    def unpack(
-        self,
-        index: int,
-        bucket: Bucket,
-        wire: Tensor,
-        count: float,
-        anchor: Tensor | None = None,
-        rates: Rates | None = None,
-    ) -> Tensor:
-        """``bucket.unpack(wire, count, anchor=anchor, rates=rates)``, and update bucket ``index`` of both averages. To
-        be called for the buckets in their order; bucket 0 begins a round."""
+    def unpack(self, index: int, bucket: Bucket, wire: Tensor, count: float, anchor: Tensor | None = None) -> Tensor:
+        """``bucket.unpack(wire, count, anchor=anchor)``, and update bucket ``index`` of both averages. To be called for
+        the buckets in their order; bucket 0 begins a round."""
         if index == 0:
             self.rounds += 1
         if index == len(self._parts):
             slow = torch.empty_like(wire, dtype=bucket.dtype)
-            distance = bucket.unpack(wire, count, slow, anchor=anchor, rates=rates)
+            distance = bucket.unpack(wire, count, slow, anchor=anchor)
             kept = slow.to(self.device or wire.device, self.dtype or wire.dtype)
             self._parts.append((kept, kept.clone()))
             return distance
@@ -84,7 +76,7 @@ class SlowAverage:
             )
         slow = kept.to(wire.device, bucket.dtype)
         weight = (self.power + 1) / (self.power + self.rounds)
-        distance = bucket.unpack(wire, count, slow, 1 - weight, anchor, rates)
+        distance = bucket.unpack(wire, count, slow, 1 - weight, anchor)
         if slow is kept:
             trail.lerp_(kept, weight)
         else:

@@ -84,13 +84,8 @@ class Rounds:
         """[replica] ``rho`` of a parameter group in the round in progress."""
         return self._steer.multipliers(group if self._settings.given["per_group"] else 0, self.round)
 
-    def end_step(self, loss: Loss, batch: Any = None, ahead: Sequence[float] | None = None) -> None:
-        """Take a step's loss, and end the round if it is over.
-
-        Args:
-            ahead: [parameter group] the schedule's learning rates of the next step, where they are known already: those
-                that are tensors can then be written in the launch that writes the mean.
-        """
+    def end_step(self, loss: Loss, batch: Any = None) -> None:
+        """Take a step's loss, and end the round if it is over."""
         checked = self._observe.check(loss)
         self._explore.check()
         if self._must_compare_start:
@@ -100,7 +95,7 @@ class Rounds:
         if self._in_flight and steps == self._in_flight.report.step + self._settings.given["averaging"].overlap_steps:
             self._land()
         if steps % self._course.converge_every == 0:
-            self._end_round(batch, ahead)
+            self._end_round(batch)
 
     def fan_out(self, rates: Sequence[float] | None = None) -> None:
         """Read the schedule's learning rates and write this replica's.
@@ -129,11 +124,11 @@ class Rounds:
     # -------------------------------------------------------------------------------------------------- a round's end
 
     @outside_inference
-    def _end_round(self, batch: Any, ahead: Sequence[float] | None) -> None:
+    def _end_round(self, batch: Any) -> None:
         """Agree, converge, observe, steer; then draw what the next round is trained under."""
         told = self._agree(Call.ROUND)
         self._record(self.steps - 1)
-        self._converge(told, complete=True, ahead=ahead)
+        self._converge(told, complete=True)
         if self._listens():
             self._observe.keep(batch)
         self.draw()
@@ -162,13 +157,13 @@ class Rounds:
     def _facts(self) -> dict[str, Any]:
         """What must be the same on every rank at all times."""
         facts = {**self._plain_settings(), **self._steer.facts(), "replicas=": self._replicas.kind}
-        by_hand = [self._group_names[i] for i in self._explore.by_hand]
+        by_hand = [self._group_names[i] for i in self._explore.by_hand_together]
         if by_hand:  # these may differ, until they are compared
             facts = {key: value for key, value in facts.items() if key not in {f"schedule_lr.{g}" for g in by_hand}}
             facts["learning rates written by hand"] = ", ".join(by_hand)
         return facts
 
-    def _converge(self, told: list[dict[str, float]], complete: bool, ahead: Sequence[float] | None = None) -> Report:
+    def _converge(self, told: list[dict[str, float]], complete: bool) -> Report:
         """Average, or send what is to be averaged; probe; and, if the round is complete, steer."""
         started = time.perf_counter()
         self._observe.collect(told)
@@ -185,13 +180,7 @@ class Rounds:
                 return report
             listens = complete and self._listens()
             probes = listens and self._steer.is_probed(self.steps) and all(one["can probe"] for one in told)
-            write = None if ahead is None else self._explore.ahead(ahead, self.gains, self._multipliers())
-            rates = None if write is None else (write.lrs, write.factors())
-            averaged = self._converge_phase.average(
-                found, complete=complete, move_slow=listens, return_points=probes, rates=rates
-            )
-            if write is not None:
-                self._explore.was_written(write)
+            averaged = self._converge_phase.average(found, complete=complete, move_slow=listens, return_points=probes)
         self.converged_at = self.steps
         if not complete:
             self._explore.gather_in()
@@ -285,11 +274,8 @@ class Rounds:
     def draw(self) -> None:
         """What this replica trains under, which changes once per round."""
         self._begins_round = True
-        self._explore.draw(self.gains, self._multipliers(), self._steer.positions, self._steer.levels(self.round))
-
-    def _multipliers(self) -> list[tuple[float, ...]]:
-        """[parameter group][replica] ``rho`` in the round in progress."""
-        return [self.multipliers(g) for g in range(len(self._group_names))]
+        multipliers = [self.multipliers(g) for g in range(len(self._group_names))]
+        self._explore.draw(self.gains, multipliers, self._steer.positions, self._steer.levels(self.round))
 
     # ---------------------------------------------------------------------------------------------------- the state
 

@@ -15,7 +15,7 @@ from hdet.errors import check_number, shown
 from hdet.explore.by_hand import ByHand, read_by_hand
 from hdet.explore.hyperparameters import Hyperparameter
 from hdet.explore.kinds import ParamGroupField
-from hdet.explore.rates import Write, copied, like, put, share_memory, version_of
+from hdet.explore.rates import copied, like, put, scale, share_memory, version_of
 from hdet.model.step_hook import BeforeStep
 from hdet.transaction import AllOrNothing, attributes_of
 
@@ -57,8 +57,8 @@ class FanOut:
         self.written: list[Any] = list(self.base)
         """What stands in the optimizer, if nobody else has written it."""
         self._versions = [version_of(lr) for lr in self.base]
-        self._owners: tuple[list[Any], list[int]] = ([], [])  # learning rates, and by group the first with its memory
-        self._ahead: Write | None = None  # what the launch that wrote the mean has written already
+        self._owners: tuple[dict[int, Tensor], dict[int, int]] = ({}, {})  # see _owners_of()
+        self._aside: list[Any] = []  # by group, this replica's learning rates while base ones stand in their place
         self.has_tensors = any(isinstance(lr, Tensor) for lr in self.base)
         """Whether a learning rate is a tensor, which can be written in place."""
         self._is_parked = False  # base learning rates stand in the optimizer, not this replica's
@@ -116,69 +116,38 @@ class FanOut:
         if tensors:
             self._apply_to_tensors(tensors, rates)
 
-    def _apply_to_tensors(self, tensors: Mapping[int, Tensor], rates: Sequence[float] | None) -> None:
+    def _apply_to_tensors(self, tensors: dict[int, Tensor], rates: Sequence[float] | None) -> None:
         # In place: compiled optimizers and CUDA graphs keep the tensor. Groups may share it: torch's optimizers take
-        # one tensor for all groups. It is then multiplied once.
-        owners = {i: self._owner(i, lr) for i, lr in tensors.items()}
-        base: Mapping[int, float | Tensor]
+        # one tensor for all groups. It is then multiplied once. In one launch, or in two where the rates must be read.
+        owners = self._owners_of(tensors)
+        lrs = {owner: tensors[owner] for owner in owners.values()}
+        base: dict[int, float | Tensor]
         if rates is None:
-            lrs = {owner: tensors[owner] for owner in owners.values()}
             base = dict(zip(lrs, torch._foreach_mul([*lrs.values()], 1.0), strict=True))
             torch._foreach_mul_([*lrs.values()], [self._scales[i] for i in lrs])
         else:
-            base = self._last_of(owners, rates)
-            write = self._write(tensors, base, self._gains, self._multipliers)
-            if not write.is_same(self._ahead):
-                write.now()
-        self._ahead = None
+            base = {i: rates[i] for i in lrs}
+            gains, multipliers = ([factors[i] for i in lrs] for factors in (self._gains, self._multipliers))
+            scale([*lrs.values()], [rates[i] for i in lrs], gains, multipliers)
         for i, lr in tensors.items():
             self.base[i] = base[owners[i]]
             self.written[i], self._versions[i] = lr, lr._version
         self.has_tensors = True
 
-    @staticmethod
-    def _last_of(owners: Mapping[int, int], rates: Sequence[float]) -> dict[int, float]:
-        """The rate of each tensor, by the first group that has it: that of the last one, as in torch."""
-        return {owner: rates[i] for i, owner in owners.items()}
-
-    @staticmethod
-    def _write(
-        tensors: Mapping[int, Tensor], base: Mapping[int, Any], gains: Sequence[float], multipliers: Sequence[float]
-    ) -> Write:
-        return Write(
-            [tensors[i] for i in base], [*base.values()], [gains[i] for i in base], [multipliers[i] for i in base]
-        )
-
-    def ahead(self, rates: Sequence[float], gains: Sequence[float], multipliers: Sequence[float]) -> Write | None:
-        """What :meth:`apply` will write into learning rates that are tensors, if these hold then, for a launch that
-        comes sooner; ``None`` where there is nothing that an op can write. :meth:`was_written` is to be called next.
-
-        Args:
-            rates: by parameter group, the base learning rates.
-            gains: by parameter group.
-            multipliers: by parameter group, this replica's.
-        """
-        tensors = {i: lr for i, g in enumerate(self._optimizer.param_groups) if isinstance(lr := g["lr"], Tensor)}
-        owners = {i: self._owner(i, lr) for i, lr in tensors.items()}
-        write = self._write(tensors, self._last_of(owners, rates), gains, multipliers)
-        return write if tensors and write.is_for_ops else None
-
-    def was_written(self, ahead: Write) -> None:
-        """Whatever was written into the learning rates since :meth:`ahead` is that."""
-        versions = [version_of(lr) for lr in self.written]
-        if versions != self._versions:
-            self._ahead, self._versions = ahead, versions
-
-    def _owner(self, i: int, lr: Tensor) -> int:
-        """The first parameter group whose learning rate has the memory of ``lr``, which is that of group ``i``."""
+    def _owners_of(self, tensors: dict[int, Tensor]) -> dict[int, int]:
+        """By parameter group whose learning rate is a tensor, the first group that has its memory."""
         known, owners = self._owners
-        if i >= len(known) or known[i] is not lr:
-            known = [group["lr"] for group in self._optimizer.param_groups]
-            owners = [
-                next(j for j, other in enumerate(known) if other is one or share_memory(other, one)) for one in known
-            ]
-            self._owners = known, owners
-        return owners[i]
+        if len(known) != len(tensors) or not all(known.get(i) is lr for i, lr in tensors.items()):
+            owners = {
+                i: next(j for j, other in tensors.items() if share_memory(other, lr)) for i, lr in tensors.items()
+            }
+            self._owners = tensors, owners
+        return owners
+
+    def share(self, i: int, j: int) -> bool:
+        """Whether two parameter groups have one learning rate."""
+        groups = self._optimizer.param_groups
+        return i == j or share_memory(groups[i]["lr"], groups[j]["lr"])
 
     def undo(self, rates: Sequence[float | Tensor] | None = None) -> None:
         """Write base learning rates, by default the last ones read. To be called before a schedule's step: chainable
@@ -214,7 +183,7 @@ class FanOut:
             self._write_hyperparameters()
             for i, group in enumerate(self._optimizer.param_groups):
                 if i not in groups:
-                    self._write_own(i, group)
+                    put(group, self._aside[i])
         self._remember(range(len(self.base)))
         return groups
 
@@ -262,9 +231,15 @@ class FanOut:
                 has written by then.
             whole: whether hyperparameters outside the optimizer, which a forward pass reads, go to their centres too.
         """
+        groups = self._optimizer.param_groups
         owned = [i for i in range(len(self.base)) if self._is_own(i)]
+        # Tensors where the rates are: a compiled step, which calls come_back(), would be compiled anew for each float.
+        self._aside = [
+            like(group["lr"], base * factor)
+            for group, base, factor in zip(groups, self.base, self._scales, strict=True)
+        ]
         for i in owned:
-            put(self._optimizer.param_groups[i], self.base[i])
+            put(groups[i], self.base[i])
         for h, (position, _level) in zip(self._hyperparameters, self._settings, strict=True):
             if whole or isinstance(h, ParamGroupField):
                 h.write(position)
@@ -281,17 +256,9 @@ class FanOut:
             return
         self._end_parking()
         self._write_hyperparameters()
-        for i, group in enumerate(groups):
-            self._write_own(i, group)
+        for group, lr in zip(groups, self._aside, strict=True):
+            put(group, lr)
         self._remember(range(len(groups)))
-
-    def _write_own(self, i: int, group: dict[str, Any]) -> None:
-        """Write this replica's learning rate, from the base."""
-        base, lr = self.base[i], group["lr"]
-        if not isinstance(lr, Tensor):
-            group["lr"] = base * self._scales[i]
-        elif self._owner(i, lr) == i:
-            lr.fill_(base).mul_(self._scales[i])
 
     def _end_parking(self) -> None:
         self._is_parked, self.expected = False, self.written
@@ -315,11 +282,8 @@ class FanOut:
         """This replica's learning rates, by group, also while they are put aside."""
         groups = self._optimizer.param_groups
         if self._is_parked and self.is_current:
-            pairs = zip(self.base, self._scales, groups, strict=True)
-            return [
-                like(group["lr"], base * scale) if self._is_own(i) else copied(group["lr"])
-                for i, (base, scale, group) in enumerate(pairs)
-            ]
+            pairs = enumerate(zip(self._aside, groups, strict=True))
+            return [copied(lr if self._is_own(i) else group["lr"]) for i, (lr, group) in pairs]
         return [copied(group["lr"]) for group in groups]
 
     # ------------------------------------------------------------------------------------------------- saved state

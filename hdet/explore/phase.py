@@ -16,7 +16,7 @@ from hdet.errors import check_batches, check_item, check_mapping
 from hdet.explore.by_hand import agree
 from hdet.explore.fan_out import FanOut
 from hdet.explore.hyperparameters import Hyperparameter
-from hdet.explore.rates import Write, copied
+from hdet.explore.rates import like
 from hdet.explore.virtual import VirtualReplicas
 
 logger = logging.getLogger("hdet")
@@ -62,8 +62,6 @@ class ExplorePhase:
         """Read the schedule's learning rates and write this replica's."""
         self.undo = self._fan_out.undo
         """Put base learning rates back, by default the last ones read."""
-        self.was_written = self._fan_out.was_written
-        """Learning rates that were written since :meth:`ahead` are this one's own."""
 
     def check(self) -> None:
         """Take over what was written into the optimizer by hand; raise where this is not what writes into it."""
@@ -95,6 +93,11 @@ class ExplorePhase:
         """Parameter groups whose learning rates were written by hand, and have not been compared."""
         return tuple(sorted(self._fan_out.by_hand))
 
+    @property
+    def by_hand_together(self) -> list[int]:
+        """The same, with all groups that share a tensor with one of them."""
+        return [j for j in range(len(self._fan_out.base)) if any(self._fan_out.share(i, j) for i in self.by_hand)]
+
     def readings(self) -> list[float]:
         """What these were, to be gathered from all ranks."""
         fan_out = self._fan_out
@@ -111,21 +114,6 @@ class ExplorePhase:
             agreed, base = agree(names[i], [row[3 * k : 3 * k + 3] for row in rows]), fan_out.base[i]
             fan_out.set_base(i, torch.full_like(base, agreed) if isinstance(base, Tensor) else agreed)
         fan_out.by_hand.clear()
-
-    def ahead(
-        self, rates: Sequence[float], gains: Sequence[float], multipliers: Sequence[Sequence[float]]
-    ) -> Write | None:
-        """What the launch that writes the mean can write for the next round; see :meth:`FanOut.ahead`.
-
-        Args:
-            rates: [parameter group] the schedule's.
-            gains: [parameter group]
-            multipliers: [parameter group][replica] ``rho`` of the next round.
-        """
-        if not self._fan_out.has_tensors:
-            return None
-        own = [1.0 if self.virtual is not None else rho[self._rank] for rho in multipliers]
-        return self._fan_out.ahead(rates, gains, own)
 
     @property
     def is_current(self) -> bool:
@@ -201,7 +189,8 @@ class ExplorePhase:
     @property
     def base_lr(self) -> list[float | Tensor]:
         """[parameter group] the schedule's learning rate, before gain and multiplier."""
-        return [copied(lr) for lr in self._fan_out.base]
+        pairs = zip(self._fan_out.written, self._fan_out.base, strict=True)
+        return [like(lr, base) for lr, base in pairs]
 
     @property
     def plain_base_lr(self) -> tuple[float, ...]:

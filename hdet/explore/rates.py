@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-import operator
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from hdet.ops import _unchecked as ops
+
+_PACKABLE = (torch.float32, torch.float64)
 
 
 def copied(lr: Any) -> Any:
@@ -17,16 +19,32 @@ def copied(lr: Any) -> Any:
 
 
 def like(lr: Any, value: Any) -> Any:
-    """A learning rate of this value: a tensor like ``lr``, with memory of its own, where that is one."""
-    return torch.full_like(lr, value) if isinstance(lr, Tensor) and not isinstance(value, Tensor) else copied(value)
+    """A copy of a learning rate of this value: a tensor like ``lr``, where that is one."""
+    if isinstance(lr, Tensor) and not isinstance(value, Tensor):
+        return torch.full_like(lr, value)
+    return copied(value)
 
 
 def put(group: dict[str, Any], lr: Any) -> None:
     """Write a parameter group's learning rate, in place where it is a tensor."""
-    if isinstance(group["lr"], Tensor):
-        group["lr"].fill_(lr)
-    else:
+    own = group["lr"]
+    if not isinstance(own, Tensor):
         group["lr"] = lr
+    elif isinstance(lr, Tensor):
+        own.copy_(lr.view_as(own))
+    else:
+        own.fill_(lr)
+
+
+def scale(lrs: Sequence[Tensor], base: Sequence[float], gains: Sequence[float], multipliers: Sequence[float]) -> None:
+    """Write ``base * gain * multiplier`` into each, in place; each has memory of its own. In one launch, where they are
+    on one device and of a dtype that the ops take."""
+    is_for_ops = len({lr.device for lr in lrs}) == 1 and all(lr.dtype in _PACKABLE for lr in lrs)
+    if is_for_ops and not lrs[0].is_meta:
+        ops.scale_rates(lrs, base, gains, multipliers)
+        return
+    for lr, factor, gain, multiplier in zip(lrs, base, gains, multipliers, strict=True):
+        lr.fill_(factor * gain * multiplier)
 
 
 def version_of(lr: Any) -> int:
@@ -39,37 +57,3 @@ def share_memory(one: Any, other: Any) -> bool:
     if not isinstance(one, Tensor) or not isinstance(other, Tensor):
         return False
     return one is other or (one.device == other.device and one.data_ptr() == other.data_ptr() != 0)
-
-
-class Write(NamedTuple):
-    """What is to be written into learning rates that are tensors, each with memory of its own."""
-
-    lrs: list[Tensor]
-    schedule: list[float]
-    gain: list[float]
-    multiplier: list[float]
-
-    def now(self) -> None:
-        """Write it, in one launch where an op can."""
-        if self.is_for_ops:
-            ops.scale_rates(*self)
-            return
-        for lr, schedule, gain, multiplier in zip(*self, strict=True):
-            lr.fill_(schedule * gain * multiplier)
-
-    @property
-    def is_for_ops(self) -> bool:
-        """Whether the ops can write it."""
-        devices = {lr.device for lr in self.lrs}
-        return len(devices) == 1 and not self.lrs[0].is_meta and all(lr.dtype in _DTYPES for lr in self.lrs)
-
-    def is_same(self, other: Write | None) -> bool:
-        """Whether it is the same as another one."""
-        return other is not None and self[1:] == other[1:] and all(map(operator.is_, self.lrs, other.lrs))
-
-    def factors(self) -> Tensor:
-        """fp64 [schedule, gain, multiplier][learning rate] on their device."""
-        return torch.tensor(self[1:], dtype=torch.float64).to(self.lrs[0].device, non_blocking=True)
-
-
-_DTYPES = (torch.float32, torch.float64)

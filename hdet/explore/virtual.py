@@ -81,8 +81,7 @@ class VirtualReplicas:
         self._is_round_new = False
 
     def _gather(self) -> None:
-        for start, parameters in zip(self._start, self._groups, strict=True):
-            torch._foreach_copy_(start, parameters)
+        _copy(self._start, self._groups)
         self._version = self._version_now()
 
     def _version_now(self) -> int:
@@ -154,22 +153,27 @@ class VirtualReplicas:
         if self.has_loaded() or (is_first and self._version != self._version_now()):
             self._gather()
         self._is_displaced = True
-        for theta, parameters in zip(self._theta, self._groups, strict=True):
-            torch._foreach_copy_(theta, parameters)
+        _copy(self._theta, self._groups)
 
     @torch.no_grad()
     def _move_to(self, k: int) -> None:
-        groups = zip(self._groups, self._start, self._theta, self._multipliers, strict=True)
-        for parameters, start, theta, multipliers in groups:
-            torch._foreach_copy_(parameters, start)
-            torch._foreach_lerp_(parameters, theta, multipliers[k])
+        _copy(self._groups, self._start)
+        for parameters, theta, multipliers in zip(self._groups, self._theta, self._multipliers, strict=True):
+            if parameters:
+                torch._foreach_lerp_(parameters, theta, multipliers[k])
 
     @torch.no_grad()
     def _restore_theta(self) -> None:
         if not self._is_displaced:
             return
         self._is_displaced = False
-        for theta, parameters in zip(self._theta, self._groups, strict=True):
-            torch._foreach_copy_(parameters, theta)
+        _copy(self._groups, self._theta)
         if self._is_round_new:
             self._version = self._version_now()
+
+
+def _copy(to: Sequence[list[Tensor]], of: Sequence[list[Tensor]]) -> None:
+    """[parameter group][parameter] from others. All of a group may be frozen: torch's operators refuse empty lists."""
+    for mine, theirs in zip(to, of, strict=True):
+        if mine:
+            torch._foreach_copy_(mine, theirs)

@@ -94,8 +94,9 @@ def scale_rates(
         singles = values.astype(np.float32).tolist()
     pairs = zip(lrs, values.tolist(), singles, strict=True)
     rounded = [single if lr.dtype == torch.float32 else value for lr, value, single in pairs]
-    torch._foreach_zero_(list(lrs))  # two launches on a GPU, neither of which waits for it
-    torch._foreach_add_(list(lrs), rounded)
+    torch._foreach_zero_(list(lrs))  # on a GPU launches, none of which waits for it; 1 * x is x to the bit
+    torch._foreach_add_(list(lrs), 1.0)
+    torch._foreach_mul_(list(lrs), rounded)
 
 
 def _floor(limit: float, like: Tensor) -> Tensor:

@@ -123,6 +123,21 @@ def by_hand(rank, world):
 
 
 @scenario
+def a_shared_tensor_by_hand(rank, world):
+    """Halved by hand just before a round ends: each replica has rounded another number."""
+    found = []
+    for k in range(12):
+        _, ddp, optimizer = build(torch.tensor(0.1), groups=2)
+        peak = 0.05 * (1 + k / 7)
+        scheduler = hdet.OneCycleLR(optimizer, peak, 100, cycle_momentum=False, model=ddp, **SPREAD)
+        every = SPREAD["converge_every"]
+        train(ddp, optimizer, scheduler, every - 1)
+        optimizer.param_groups[0]["lr"].mul_(0.5)
+        found.append(error_of(lambda: train(ddp, optimizer, scheduler, every + 1)))  # noqa: B023
+    return found
+
+
+@scenario
 def by_hand_unlike(rank, world):
     errors = []
     for new in (1.0 if rank == 0 else None, 1.0 + rank):

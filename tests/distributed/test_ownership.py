@@ -37,6 +37,11 @@ def test_a_learning_rate_written_by_hand_becomes_the_base(launch_ownership):
         assert len({result[key][2] for result in ranks}) == 1
 
 
+def test_a_tensor_that_groups_share_may_be_written_by_hand(launch_ownership):
+    for found in launch_ownership.results(2, "a_shared_tensor_by_hand"):
+        assert found == [None] * 12
+
+
 def test_learning_rates_written_unlike_are_an_error_on_every_rank(launch_ownership):
     for one, unlike in launch_ownership.results(2, "by_hand_unlike"):
         assert one[0] == unlike[0] == "ReplicaMismatchError"

@@ -3,10 +3,12 @@
 import copy
 import warnings
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch._dynamo.testing import CompileCounter
 from torch.optim.lr_scheduler import OneCycleLR as TorchOneCycleLR
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -279,24 +281,7 @@ def test_rates_that_are_tensors_are_torchs(dtype, shared):
         assert plain(scheduler.state_dict()["_last_lr"]) == plain([theirs.param_groups[0]["lr"]] * 3)
 
 
-def test_the_launch_that_writes_the_mean_writes_the_next_rates():
-    """Unless the gain moves afterwards: then they are written once more."""
-    optimizer, scheduler = with_tensor_rates(3, virtual_replicas=2, spread=0.1, converge_every=5)
-    for step in range(1, 21):
-        optimizer.step()
-        with Calls() as calls:
-            scheduler.step(0.5)
-        written = [arguments[6] for function, arguments in calls.made if function is torch.ops.hdet.unpack.default]
-        alone = sum(function is torch.ops.hdet.scale_rates.default for function, _ in calls.made)
-        if step % 5:
-            assert (written, alone) == ([], step > 1)  # torch takes the first step
-        else:
-            assert [len(lrs) for lrs in written] == [3]
-            assert alone == 0
-        assert scheduler.ensemble.get_last_lr() == [group["lr"] for group in optimizer.param_groups]
-
-
-def test_rates_that_were_written_with_the_mean_follow_the_gain_that_moves_then():
+def test_rates_that_are_tensors_follow_the_gain():
     optimizer, scheduler = with_tensor_rates(2, virtual_replicas=2, spread=0.1, converge_every=2, auto_lr=True)
     gains = set()
     for step in range(1, 31):
@@ -307,5 +292,95 @@ def test_rates_that_were_written_with_the_mean_follow_the_gain_that_moves_then()
         scheduler.step(1 / step)
         (gain, _), (base, _) = scheduler.ensemble.gains, scheduler.ensemble.get_base_lr()
         gains.add(gain)
-        assert optimizer.param_groups[0]["lr"].item() == pytest.approx(float(base) * gain, rel=1e-6)
+        assert optimizer.param_groups[0]["lr"].item() == pytest.approx(base.item() * gain, rel=1e-6)
     assert len(gains) > 3
+
+
+def test_base_rates_are_tensors_where_the_optimizers_are():
+    optimizer, scheduler = with_tensor_rates(2, spread=0.1, converge_every=2)
+    for step in range(4):
+        base, saved = scheduler.ensemble.get_base_lr(), scheduler.state_dict()
+        assert [type(lr) for lr in (*base, *saved["hdet"]["base_lr"], *saved["_last_lr"])] == [torch.Tensor] * 6, step
+        advance(optimizer, scheduler)
+
+
+@pytest.mark.parametrize("steps", range(4))
+def test_rates_of_one_element_in_one_dimension(steps):
+    """torch's fill_() refuses these as values."""
+    model = torch.nn.Linear(2, 2)
+    optimizer = torch.optim.SGD(model.parameters(), lr=torch.tensor([0.1]), momentum=0.9)
+    scheduler = hdet.OneCycleLR(optimizer, 0.1, total_steps=9, model=model, spread=0.1, converge_every=2)
+    for _ in range(steps):
+        advance(optimizer, scheduler)
+    scheduler.converge()
+    saved = copy.deepcopy((optimizer.state_dict(), scheduler.state_dict()))
+    advance(optimizer, scheduler)
+    after = optimizer.param_groups[0]["lr"].clone()
+    optimizer.load_state_dict(saved[0])
+    scheduler.load_state_dict(saved[1])
+    advance(optimizer, scheduler)
+    assert torch.equal(optimizer.param_groups[0]["lr"], after)
+    scheduler.close()
+    assert optimizer.param_groups[0]["lr"].shape == (1,)
+
+
+def test_a_group_may_leave_a_tensor_that_groups_share():
+    optimizer, scheduler = with_tensor_rates(2, shared=True, spread=0.1, converge_every=5)
+    for _ in range(2):
+        advance(optimizer, scheduler)
+    optimizer.param_groups[0]["lr"] = 0.05
+    advance(optimizer, scheduler)
+    first, second = (group["lr"] for group in optimizer.param_groups)
+    assert first == pytest.approx(second.item(), rel=1e-6)
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script_method.*:DeprecationWarning")
+def test_a_compiled_step_is_compiled_as_often_with_many_groups_and_converges_between():
+    """Putting the rates aside, and back before the optimizer's step, reads no number that differs each time."""
+    compiled = []
+    for groups in (1, 9):
+        torch._dynamo.reset()
+        optimizer, scheduler = with_tensor_rates(groups, spread=0.1, converge_every=3, cycle_momentum=False)
+        counter = CompileCounter()
+        step = torch.compile(optimizer.step, backend=counter)
+        for _ in range(8):
+            for group in optimizer.param_groups:
+                for p in group["params"]:
+                    p.grad = torch.ones_like(p)
+            step()
+            scheduler.step(1.0)
+            scheduler.converge()
+        compiled.append(counter.frame_count)
+    assert compiled[0] == compiled[1] < 6
+
+
+def run_with_a_busy_monitor(lr):
+    """Rates after each step, and what the monitor saw, which converges and writes into the optimizer."""
+    model = torch.nn.Linear(2, 2)
+    optimizer = torch.optim.SGD(model.parameters(), lr=lr)
+    rates, seen = [], []
+
+    def monitor(report):
+        seen.append((report.step, float(scheduler.get_last_lr()[0]), report.schedule_lr[0]))
+        scheduler.converge()
+        group = optimizer.param_groups[0]
+        group["lr"] = group["lr"].fill_(0.0077) if isinstance(lr, torch.Tensor) else 0.0077
+        if report.step == 8:
+            group["max_lr"] = 0.5
+
+    scheduler = hdet.OneCycleLR(
+        optimizer, 0.1, 20, cycle_momentum=False, model=model, spread=0.1, converge_every=4, monitor=monitor
+    )
+    for _ in range(10):
+        advance(optimizer, scheduler)
+        rates.append(float(optimizer.param_groups[0]["lr"]))
+    return np.array(rates), np.array(seen)
+
+
+def test_a_monitor_sees_the_rounds_rates_and_the_next_rounds_are_written_whatever_it_has_written():
+    rates, seen = run_with_a_busy_monitor(torch.tensor(0.1))
+    expected_rates, expected = run_with_a_busy_monitor(0.1)
+    assert rates == pytest.approx(expected_rates, rel=1e-6)
+    assert seen == pytest.approx(expected, rel=1e-6)
+    assert rates[8] > 0.1
+    assert 0.0077 not in expected_rates

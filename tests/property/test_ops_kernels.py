@@ -175,7 +175,11 @@ def test_unpack_gives_the_references_bits(kernels, data):
 @given(data=st.data())
 def test_scale_rates_gives_the_references_bits(kernels, data):
     groups = data.draw(st.sampled_from([1, 3, 64, 150]))
-    numbers = st.lists(st.floats(1e-40, 1e30), min_size=groups, max_size=groups)
+    numbers = st.lists(
+        st.sampled_from([0.0, -0.0, -1.5, math.inf, math.nan]) | st.floats(1e-40, 1e30),
+        min_size=groups,
+        max_size=groups,
+    )
     factors = [data.draw(numbers) for _ in range(3)]
     lrs = [torch.zeros((), dtype=torch.float64 if g % 2 else torch.float32) for g in range(groups)]
     written = [lr.to(kernels.device) for lr in lrs]

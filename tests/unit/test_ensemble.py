@@ -267,6 +267,7 @@ def test_a_parameter_group_added_later_is_an_error():
     optimizer.add_param_group({"params": [torch.ones(1, requires_grad=True)]})
     with pytest.raises(ValueError, match="2 parameter groups and had 1"):
         schedule.step(1.0)
+    assert len(schedule.state_dict()["_last_lr"]) == 1
 
 
 def test_a_second_scheduler_takes_over():

@@ -457,6 +457,20 @@ def test_each_takes_one_micro_batch_per_virtual_replica(batches):
         list(scheduler.each(batches))
 
 
+def test_all_parameters_of_a_group_may_be_frozen_with_virtual_replicas():
+    model = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.Linear(2, 2))
+    optimizer = torch.optim.SGD([{"params": layer.parameters()} for layer in model], lr=0.1)
+    scheduler = hdet.OneCycleLR(optimizer, 0.1, 20, cycle_momentum=False, model=model, spread=0.1, virtual_replicas=2)
+    for step in range(8):
+        model[0].requires_grad_(step not in (2, 3, 4))
+        for x in scheduler.each([torch.ones(1, 2)] * 2):
+            model(x).square().sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        scheduler.step(1.0)
+    assert all(torch.isfinite(p).all() for p in model.parameters())
+
+
 def test_without_virtual_replicas_each_passes_on():
     _, scheduler = scheduler_of(gradients="shared", spread=0.3)
     assert list(scheduler.each("ab")) == ["a", "b"]

@@ -76,6 +76,11 @@ RATE_ERRORS = {
     "shape": (ValueError, r"lrs\[0\] has shape \(2,\)", {"lrs": [torch.zeros(2), torch.zeros(())]}),
     "device": (ValueError, r"lrs\[1\] is on meta", {"lrs": [torch.zeros(()), torch.zeros((), device="meta")]}),
     "memory": (ValueError, r"lrs\[0\] and lrs\[1\] share memory", {"lrs": [(twice := torch.zeros(())), twice]}),
+    "memory in part": (
+        ValueError,
+        r"share memory",
+        {"lrs": [(eight := torch.zeros(1, dtype=FP64))[0], eight.view(torch.float32)[1]]},
+    ),
     "too few": (ValueError, r"gain=\[1.0\]. It has 1 items. Must be a list of 2", {"gain": [1.0]}),
     "no number": (TypeError, r"multiplier\[1\]=None", {"multiplier": [1.0, None]}),
 }

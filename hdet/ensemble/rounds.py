@@ -204,6 +204,8 @@ class Rounds:
         """Let gains and centres move by what the round has shown; the report of that."""
         lrs, losses, lag = self._explore.plain_base_lr, self._observe.means, self._converge_phase.lag
         report = self._report(self._steer.move(self.steps, lrs, losses, probed, lag, moved), complete=True)
+        if self._replicas.writer:
+            self._steer.warn_of_gain()
         self._observe.begin_round()
         return report
 

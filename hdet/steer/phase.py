@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -13,6 +14,10 @@ from hdet.schedules.course import Course
 from hdet.steer.controllers import Controller, Controllers, RoundObservation
 from hdet.steer.recovery import GAIN_DIVISOR, Recovery, check_recovery
 from hdet.steer.report import ControllerReport
+
+logger = logging.getLogger("hdet")
+
+_FAR_ABOVE = 10.0
 
 
 def is_probed(controller: Controller, course: Course, steps: int) -> bool:
@@ -47,6 +52,7 @@ class SteerPhase:
         self._hyperparameters, self._auto_lr, self._recovery = tuple(hyperparameters), auto_lr, recovery
         self.has_given_rate = True
         """Whether the user chose the learning rate; else it was found, or left out."""
+        self._has_warned = False
 
     @property
     def gains(self) -> tuple[float, ...]:
@@ -177,6 +183,18 @@ class SteerPhase:
         round = self._course.ended_round(steps)
         report = self._controllers.roll_back(round, self._hyperparameters, divisor=GAIN_DIVISOR)
         return report._replace(peak_lr=self._course.peak, cause=self._recovery.cause)
+
+    def warn_of_gain(self) -> None:
+        """Log once that the learning rate is far above the user's. Data that are learned by heart take it there, too."""
+        gain = max(self.gains)
+        if self._has_warned or not (self._auto_lr and self.has_given_rate and gain > _FAR_ABOVE):
+            return
+        self._has_warned = True
+        logger.warning(
+            f"auto_lr=True has raised the learning rate to {gain:.0f} times the given one. Where few training examples are "
+            "seen many times that is wrong: watch the validation loss, and hold the rate near the given one with "
+            "controller=hdet.controller.Posterior(bounds=(0.5, 2.0))."
+        )
 
     def warn_of_rollback(self, steps: int) -> None:
         """Log it."""

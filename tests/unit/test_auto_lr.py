@@ -140,7 +140,7 @@ def test_one_replica_finds_its_learning_rate_by_how_far_its_weights_move(setting
         assert low == pytest.approx(high, rel=0.5)
 
 
-def test_a_max_lr_that_was_given_is_kept_where_it_may_be_right_and_one_left_out_is_not():
+def test_a_max_lr_that_was_given_is_kept_where_it_may_be_right_and_one_left_out_is_not(caplog):
     """Two runs that differ in nothing else: from a learning rate near the right one, and from far below it."""
 
     def gain(start, *given):
@@ -159,7 +159,11 @@ def test_a_max_lr_that_was_given_is_kept_where_it_may_be_right_and_one_left_out_
     right = 1e-3 * gain(1e-3)
     near = right / 1.5
     assert 1 < gain(near, near) < 0.9 * gain(near)
-    assert gain(1e-4, 1e-4) == pytest.approx(gain(1e-4), rel=0.1)
+    far = gain(1e-4)
+    assert "has raised the learning rate" not in caplog.text
+    assert gain(1e-4, 1e-4) == pytest.approx(far, rel=0.1)
+    assert far > 10
+    assert caplog.text.count("has raised the learning rate") == 1
 
 
 def saved_before(ensemble, controller):

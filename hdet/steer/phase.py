@@ -185,14 +185,14 @@ class SteerPhase:
         return report._replace(peak_lr=self._course.peak, cause=self._recovery.cause)
 
     def warn_of_gain(self) -> None:
-        """Log once that the learning rate is far above the user's. Data that are learned by heart take it there, too."""
+        """Log once that the learning rate is far above the user's. Data learned by heart take it there, too."""
         gain = max(self.gains)
         if self._has_warned or not (self._auto_lr and self.has_given_rate and gain > _FAR_ABOVE):
             return
         self._has_warned = True
         logger.warning(
-            f"auto_lr=True has raised the learning rate to {gain:.0f} times the given one. Where few training examples are "
-            "seen many times that is wrong: watch the validation loss, and hold the rate near the given one with "
+            f"auto_lr=True has raised the learning rate to {gain:.0f} times the given one. Where few training examples "
+            "are seen many times that is wrong: watch the validation loss, and hold the rate near the given one with "
             "controller=hdet.controller.Posterior(bounds=(0.5, 2.0))."
         )
 

@@ -30,6 +30,7 @@ BENCHMARKS = {
     "regret.fit": ("hdet.bench.regret.fit", "the controller's constants, fitted on a part of the workloads"),
     "regret.protocol": ("hdet.bench.regret.protocol", "the runs of the clean test, in their order"),
     "regret.real": ("hdet.bench.regret.real", "real processes beside their simulation"),
+    "regret.resumed": ("hdet.bench.regret.resumed", "a run that is stopped and goes on with another length"),
     "regret.summary": ("hdet.bench.regret.summary", "means over workloads by start, with their errors, and the harm"),
     "regret.tune": ("hdet.bench.regret.tune", "the best learning rate of a workload, by a sweep of OneCycle"),
     "scaling": ("hdet.bench.scaling", "bytes, memory and time per round, by number of replicas and parameters"),

@@ -5,11 +5,9 @@
 #pragma once
 
 #include <algorithm>
-#include <initializer_list>
 #include <optional>
 #include <stdexcept>
 #include <string>
-#include <utility>
 #include <vector>
 
 #include <torch/csrc/stable/library.h>
@@ -22,6 +20,7 @@ namespace hdet {
 
 using torch::stable::Tensor;
 using OptionalTensor = std::optional<Tensor>;
+using Numbers = std::vector<double>;
 
 [[noreturn]] inline void reject(const std::string& name, const char* rule) {
   throw std::runtime_error("hdet: " + name + " " + rule);
@@ -71,8 +70,8 @@ class Tensors {
   std::vector<AtenTensorHandle> handles_;
 };
 
-// The pieces of a call without a wire. They may share memory.
-inline std::vector<Piece> table_of(const Tensors& pieces, int32_t device_type, const char* what = "pieces") {
+// The pieces of a call that only reads: they need not be on a wire, nor disjoint.
+inline std::vector<Piece> table_of(const Tensors& pieces, int32_t device_type) {
   std::vector<Piece> table;
   table.reserve(pieces.size());
   int64_t end = 0;
@@ -88,7 +87,7 @@ inline std::vector<Piece> table_of(const Tensors& pieces, int32_t device_type, c
     TORCH_ERROR_CODE_CHECK(aoti_torch_is_contiguous(pieces[i], &contiguous));
     TORCH_ERROR_CODE_CHECK(aoti_torch_get_numel(pieces[i], &numel));
     TORCH_ERROR_CODE_CHECK(aoti_torch_get_data_ptr(pieces[i], &data));
-    const auto name = [what, i] { return what + ("[" + std::to_string(i) + "]"); };
+    const auto name = [i] { return "pieces[" + std::to_string(i) + "]"; };
     if (i == 0) device_index = index;
     if (type != device_type || index != device_index) reject(name(), "must be on the op's device");
     if (!contiguous) reject(name(), "must be contiguous");
@@ -98,29 +97,6 @@ inline std::vector<Piece> table_of(const Tensors& pieces, int32_t device_type, c
     end += numel;
   }
   return table;
-}
-
-using Numbers = std::vector<double>;
-
-// The learning rates of a call without a wire, each in memory of its own, and as many factors of each kind.
-inline std::vector<Rate> rates_of(const Tensors& lrs, int32_t device_type,
-                                  std::initializer_list<const Numbers*> factors) {
-  for (const Numbers* numbers : factors)
-    if (numbers->size() != lrs.size()) reject("schedule, gain and multiplier", "must hold one number for each of lrs");
-  std::vector<Rate> rates;
-  std::vector<std::pair<uintptr_t, uintptr_t>> memory;
-  for (const Piece& piece : table_of(lrs, device_type, "lrs")) {
-    if (piece.end - piece.begin != 1) reject("lrs", "must have one element each");
-    if (piece.dtype != kFloat32 && piece.dtype != kFloat64) reject("lrs", "must be float32 or float64");
-    rates.push_back({piece.data, piece.dtype});
-    const uintptr_t begin = reinterpret_cast<uintptr_t>(piece.data);
-    memory.emplace_back(begin, begin + (piece.dtype == kFloat64 ? 8 : 4));
-  }
-  if (rates.size() != lrs.size()) reject("lrs", "must have one element each");
-  std::sort(memory.begin(), memory.end());
-  for (size_t i = 1; i < memory.size(); ++i)
-    if (memory[i].first < memory[i - 1].second) reject("lrs", "must not share memory");
-  return rates;
 }
 
 // Collects the arguments of one call: checks each alone, remembers its memory, and then checks that none overlap.
@@ -149,6 +125,17 @@ class Arguments {
     if (begin != numel) reject("wire", "must have as many elements as the pieces together");
   }
 
+  // Of a call without a wire: learning rates on one device, and as many factors of each kind, which stay where they are.
+  Arguments(const Tensors& lrs, int32_t device_type, const Numbers& schedule, const Numbers& gain,
+            const Numbers& multiplier)
+      : factors{schedule.data(), gain.data(), multiplier.data()}, device_type_(device_type), device_index_(0) {
+    for (const Numbers* numbers : {&schedule, &gain, &multiplier})
+      if (numbers->size() != lrs.size()) reject("schedule, gain and multiplier", "must hold one number for each of lrs");
+    if (lrs.size() > 0) TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(lrs[0], &device_index_));
+    rates(lrs);
+    check_disjoint();
+  }
+
   // A flat buffer in the wire's order and the accumulator's dtype.
   void* flat(const OptionalTensor& tensor, const char* name) {
     if (!tensor) return nullptr;
@@ -158,16 +145,22 @@ class Arguments {
     return fact.data;
   }
 
-  void rates(const Tensors& lrs, const OptionalTensor& schedule, const OptionalTensor& gain,
-             const OptionalTensor& multiplier) {
+  void rates(const Tensors& lrs) {
     for (size_t g = 0; g < lrs.size(); ++g) {
       const Fact fact = add(lrs[g], "lrs", g);
       if (fact.dtype != kFloat32 && fact.dtype != kFloat64) reject(label("lrs", g), "must be float32 or float64");
       if (fact.numel != 1) reject(label("lrs", g), "must have one element");
       lr_table.push_back({fact.data, fact.dtype});
     }
+  }
+
+  void rates(const Tensors& lrs, const OptionalTensor& schedule, const OptionalTensor& gain,
+             const OptionalTensor& multiplier) {
+    rates(lrs);
     factors = {factor(schedule, "schedule"), factor(gain, "gain"), factor(multiplier, "multiplier")};
   }
+
+  int32_t device_index() const { return device_index_; }
 
   // The three factors are only read, and may share memory among themselves.
   void check_disjoint() {

@@ -1,4 +1,5 @@
-// CPU kernels of hdet::pack, hdet::unpack, hdet::all_finite and hdet::scale_rates. The equations are in hdet/ops/__init__.py.
+// CPU kernels of hdet::pack, hdet::unpack, hdet::all_finite and hdet::scale_rates. The equations are in
+// hdet/ops/__init__.py.
 //
 // Work is cut into blocks of kBlock wire positions, whatever tensors they belong to, so that threads share it evenly
 // and the statistics do not depend on them. A block goes through short loops over buffers that stay in the L1 cache;
@@ -238,6 +239,10 @@ auto visit_wire(const Arguments& a, Visitor&& visitor) {
   return visitor(float{}, float{});
 }
 
+void write_rates(const Arguments& a) {
+  for (size_t g = 0; g < a.lr_table.size(); ++g) write_rate(a.lr_table[g], rate_of(a.factors, static_cast<int64_t>(g)));
+}
+
 // ------------------------------------------------------------------------------------------------------ the ops
 
 Tensor pack(const Tensor& wire, StableListHandle piece_list, double scale, const OptionalTensor& anchor,
@@ -270,7 +275,7 @@ Tensor unpack(const Tensor& wire, StableListHandle piece_list, double divisor, c
     return unpack_as<Real, decltype(packed)>(a, divisor, static_cast<Real*>(anchor_data),
                                              static_cast<Real*>(slow_data), 1.0 - slow_decay);
   });
-  for (size_t g = 0; g < a.lr_table.size(); ++g) write_rate(a.lr_table[g], rate_of(a.factors, static_cast<int64_t>(g)));
+  write_rates(a);
   AtenTensorHandle result;
   TORCH_ERROR_CODE_CHECK(aoti_torch_scalar_to_tensor_float64(squared_distance, &result));
   return Tensor(result);
@@ -300,9 +305,7 @@ Tensor all_finite(StableListHandle piece_list, double limit) {
 
 void scale_rates(StableListHandle lr_list, const Numbers& schedule, const Numbers& gain, const Numbers& multiplier) {
   const Tensors lrs(lr_list);
-  const std::vector<Rate> rates = rates_of(lrs, aoti_torch_device_type_cpu(), {&schedule, &gain, &multiplier});
-  const Factors factors{schedule.data(), gain.data(), multiplier.data()};
-  for (size_t g = 0; g < rates.size(); ++g) write_rate(rates[g], rate_of(factors, static_cast<int64_t>(g)));
+  write_rates(Arguments(lrs, aoti_torch_device_type_cpu(), schedule, gain, multiplier));
 }
 
 }  // namespace

@@ -77,13 +77,10 @@ Tensor all_finite(StableListHandle piece_list, double limit) {
 
 void scale_rates(StableListHandle lr_list, const Numbers& schedule, const Numbers& gain, const Numbers& multiplier) {
   const Tensors lrs(lr_list);
-  const std::vector<Rate> rates = rates_of(lrs, aoti_torch_device_type_cuda(), {&schedule, &gain, &multiplier});
-  if (rates.empty()) return;
-  int32_t device;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(lrs[0], &device));
-  const torch::stable::accelerator::DeviceGuard guard(device);
-  check(hdet_cuda_scale_rates(rates.data(), static_cast<int64_t>(rates.size()),
-                              {schedule.data(), gain.data(), multiplier.data()}, current_stream(device)));
+  const Arguments a(lrs, aoti_torch_device_type_cuda(), schedule, gain, multiplier);
+  const torch::stable::accelerator::DeviceGuard guard(a.device_index());
+  check(hdet_cuda_scale_rates(a.lr_table.data(), static_cast<int64_t>(a.lr_table.size()), a.factors,
+                              current_stream(a.device_index())));
 }
 
 }  // namespace

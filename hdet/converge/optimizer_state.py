@@ -119,7 +119,7 @@ class OptimizerState:
         self._warn_of_quantised()
         layout = digest([value.entry for value in values])
         reads_all, bits = averages or verifies or self._watches, -1
-        finite = self._design.allows(self._sync.leaves()) if reads_all else self._is_finite()
+        finite = self._design.allows([(v.entry.path, v.current) for v in values]) if reads_all else self._is_finite()
         finite = finite and all(math.isfinite(float(value.current)) for value in self._sync.group_values())
         if verifies:
             bits = digest([layout, *(fingerprint_of(value.current) for value in values)])

@@ -208,9 +208,8 @@ class FanOut:
 
     def set_base(self, i: int, lr: float | Tensor) -> None:
         """Set the base learning rate of group ``i`` and of those that share its tensor."""
-        groups = self._optimizer.param_groups
-        for j, group in enumerate(groups):
-            if j == i or share_memory(group["lr"], groups[i]["lr"]):
+        for j in range(len(self.base)):
+            if self.share(i, j):
                 self.base[j] = lr
 
     def _is_own(self, i: int) -> bool:

@@ -104,8 +104,8 @@ class LoadWatch:
             if part.numel() > _ELEMENTS:
                 part = part[:: part.numel() // _ELEMENTS][:_ELEMENTS]
             part = torch.view_as_real(part).flatten() if part.is_complex() else part
-            wide = torch.float32 if part.is_floating_point() and part.element_size() < 4 else torch.float64
-            by_device.setdefault(tensor.device, []).append(part if part.dtype == torch.float32 else part.to(wide))
+            is_narrow = part.is_floating_point() and part.element_size() <= 4
+            by_device.setdefault(tensor.device, []).append(part.to(torch.float32 if is_narrow else torch.float64))
         return [torch.cat(parts).double() for parts in by_device.values()]
 
 

@@ -36,11 +36,10 @@ from hdet.bench.regret import models, peers
 from hdet.bench.regret.contenders import CONTENDERS, ORACLE, REPEATS
 from hdet.bench.regret.outcome import Outcome
 from hdet.bench.regret.runs import Result, Run, Store, make, version_of
-from hdet.bench.regret.shipped import missing
 from hdet.bench.regret.summary import excess, mean_and_error
 from hdet.bench.regret.tune import CACHE, Sweep
 from hdet.bench.regret.watched import rounds_of
-from hdet.bench.regret.workloads import PRECISIONS, SCHEDULES, STARTS, WORKLOADS, Workload, workload_of
+from hdet.bench.regret.workloads import PRECISIONS, SCHEDULES, STARTS, WORKLOADS, Workload, unavailable, workload_of
 from hdet.monitor.tables import markdown
 from hdet.steer.posterior import target
 from hdet.train.models import GPT
@@ -170,10 +169,9 @@ def variations_table(store: Store) -> str:
 def main(argv: Sequence[str] | None = None) -> int:
     """Make the runs that are not there yet; returns the exit status."""
     options = _parser().parse_args(argv)
-    for name in options.workloads:
-        if reason := missing(WORKLOADS[name].packages):
-            print(f"{name}: {reason}", file=sys.stderr)
-            return 1
+    if reason := unavailable(options.workloads):
+        print(reason, file=sys.stderr)
+        return 1
     options.output.mkdir(parents=True, exist_ok=True)
     store = Store(options.output / "runs.jsonl")
     planned = [run for name in options.stages for run in stage(name, options.workloads)]

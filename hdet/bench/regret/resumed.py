@@ -20,10 +20,9 @@ from torch.optim.lr_scheduler import OneCycleLR
 import hdet
 from hdet.bench.regret import peers
 from hdet.bench.regret.data import Batch
-from hdet.bench.regret.shipped import missing
 from hdet.bench.regret.summary import excess, mean_and_error
 from hdet.bench.regret.workload import Workload
-from hdet.bench.regret.workloads import WORKLOADS
+from hdet.bench.regret.workloads import WORKLOADS, unavailable
 from hdet.lr_scheduler import recompute
 from hdet.monitor.tables import markdown
 
@@ -102,10 +101,9 @@ def _parts(batch: Batch) -> list[Batch]:
 def main(argv: Sequence[str] | None = None) -> int:
     """Make the runs and print the table; returns the exit status."""
     options = _parser().parse_args(argv)
-    for name in options.workloads:
-        if reason := missing(WORKLOADS[name].packages):
-            print(f"{name}: {reason}", file=sys.stderr)
-            return 1
+    if reason := unavailable(options.workloads):
+        print(reason, file=sys.stderr)
+        return 1
     torch.set_num_threads(1)
     rows, means = [], []
     for name in options.workloads:

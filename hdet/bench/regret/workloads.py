@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Iterable
 from dataclasses import replace
 
 import torch
@@ -13,6 +14,7 @@ from hdet.bench.regret import data, models
 from hdet.bench.regret.clean import CLEAN
 from hdet.bench.regret.data import Batch
 from hdet.bench.regret.further import FURTHER
+from hdet.bench.regret.shipped import missing
 from hdet.bench.regret.unseen import UNSEEN
 from hdet.bench.regret.workload import (
     PRECISIONS,
@@ -39,6 +41,7 @@ __all__ = [
     "UNSEEN",
     "WORKLOADS",
     "Workload",
+    "unavailable",
     "workload_of",
 ]
 
@@ -338,3 +341,9 @@ def workload_of(name: str) -> Workload:
         else:
             found = replace(found, batch_size=int(variation.removeprefix("batch_")))
     return replace(found, name=name)
+
+
+def unavailable(names: Iterable[str]) -> str:
+    """Why the first of these workloads that cannot run here cannot, and what to do; empty if all can."""
+    reasons = ((name, missing(WORKLOADS[name].packages)) for name in names)
+    return next((f"{name}: {reason}" for name, reason in reasons if reason), "")
